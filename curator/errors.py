@@ -15,7 +15,6 @@ documented where it is defined and nowhere else.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from typing import ClassVar
 
 
@@ -93,7 +92,7 @@ class DatabaseDown(DependencyDown):
     """The database at {url} does not answer: {reason}"""
 
     code = "CUR-DB-001"
-    hint = "Start it, or correct [database] url; `curator doctor` checks the connection. With an empty url curator runs its own."
+    hint = "Start it, or correct [database] url (`curator doctor` checks it). With an empty url curator runs its own."
 
 
 class SchemaBehind(UsageError):
@@ -114,11 +113,11 @@ class QueryRefused(UsageError):
     """The query was refused: {reason}"""
 
     code = "CUR-SQL-001"
-    hint = "`curator sql` runs one read-only statement over the views of schema curator; run it without a query to list them."
+    hint = "One read-only statement over the views of schema curator; `curator sql` without a query lists them."
 
 
 class BrokerDown(DependencyDown):
     """The broker at {url} does not answer: {reason}"""
 
     code = "CUR-BRK-001"
-    hint = "Start it, or correct [broker] url. With an empty url curator runs its own. No work is lost: the database knows what is left."
+    hint = "Start it, or correct [broker] url. No work is lost: the database knows what is left."

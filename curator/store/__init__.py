@@ -1,1 +1,1 @@
-"""TODO."""
+"""The only SQL. Torch-free, so a command line over it starts at once."""

@@ -1,0 +1,92 @@
+"""Connections: one engine a process, and what a database error means.
+
+Autovacuum, planner and the like are the server's business; what is set here is what correctness needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psycopg
+from pgvector.psycopg import register_vector
+from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.pool import NullPool
+
+from curator.errors import DatabaseDown
+
+CONNECT_SECONDS = 10
+
+
+def make_engine(url: str, *, pooled: bool = True, application: str = "curator") -> Engine:
+    """An engine for ``url``.
+
+    Args:
+        url: ``postgresql://`` or ``postgresql+psycopg://``; the driver is always psycopg 3.
+        pooled: False for processes that fork or hold a connection for one statement.
+        application: shown in ``pg_stat_activity``, so ``status`` can name who holds a lock.
+    """
+    for prefix in ("postgresql://", "postgres://"):
+        if url.startswith(prefix):
+            url = "postgresql+psycopg://" + url.removeprefix(prefix)
+    arguments = {"connect_timeout": CONNECT_SECONDS, "application_name": application}
+    engine = (
+        create_engine(url, connect_args=arguments, pool_pre_ping=True, pool_size=4)
+        if pooled
+        else create_engine(url, connect_args=arguments, poolclass=NullPool)
+    )
+    event.listen(engine, "connect", _prepare)
+    return engine
+
+
+def _prepare(connection: psycopg.Connection[object], _: object) -> None:
+    """Teach the driver halfvec; a database without pgvector yet (before migration) is left alone."""
+    try:
+        register_vector(connection)
+    except psycopg.ProgrammingError:
+        pass
+    finally:
+        connection.rollback()
+
+
+@contextmanager
+def begin(engine: Engine) -> Iterator[Connection]:
+    """A transaction, committed at the end. Only the edges (tasks, commands) call this.
+
+    Raises:
+        DatabaseDown: the server does not answer, or went away in the middle; the work can be tried again.
+    """
+    with database_errors(engine), engine.begin() as connection:
+        yield connection
+
+
+@contextmanager
+def read(engine: Engine) -> Iterator[Connection]:
+    """A read-only transaction: every statement sees the same moment.
+
+    Raises:
+        DatabaseDown: the server does not answer.
+    """
+    with database_errors(engine), engine.connect() as connection:
+        connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+        yield connection
+
+
+@contextmanager
+def database_errors(engine: Engine) -> Iterator[None]:
+    """Turn a lost server into DatabaseDown; leave errors of our own SQL as they are, they are bugs."""
+    try:
+        yield
+    except DBAPIError as error:
+        if isinstance(error, OperationalError) or error.connection_invalidated:
+            reason = " ".join(str(error.orig).split())
+            raise DatabaseDown(url=engine.url.render_as_string(hide_password=True), reason=reason) from error
+        raise
+
+
+def raw(connection: Connection) -> psycopg.Connection[tuple[object, ...]]:
+    """The psycopg connection beneath, for COPY, in the same transaction."""
+    driver = connection.connection.driver_connection
+    assert isinstance(driver, psycopg.Connection)
+    return driver

@@ -1,0 +1,125 @@
+"""The schema: made, moved on, compared. Safe to interrupt and to run again; two runs at once take turns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, Engine, text
+
+from curator.errors import NoPgvector, SchemaBehind
+from curator.store.engine import begin, read
+from curator.store.tables import SCHEMA, metadata
+
+PGVECTOR = "0.8.0"
+# One number for every curator: a migration waits for another one to end instead of failing half-way.
+_LOCK = 0x63757261746F72
+
+
+def scripts() -> Path:
+    """Where the migrations are: inside the wheel as ``curator/_migrations``, else beside the checkout's package."""
+    package = Path(__file__).parents[1]
+    shipped = package / "_migrations"
+    return shipped if shipped.is_dir() else package.parent / "migrations"
+
+
+def needed_revision() -> str:
+    """The revision this curator works with."""
+    head = ScriptDirectory(str(scripts())).get_current_head()
+    assert head is not None
+    return head
+
+
+def found_revision(connection: Connection) -> str | None:
+    """The revision of the database; None when it was never migrated."""
+    if connection.scalar(text("SELECT to_regclass('curator.schema_version')")) is None:
+        return None
+    revision: str | None = connection.scalar(text("SELECT version_num FROM curator.schema_version"))
+    return revision
+
+
+def upgrade(engine: Engine) -> str:
+    """Bring the database to ``needed_revision`` and return it.
+
+    Raises:
+        NoPgvector: the server has no pgvector that is new enough.
+        DatabaseDown: the server does not answer.
+    """
+    with begin(engine) as connection:
+        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
+        connection.execute(text("SET LOCAL lock_timeout = '30s'"))
+        _require_pgvector(connection, engine)
+        connection.execute(text(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}"))
+        command.upgrade(_config(connection), "head")
+    return needed_revision()
+
+
+def downgrade(engine: Engine, revision: str) -> None:
+    """Bring the database back to ``revision`` ("base": before the first)."""
+    with begin(engine) as connection:
+        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
+        command.downgrade(_config(connection), revision)
+
+
+def check(engine: Engine) -> list[str]:
+    """What differs between the database and the tables of this curator; empty when nothing does.
+
+    Raises:
+        SchemaBehind: the revision is another one, so a comparison would say nothing.
+    """
+    with read(engine) as connection:
+        require_revision(connection)
+        context = MigrationContext.configure(
+            connection,
+            opts={
+                "include_schemas": True,
+                "include_name": lambda name, kind, _: kind != "schema" or name == SCHEMA,
+                "include_object": _is_ours,
+                "version_table": "schema_version",
+                "version_table_schema": SCHEMA,
+            },
+        )
+        return [str(difference) for difference in compare_metadata(context, metadata)]
+
+
+def require_revision(connection: Connection) -> None:
+    """The handshake of every worker and command with the schema.
+
+    Raises:
+        SchemaBehind: the database is older or newer than this curator.
+    """
+    found, needed = found_revision(connection), needed_revision()
+    if found != needed:
+        raise SchemaBehind(found=found or "none", needed=needed)
+
+
+def _config(connection: Connection) -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(scripts()).replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    config.attributes["connection"] = connection
+    return config
+
+
+def _require_pgvector(connection: Connection, engine: Engine) -> None:
+    version = text("SELECT default_version FROM pg_available_extensions WHERE name = 'vector'")
+    found = connection.scalar(version)
+    url = engine.url.render_as_string(hide_password=True)
+    if found is None or _numbers(found) < _numbers(PGVECTOR):
+        raise NoPgvector(url=url, needed=PGVECTOR, found=f"it offers {found or 'none'}")
+    connection.execute(text("CREATE EXTENSION IF NOT EXISTS vector"))
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("."))
+
+
+def _is_ours(item: Any, name: str | None, kind: str, reflected: bool, compare_to: Any) -> bool:
+    """Partitions come and go while running and are nobody's drift."""
+    del item, compare_to
+    return not (kind == "table" and reflected and (name or "").startswith("gradient_blocks_r"))

@@ -1,0 +1,489 @@
+"""The tables, as SQLAlchemy Core. Internal: what is public are the views of ``migrations/sql``.
+
+A constraint that makes a delivery idempotent carries a comment with its promise. Vectors live apart from the facts
+about them (``gradients`` / ``gradient_blocks``), since a vector is written once and never updated.
+"""
+
+from __future__ import annotations
+
+from pgvector.sqlalchemy import HALFVEC, VECTOR
+from sqlalchemy import (
+    ARRAY,
+    REAL,
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    DateTime,
+    ForeignKey,
+    Identity,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    PrimaryKeyConstraint,
+    SmallInteger,
+    Table,
+    Text,
+    UniqueConstraint,
+    func,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSON, JSONB
+
+SCHEMA = "curator"
+
+metadata = MetaData(
+    schema=SCHEMA,
+    naming_convention={
+        "pk": "%(table_name)s_pkey",
+        "uq": "%(table_name)s_%(column_0_N_name)s_key",
+        "fk": "%(table_name)s_%(column_0_N_name)s_fkey",
+        "ck": "%(table_name)s_%(constraint_name)s_check",
+        "ix": "%(table_name)s_%(column_0_N_name)s_idx",
+    },
+)
+
+
+def _id() -> Column[int]:
+    return Column("id", BigInteger, Identity(always=True), primary_key=True)
+
+
+def _now(name: str) -> Column[object]:
+    return Column(name, DateTime(timezone=True), nullable=False, server_default=func.now())
+
+
+def _ref(name: str, target: str, *, nullable: bool = False) -> Column[int]:
+    return Column(name, BigInteger, ForeignKey(f"{SCHEMA}.{target}.id"), nullable=nullable)
+
+
+def _one_of(column: str, *values: str) -> CheckConstraint:
+    listed = ", ".join(f"'{value}'" for value in values)
+    return CheckConstraint(f"{column} IN ({listed})", name=column)
+
+
+# --- what arrives -----------------------------------------------------------------------------------------
+
+sources = Table(
+    "sources",
+    metadata,
+    _id(),
+    Column("name", Text, nullable=False),
+    _now("added_at"),
+    UniqueConstraint("name"),
+)
+
+folders = Table(
+    "folders",
+    metadata,
+    _id(),
+    Column("path", Text, nullable=False),
+    Column("source", Text, nullable=False, server_default="", comment="empty: the name of each file"),
+    _now("added_at"),
+    UniqueConstraint("path"),
+)
+
+intakes = Table(
+    "intakes",
+    metadata,
+    _id(),
+    _ref("source_id", "sources"),
+    Column("origin", Text, nullable=False, comment="a file's path, inbox or stdin"),
+    Column("digest", LargeBinary, nullable=False, comment="SHA-256 of the file"),
+    Column("state", Text, nullable=False, server_default="reading"),
+    Column("position", BigInteger, nullable=False, server_default="0", comment="the last line that is in"),
+    Column("accepted", BigInteger, nullable=False, server_default="0"),
+    Column("duplicates", BigInteger, nullable=False, server_default="0"),
+    Column("refused", BigInteger, nullable=False, server_default="0"),
+    Column("repaired", BigInteger, nullable=False, server_default="0"),
+    Column("detail", Text),
+    _now("opened_at"),
+    Column("closed_at", DateTime(timezone=True)),
+    UniqueConstraint(
+        "source_id", "origin", "digest", comment="A file taken twice is read once; half-read, it goes on where it was."
+    ),
+    _one_of("state", "reading", "complete", "damaged"),
+)
+
+batches = Table(
+    "batches",
+    metadata,
+    _id(),
+    _ref("intake_id", "intakes"),
+    Column("ordinal", Integer, nullable=False),
+    Column("examples", Integer, nullable=False, server_default="0"),
+    Column("closed", Boolean, nullable=False, server_default=text("false")),
+    _now("opened_at"),
+    UniqueConstraint("intake_id", "ordinal"),
+    comment="Examples of one intake that are judged together: the family of the false discovery rate.",
+)
+
+examples = Table(
+    "examples",
+    metadata,
+    _id(),
+    Column("digest", LargeBinary, nullable=False),
+    Column("external_id", Text, nullable=False, server_default=""),
+    _ref("source_id", "sources"),
+    _ref("batch_id", "batches"),
+    Column("record", JSON, nullable=False, comment="json, not jsonb: jsonb refuses an escaped NUL"),
+    _now("arrived_at"),
+    UniqueConstraint("digest", comment="One example however often it arrives: it is computed once."),
+    Index(None, "batch_id"),
+    Index(None, "external_id", postgresql_where=text("external_id <> ''")),
+    Index(None, "source_id"),
+)
+
+occurrences = Table(
+    "occurrences",
+    metadata,
+    _ref("example_id", "examples"),
+    _ref("intake_id", "intakes"),
+    Column("external_id", Text, nullable=False, server_default=""),
+    Column("position", BigInteger, nullable=False, comment="where it was first met"),
+    Column("n", BigInteger, nullable=False, server_default="1"),
+    PrimaryKeyConstraint("example_id", "intake_id", "external_id"),
+)
+
+inbox = Table(
+    "inbox",
+    metadata,
+    _id(),
+    Column("source", Text, nullable=False),
+    Column("record", JSON, nullable=False),
+    _now("received_at"),
+    comment="INSERT INTO curator.inbox (source, record): plain SQL is a way in. A row leaves when it is taken.",
+)
+
+quarantine = Table(
+    "quarantine",
+    metadata,
+    _id(),
+    _ref("source_id", "sources", nullable=True),
+    _ref("intake_id", "intakes", nullable=True),
+    _ref("example_id", "examples", nullable=True),
+    Column("position", BigInteger),
+    Column("code", Text, nullable=False),
+    Column("detail", Text, nullable=False),
+    Column("raw", LargeBinary, comment="the refused bytes, up to [limits] quarantine_bytes"),
+    _now("at"),
+    UniqueConstraint("intake_id", "position", comment="A line read again after a crash is refused once."),
+    UniqueConstraint("example_id", comment="An example is given up once."),
+)
+
+# --- what it is measured with -----------------------------------------------------------------------------
+
+checkpoints = Table(
+    "checkpoints",
+    metadata,
+    _id(),
+    Column("name", Text, nullable=False),
+    Column("path", Text, nullable=False),
+    Column("digest", LargeBinary, nullable=False),
+    Column("in_use", Boolean, nullable=False, server_default=text("false")),
+    _now("added_at"),
+    UniqueConstraint("name"),
+    Index("checkpoints_one_in_use", "in_use", unique=True, postgresql_where=text("in_use")),
+)
+
+validation_sets = Table(
+    "validation_sets",
+    metadata,
+    _id(),
+    Column("name", Text, nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("slice_field", Text, nullable=False, server_default=""),
+    Column("digest", LargeBinary, nullable=False),
+    Column("in_use", Boolean, nullable=False, server_default=text("true")),
+    _now("added_at"),
+    UniqueConstraint("name", "version"),
+    Index("validation_sets_one_in_use", "name", unique=True, postgresql_where=text("in_use")),
+)
+
+validation_examples = Table(
+    "validation_examples",
+    metadata,
+    _id(),
+    _ref("validation_set_id", "validation_sets"),
+    Column("digest", LargeBinary, nullable=False),
+    Column("external_id", Text, nullable=False, server_default=""),
+    Column("record", JSON, nullable=False),
+    Column("slice", Text, nullable=False),
+    Column("role", Text, nullable=False),
+    UniqueConstraint("validation_set_id", "digest"),
+    _one_of("role", "direction", "reference"),
+)
+
+recipes = Table(
+    "recipes",
+    metadata,
+    _id(),
+    Column("key", LargeBinary, nullable=False, comment="digest of everything that makes gradients comparable"),
+    _ref("checkpoint_id", "checkpoints"),
+    _ref("validation_set_id", "validation_sets"),
+    Column("spec", JSONB, nullable=False, comment="what was asked for; nothing filters on it"),
+    Column("dimension", Integer),
+    Column("blocks", SmallInteger),
+    Column("temperature", REAL, comment="of the checkpoint, on trusted data; 1 is calibrated, above is overconfident"),
+    Column("state", Text, nullable=False, server_default="fitting"),
+    Column("in_use", Boolean, nullable=False, server_default=text("false")),
+    _now("added_at"),
+    UniqueConstraint("key", comment="The same checkpoint, masks and trusted data are one recipe."),
+    Index("recipes_one_in_use", "in_use", unique=True, postgresql_where=text("in_use")),
+    _one_of("state", "fitting", "ready", "retired"),
+)
+
+curvatures = Table(
+    "curvatures",
+    metadata,
+    _ref("recipe_id", "recipes"),
+    Column("part", Text, nullable=False),
+    Column("tensor", LargeBinary, nullable=False, comment="one tensor as safetensors"),
+    PrimaryKeyConstraint("recipe_id", "part"),
+    comment="What is frozen with a recipe: Fisher eigenbases of the kept entries, Kronecker factors.",
+)
+
+direction_sets = Table(
+    "direction_sets",
+    metadata,
+    _id(),
+    _ref("recipe_id", "recipes"),
+    Column("key", LargeBinary, nullable=False, comment="digest of the validation sets it is made from"),
+    Column("state", Text, nullable=False, server_default="pending"),
+    Column("in_use", Boolean, nullable=False, server_default=text("false")),
+    Column("detail", Text),
+    _now("asked_at"),
+    Column("made_at", DateTime(timezone=True)),
+    UniqueConstraint("recipe_id", "key"),
+    Index("direction_sets_one_in_use", "recipe_id", unique=True, postgresql_where=text("in_use")),
+    _one_of("state", "pending", "ready", "failed"),
+    comment="A frozen, ordered list of directions. Arrays in scores follow that order.",
+)
+
+directions = Table(
+    "directions",
+    metadata,
+    _id(),
+    _ref("direction_set_id", "direction_sets"),
+    _ref("validation_set_id", "validation_sets"),
+    Column("slice", Text, nullable=False),
+    Column("ordinal", SmallInteger, nullable=False, comment="position in the arrays of scores, from 1"),
+    Column("n", Integer, nullable=False, comment="validation examples in the mean"),
+    UniqueConstraint("direction_set_id", "ordinal"),
+    UniqueConstraint("direction_set_id", "validation_set_id", "slice"),
+)
+
+direction_tensors = Table(
+    "direction_tensors",
+    metadata,
+    _ref("direction_set_id", "direction_sets"),
+    Column("part", Text, nullable=False),
+    Column("tensor", LargeBinary, nullable=False),
+    PrimaryKeyConstraint("direction_set_id", "part"),
+    comment="Mean vectors and full-space directions as the worker needs them.",
+)
+
+validation_gradients = Table(
+    "validation_gradients",
+    metadata,
+    _ref("recipe_id", "recipes"),
+    _ref("validation_example_id", "validation_examples"),
+    Column("state", Text, nullable=False),
+    Column("loss", REAL),
+    Column("calibrated_loss", REAL),
+    Column("gradient_norm", REAL),
+    Column("whitened_norm", REAL),
+    PrimaryKeyConstraint("recipe_id", "validation_example_id"),
+)
+
+validation_blocks = Table(
+    "validation_blocks",
+    metadata,
+    _ref("recipe_id", "recipes"),
+    _ref("validation_example_id", "validation_examples"),
+    Column("block", SmallInteger, nullable=False),
+    Column("vector", HALFVEC, nullable=False),
+    PrimaryKeyConstraint("recipe_id", "validation_example_id", "block"),
+)
+
+reference_scores = Table(
+    "reference_scores",
+    metadata,
+    _ref("direction_set_id", "direction_sets"),
+    _ref("validation_example_id", "validation_examples"),
+    Column("normalised", ARRAY(REAL), nullable=False),
+    Column("influence", ARRAY(REAL), nullable=False),
+    Column("harm", ARRAY(REAL), nullable=False),
+    PrimaryKeyConstraint("direction_set_id", "validation_example_id"),
+    comment="Trusted examples the directions never saw, scored like arrivals: what p-values are ranks among.",
+)
+
+# --- what is computed -------------------------------------------------------------------------------------
+
+gradients = Table(
+    "gradients",
+    metadata,
+    _ref("recipe_id", "recipes"),
+    _ref("example_id", "examples"),
+    Column("state", Text, nullable=False),
+    Column("loss", REAL),
+    Column("calibrated_loss", REAL),
+    Column("gradient_norm", REAL, comment="of the full gradient of the captured layers"),
+    Column("whitened_norm", REAL, comment="of the kept entries; its square is the self-influence"),
+    Column("direction_set_id", BigInteger, comment="the directions `exact` was taken against, on arrival"),
+    Column("exact", ARRAY(REAL), comment="un-compressed normalised influence on each of them"),
+    _now("computed_at"),
+    PrimaryKeyConstraint("recipe_id", "example_id", comment="Delivered twice, computed twice, kept once."),
+    _one_of("state", "ok", "no_signal", "nonfinite"),
+    Index(None, "example_id"),
+)
+
+gradient_blocks = Table(
+    "gradient_blocks",
+    metadata,
+    Column("recipe_id", BigInteger, nullable=False),
+    Column("block", SmallInteger, nullable=False),
+    Column("example_id", BigInteger, nullable=False),
+    Column("vector", HALFVEC, nullable=False, comment="a block of the whitened unit vector"),
+    PrimaryKeyConstraint("recipe_id", "block", "example_id"),
+    postgresql_partition_by="LIST (recipe_id)",
+)
+
+scores = Table(
+    "scores",
+    metadata,
+    _ref("recipe_id", "recipes"),
+    _ref("example_id", "examples"),
+    _ref("direction_set_id", "direction_sets"),
+    Column("influence", ARRAY(REAL), nullable=False),
+    Column("stderr", ARRAY(REAL), nullable=False),
+    Column("normalised", ARRAY(REAL), nullable=False),
+    Column("percentile", ARRAY(REAL), nullable=False, comment="share of the references it is above"),
+    Column("self_influence", REAL, nullable=False),
+    Column("harm", ARRAY(REAL), nullable=False),
+    Column("p_value", ARRAY(REAL), nullable=False, comment="conformal: rank of the harm among the references"),
+    _now("scored_at"),
+    PrimaryKeyConstraint("recipe_id", "example_id", comment="One row an example; scored again, it is replaced."),
+    CheckConstraint(
+        "array_position(influence, 'NaN') IS NULL AND array_position(stderr, 'NaN') IS NULL"
+        " AND array_position(normalised, 'NaN') IS NULL",
+        name="no_nan",
+    ),
+    Index(None, "example_id"),
+)
+
+# --- what is decided --------------------------------------------------------------------------------------
+
+verdicts = Table(
+    "verdicts",
+    metadata,
+    _id(),
+    _ref("example_id", "examples"),
+    Column("verdict", Text, nullable=False),
+    Column("previous", Text),
+    Column("reason", Text, nullable=False),
+    Column("review", Text, comment="keep, drop, relabel or undo, when a person spoke"),
+    Column("note", Text),
+    Column("actor", Text, nullable=False),
+    Column("policy", Text, nullable=False),
+    _ref("recipe_id", "recipes", nullable=True),
+    _ref("direction_set_id", "direction_sets", nullable=True),
+    Column("ordinal", SmallInteger, comment="the direction that decided"),
+    Column("influence", REAL),
+    Column("stderr", REAL),
+    Column("p_value", REAL),
+    Column("q_value", REAL),
+    _now("at"),
+    _one_of("verdict", "harmful", "valuable", "neutral", "undecided"),
+    _one_of("review", "keep", "drop", "relabel", "undo"),
+    Index(
+        "verdicts_once",
+        "example_id",
+        "direction_set_id",
+        "policy",
+        unique=True,
+        postgresql_where=text("review IS NULL"),
+    ),
+    Index(None, "example_id"),
+    comment="Append-only. verdicts_once: a batch judged twice speaks once.",
+)
+
+verdicts_in_force = Table(
+    "verdicts_in_force",
+    metadata,
+    Column("example_id", BigInteger, ForeignKey(f"{SCHEMA}.examples.id"), primary_key=True, autoincrement=False),
+    _ref("verdict_id", "verdicts"),
+    Column("verdict", Text, nullable=False),
+    Index(None, "verdict"),
+)
+
+selections = Table(
+    "selections",
+    metadata,
+    _id(),
+    Column("name", Text, nullable=False),
+    _ref("recipe_id", "recipes"),
+    _ref("direction_set_id", "direction_sets"),
+    Column("budget", BigInteger, nullable=False),
+    Column("gain", REAL, nullable=False, comment="sum of the normalised influence of what was chosen"),
+    Column("actor", Text, nullable=False),
+    _now("at"),
+    UniqueConstraint("name"),
+)
+
+selection_examples = Table(
+    "selection_examples",
+    metadata,
+    _ref("selection_id", "selections"),
+    _ref("example_id", "examples"),
+    Column("rank", Integer, nullable=False),
+    Column("gain", REAL, nullable=False),
+    Column("reason", Text, nullable=False),
+    PrimaryKeyConstraint("selection_id", "example_id"),
+    UniqueConstraint("selection_id", "rank"),
+)
+
+# --- what is left to do -----------------------------------------------------------------------------------
+
+work = Table(
+    "work",
+    metadata,
+    _id(),
+    Column("stage", Text, nullable=False),
+    Column("recipe_id", BigInteger, nullable=False, server_default="0", comment="0: before any recipe"),
+    Column(
+        "subject",
+        BigInteger,
+        nullable=False,
+        comment="inbox row or intake (examples), direction set (directions), example (gradients, scores), batch (verdicts)",
+    ),
+    Column("kind", Text, nullable=False, server_default="", comment="examples: inbox or file"),
+    Column("batch_id", BigInteger),
+    Column("state", Text, nullable=False, server_default="ready"),
+    Column("priority", SmallInteger, nullable=False, server_default="0"),
+    Column("attempts", SmallInteger, nullable=False, server_default="0", comment="workers that died on it"),
+    Column("owner", Text),
+    Column("leased_at", DateTime(timezone=True)),
+    Column("lease_until", DateTime(timezone=True)),
+    Column("not_before", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    _now("offered_at"),
+    Column("last_error", Text),
+    UniqueConstraint("stage", "kind", "recipe_id", "subject", comment="Offered twice, it is one piece of work."),
+    _one_of("state", "ready", "leased", "done", "quarantined"),
+    Index("work_claimable", "stage", "priority", "attempts", "id", postgresql_where=text("state = 'ready'")),
+    Index("work_leased", "lease_until", postgresql_where=text("state = 'leased'")),
+    Index("work_open_of_batch", "batch_id", "recipe_id", postgresql_where=text("state IN ('ready', 'leased')")),
+    comment="The ledger. The database decides what is left; a Celery message only says there is some.",
+)
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("job", Text, nullable=False),
+    Column("window", BigInteger, nullable=False, comment="the schedule's period, counted from the epoch"),
+    Column("owner", Text, nullable=False),
+    _now("at"),
+    PrimaryKeyConstraint("job", "window", comment="Two schedulers do scheduled work once."),
+)
+
+__all__ = ["SCHEMA", "VECTOR", "metadata"]

@@ -1,0 +1,619 @@
+"""The first tables, functions, roles and views.
+
+Revision ID: 0001
+"""
+
+from pathlib import Path
+
+import sqlalchemy as sa
+from alembic import op
+from pgvector.sqlalchemy import HALFVEC
+from sqlalchemy.dialects import postgresql
+
+revision = "0001"
+down_revision = None
+branch_labels = None
+depends_on = None
+
+SQL = Path(__file__).parents[1] / "sql"
+
+
+def upgrade() -> None:
+    op.create_table(
+        "checkpoints",
+        sa.Column("id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
+        sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("path", sa.Text(), nullable=False),
+        sa.Column("digest", sa.LargeBinary(), nullable=False),
+        sa.Column("in_use", sa.Boolean(), server_default=sa.text("false"), nullable=False),
+        sa.Column("added_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.PrimaryKeyConstraint("id", name=op.f("checkpoints_pkey")),
+        sa.UniqueConstraint("name", name=op.f("checkpoints_name_key")),
+        schema="curator",
+    )
+    op.create_index(
+        "checkpoints_one_in_use",
+        "checkpoints",
+        ["in_use"],
+        unique=True,
+        schema="curator",
+        postgresql_where=sa.text("in_use"),
+    )
+    op.create_table(
+        "folders",
+        sa.Column("id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
+        sa.Column("path", sa.Text(), nullable=False),
+        sa.Column("source", sa.Text(), server_default="", nullable=False, comment="empty: the name of each file"),
+        sa.Column("added_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.PrimaryKeyConstraint("id", name=op.f("folders_pkey")),
+        sa.UniqueConstraint("path", name=op.f("folders_path_key")),
+        schema="curator",
+    )
+    op.create_table(
+        "gradient_blocks",
+        sa.Column("recipe_id", sa.BigInteger(), nullable=False),
+        sa.Column("block", sa.SmallInteger(), nullable=False),
+        sa.Column("example_id", sa.BigInteger(), nullable=False),
+        sa.Column("vector", HALFVEC(), nullable=False, comment="a block of the whitened unit vector"),
+        sa.PrimaryKeyConstraint("recipe_id", "block", "example_id", name=op.f("gradient_blocks_pkey")),
+        schema="curator",
+        postgresql_partition_by="LIST (recipe_id)",
+    )
+    op.create_table(
+        "inbox",
+        sa.Column("id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
+        sa.Column("source", sa.Text(), nullable=False),
+        sa.Column("record", postgresql.JSON(astext_type=sa.Text()), nullable=False),
+        sa.Column("received_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.PrimaryKeyConstraint("id", name=op.f("inbox_pkey")),
+        schema="curator",
+        comment="INSERT INTO curator.inbox (source, record): plain SQL is a way in. A row leaves when it is taken.",
+    )
+    op.create_table(
+        "jobs",
+        sa.Column("job", sa.Text(), nullable=False),
+        sa.Column("window", sa.BigInteger(), nullable=False, comment="the schedule's period, counted from the epoch"),
+        sa.Column("owner", sa.Text(), nullable=False),
+        sa.Column("at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.PrimaryKeyConstraint("job", "window", name=op.f("jobs_pkey")),
+        schema="curator",
+    )
+    op.create_table(
+        "sources",
+        sa.Column("id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
+        sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("added_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.PrimaryKeyConstraint("id", name=op.f("sources_pkey")),
+        sa.UniqueConstraint("name", name=op.f("sources_name_key")),
+        schema="curator",
+    )
+    op.create_table(
+        "validation_sets",
+        sa.Column("id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
+        sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("version", sa.Integer(), nullable=False),
+        sa.Column("slice_field", sa.Text(), server_default="", nullable=False),
+        sa.Column("digest", sa.LargeBinary(), nullable=False),
+        sa.Column("in_use", sa.Boolean(), server_default=sa.text("true"), nullable=False),
+        sa.Column("added_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.PrimaryKeyConstraint("id", name=op.f("validation_sets_pkey")),
+        sa.UniqueConstraint("name", "version", name=op.f("validation_sets_name_version_key")),
+        schema="curator",
+    )
+    op.create_index(
+        "validation_sets_one_in_use",
+        "validation_sets",
+        ["name"],
+        unique=True,
+        schema="curator",
+        postgresql_where=sa.text("in_use"),
+    )
+    op.create_table(
+        "work",
+        sa.Column("id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
+        sa.Column("stage", sa.Text(), nullable=False),
+        sa.Column("recipe_id", sa.BigInteger(), server_default="0", nullable=False, comment="0: before any recipe"),
+        sa.Column(
+            "subject",
+            sa.BigInteger(),
+            nullable=False,
+            comment="inbox row or intake (examples), direction set (directions), example (gradients, scores), batch (verdicts)",
+        ),
+        sa.Column("kind", sa.Text(), server_default="", nullable=False, comment="examples: inbox or file"),
+        sa.Column("batch_id", sa.BigInteger(), nullable=True),
+        sa.Column("state", sa.Text(), server_default="ready", nullable=False),
+        sa.Column("priority", sa.SmallInteger(), server_default="0", nullable=False),
+        sa.Column("attempts", sa.SmallInteger(), server_default="0", nullable=False, comment="workers that died on it"),
+        sa.Column("owner", sa.Text(), nullable=True),
+        sa.Column("leased_at", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("lease_until", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("not_before", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.Column("offered_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.Column("last_error", sa.Text(), nullable=True),
+        sa.CheckConstraint("state IN ('ready', 'leased', 'done', 'quarantined')", name=op.f("work_state_check")),
+        sa.PrimaryKeyConstraint("id", name=op.f("work_pkey")),
+        sa.UniqueConstraint(
+            "stage", "kind", "recipe_id", "subject", name=op.f("work_stage_kind_recipe_id_subject_key")
+        ),
+        schema="curator",
+        comment="The ledger. The database decides what is left; a Celery message only says there is some.",
+    )
+    op.create_index(
+        "work_claimable",
+        "work",
+        ["stage", "priority", "attempts", "id"],
+        unique=False,
+        schema="curator",
+        postgresql_where=sa.text("state = 'ready'"),
+    )
+    op.create_index(
+        "work_leased",
+        "work",
+        ["lease_until"],
+        unique=False,
+        schema="curator",
+        postgresql_where=sa.text("state = 'leased'"),
+    )
+    op.create_index(
+        "work_open_of_batch",
+        "work",
+        ["batch_id", "recipe_id"],
+        unique=False,
+        schema="curator",
+        postgresql_where=sa.text("state IN ('ready', 'leased')"),
+    )
+    op.create_table(
+        "intakes",
+        sa.Column("id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
+        sa.Column("source_id", sa.BigInteger(), nullable=False),
+        sa.Column("origin", sa.Text(), nullable=False, comment="a file's path, inbox or stdin"),
+        sa.Column("digest", sa.LargeBinary(), nullable=False, comment="SHA-256 of the file"),
+        sa.Column("state", sa.Text(), server_default="reading", nullable=False),
+        sa.Column("position", sa.BigInteger(), server_default="0", nullable=False, comment="the last line that is in"),
+        sa.Column("accepted", sa.BigInteger(), server_default="0", nullable=False),
+        sa.Column("duplicates", sa.BigInteger(), server_default="0", nullable=False),
+        sa.Column("refused", sa.BigInteger(), server_default="0", nullable=False),
+        sa.Column("repaired", sa.BigInteger(), server_default="0", nullable=False),
+        sa.Column("detail", sa.Text(), nullable=True),
+        sa.Column("opened_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.Column("closed_at", sa.DateTime(timezone=True), nullable=True),
+        sa.CheckConstraint("state IN ('reading', 'complete', 'damaged')", name=op.f("intakes_state_check")),
+        sa.ForeignKeyConstraint(["source_id"], ["curator.sources.id"], name=op.f("intakes_source_id_fkey")),
+        sa.PrimaryKeyConstraint("id", name=op.f("intakes_pkey")),
+        sa.UniqueConstraint("source_id", "origin", "digest", name=op.f("intakes_source_id_origin_digest_key")),
+        schema="curator",
+    )
+    op.create_table(
+        "recipes",
+        sa.Column("id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
+        sa.Column(
+            "key", sa.LargeBinary(), nullable=False, comment="digest of everything that makes gradients comparable"
+        ),
+        sa.Column("checkpoint_id", sa.BigInteger(), nullable=False),
+        sa.Column("validation_set_id", sa.BigInteger(), nullable=False),
+        sa.Column(
+            "spec",
+            postgresql.JSONB(astext_type=sa.Text()),
+            nullable=False,
+            comment="what was asked for; nothing filters on it",
+        ),
+        sa.Column("dimension", sa.Integer(), nullable=True),
+        sa.Column("blocks", sa.SmallInteger(), nullable=True),
+        sa.Column(
+            "temperature",
+            sa.REAL(),
+            nullable=True,
+            comment="of the checkpoint, on trusted data; 1 is calibrated, above is overconfident",
+        ),
+        sa.Column("state", sa.Text(), server_default="fitting", nullable=False),
+        sa.Column("in_use", sa.Boolean(), server_default=sa.text("false"), nullable=False),
+        sa.Column("added_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.CheckConstraint("state IN ('fitting', 'ready', 'retired')", name=op.f("recipes_state_check")),
+        sa.ForeignKeyConstraint(["checkpoint_id"], ["curator.checkpoints.id"], name=op.f("recipes_checkpoint_id_fkey")),
+        sa.ForeignKeyConstraint(
+            ["validation_set_id"], ["curator.validation_sets.id"], name=op.f("recipes_validation_set_id_fkey")
+        ),
+        sa.PrimaryKeyConstraint("id", name=op.f("recipes_pkey")),
+        sa.UniqueConstraint("key", name=op.f("recipes_key_key")),
+        schema="curator",
+    )
+    op.create_index(
+        "recipes_one_in_use", "recipes", ["in_use"], unique=True, schema="curator", postgresql_where=sa.text("in_use")
+    )
+    op.create_table(
+        "validation_examples",
+        sa.Column("id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
+        sa.Column("validation_set_id", sa.BigInteger(), nullable=False),
+        sa.Column("digest", sa.LargeBinary(), nullable=False),
+        sa.Column("external_id", sa.Text(), server_default="", nullable=False),
+        sa.Column("record", postgresql.JSON(astext_type=sa.Text()), nullable=False),
+        sa.Column("slice", sa.Text(), nullable=False),
+        sa.Column("role", sa.Text(), nullable=False),
+        sa.CheckConstraint("role IN ('direction', 'reference')", name=op.f("validation_examples_role_check")),
+        sa.ForeignKeyConstraint(
+            ["validation_set_id"],
+            ["curator.validation_sets.id"],
+            name=op.f("validation_examples_validation_set_id_fkey"),
+        ),
+        sa.PrimaryKeyConstraint("id", name=op.f("validation_examples_pkey")),
+        sa.UniqueConstraint(
+            "validation_set_id", "digest", name=op.f("validation_examples_validation_set_id_digest_key")
+        ),
+        schema="curator",
+    )
+    op.create_table(
+        "batches",
+        sa.Column("id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
+        sa.Column("intake_id", sa.BigInteger(), nullable=False),
+        sa.Column("ordinal", sa.Integer(), nullable=False),
+        sa.Column("examples", sa.Integer(), server_default="0", nullable=False),
+        sa.Column("closed", sa.Boolean(), server_default=sa.text("false"), nullable=False),
+        sa.Column("opened_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.ForeignKeyConstraint(["intake_id"], ["curator.intakes.id"], name=op.f("batches_intake_id_fkey")),
+        sa.PrimaryKeyConstraint("id", name=op.f("batches_pkey")),
+        sa.UniqueConstraint("intake_id", "ordinal", name=op.f("batches_intake_id_ordinal_key")),
+        schema="curator",
+        comment="Examples of one intake that are judged together: the family of the false discovery rate.",
+    )
+    op.create_table(
+        "curvatures",
+        sa.Column("recipe_id", sa.BigInteger(), nullable=False),
+        sa.Column("part", sa.Text(), nullable=False),
+        sa.Column("tensor", sa.LargeBinary(), nullable=False, comment="one tensor as safetensors"),
+        sa.ForeignKeyConstraint(["recipe_id"], ["curator.recipes.id"], name=op.f("curvatures_recipe_id_fkey")),
+        sa.PrimaryKeyConstraint("recipe_id", "part", name=op.f("curvatures_pkey")),
+        schema="curator",
+        comment="What is frozen with a recipe: Fisher eigenbases of the kept entries, Kronecker factors.",
+    )
+    op.create_table(
+        "direction_sets",
+        sa.Column("id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
+        sa.Column("recipe_id", sa.BigInteger(), nullable=False),
+        sa.Column("key", sa.LargeBinary(), nullable=False, comment="digest of the validation sets it is made from"),
+        sa.Column("state", sa.Text(), server_default="pending", nullable=False),
+        sa.Column("in_use", sa.Boolean(), server_default=sa.text("false"), nullable=False),
+        sa.Column("detail", sa.Text(), nullable=True),
+        sa.Column("asked_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.Column("made_at", sa.DateTime(timezone=True), nullable=True),
+        sa.CheckConstraint("state IN ('pending', 'ready', 'failed')", name=op.f("direction_sets_state_check")),
+        sa.ForeignKeyConstraint(["recipe_id"], ["curator.recipes.id"], name=op.f("direction_sets_recipe_id_fkey")),
+        sa.PrimaryKeyConstraint("id", name=op.f("direction_sets_pkey")),
+        sa.UniqueConstraint("recipe_id", "key", name=op.f("direction_sets_recipe_id_key_key")),
+        schema="curator",
+        comment="A frozen, ordered list of directions. Arrays in scores follow that order.",
+    )
+    op.create_index(
+        "direction_sets_one_in_use",
+        "direction_sets",
+        ["recipe_id"],
+        unique=True,
+        schema="curator",
+        postgresql_where=sa.text("in_use"),
+    )
+    op.create_table(
+        "validation_blocks",
+        sa.Column("recipe_id", sa.BigInteger(), nullable=False),
+        sa.Column("validation_example_id", sa.BigInteger(), nullable=False),
+        sa.Column("block", sa.SmallInteger(), nullable=False),
+        sa.Column("vector", HALFVEC(), nullable=False),
+        sa.ForeignKeyConstraint(["recipe_id"], ["curator.recipes.id"], name=op.f("validation_blocks_recipe_id_fkey")),
+        sa.ForeignKeyConstraint(
+            ["validation_example_id"],
+            ["curator.validation_examples.id"],
+            name=op.f("validation_blocks_validation_example_id_fkey"),
+        ),
+        sa.PrimaryKeyConstraint("recipe_id", "validation_example_id", "block", name=op.f("validation_blocks_pkey")),
+        schema="curator",
+    )
+    op.create_table(
+        "validation_gradients",
+        sa.Column("recipe_id", sa.BigInteger(), nullable=False),
+        sa.Column("validation_example_id", sa.BigInteger(), nullable=False),
+        sa.Column("state", sa.Text(), nullable=False),
+        sa.Column("loss", sa.REAL(), nullable=True),
+        sa.Column("calibrated_loss", sa.REAL(), nullable=True),
+        sa.Column("gradient_norm", sa.REAL(), nullable=True),
+        sa.Column("whitened_norm", sa.REAL(), nullable=True),
+        sa.ForeignKeyConstraint(
+            ["recipe_id"], ["curator.recipes.id"], name=op.f("validation_gradients_recipe_id_fkey")
+        ),
+        sa.ForeignKeyConstraint(
+            ["validation_example_id"],
+            ["curator.validation_examples.id"],
+            name=op.f("validation_gradients_validation_example_id_fkey"),
+        ),
+        sa.PrimaryKeyConstraint("recipe_id", "validation_example_id", name=op.f("validation_gradients_pkey")),
+        schema="curator",
+    )
+    op.create_table(
+        "direction_tensors",
+        sa.Column("direction_set_id", sa.BigInteger(), nullable=False),
+        sa.Column("part", sa.Text(), nullable=False),
+        sa.Column("tensor", sa.LargeBinary(), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["direction_set_id"], ["curator.direction_sets.id"], name=op.f("direction_tensors_direction_set_id_fkey")
+        ),
+        sa.PrimaryKeyConstraint("direction_set_id", "part", name=op.f("direction_tensors_pkey")),
+        schema="curator",
+        comment="Mean vectors and full-space directions as the worker needs them.",
+    )
+    op.create_table(
+        "directions",
+        sa.Column("id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
+        sa.Column("direction_set_id", sa.BigInteger(), nullable=False),
+        sa.Column("validation_set_id", sa.BigInteger(), nullable=False),
+        sa.Column("slice", sa.Text(), nullable=False),
+        sa.Column("ordinal", sa.SmallInteger(), nullable=False, comment="position in the arrays of scores, from 1"),
+        sa.Column("n", sa.Integer(), nullable=False, comment="validation examples in the mean"),
+        sa.ForeignKeyConstraint(
+            ["direction_set_id"], ["curator.direction_sets.id"], name=op.f("directions_direction_set_id_fkey")
+        ),
+        sa.ForeignKeyConstraint(
+            ["validation_set_id"], ["curator.validation_sets.id"], name=op.f("directions_validation_set_id_fkey")
+        ),
+        sa.PrimaryKeyConstraint("id", name=op.f("directions_pkey")),
+        sa.UniqueConstraint("direction_set_id", "ordinal", name=op.f("directions_direction_set_id_ordinal_key")),
+        sa.UniqueConstraint(
+            "direction_set_id",
+            "validation_set_id",
+            "slice",
+            name=op.f("directions_direction_set_id_validation_set_id_slice_key"),
+        ),
+        schema="curator",
+    )
+    op.create_table(
+        "examples",
+        sa.Column("id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
+        sa.Column("digest", sa.LargeBinary(), nullable=False),
+        sa.Column("external_id", sa.Text(), server_default="", nullable=False),
+        sa.Column("source_id", sa.BigInteger(), nullable=False),
+        sa.Column("batch_id", sa.BigInteger(), nullable=False),
+        sa.Column(
+            "record",
+            postgresql.JSON(astext_type=sa.Text()),
+            nullable=False,
+            comment="json, not jsonb: jsonb refuses an escaped NUL",
+        ),
+        sa.Column("arrived_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.ForeignKeyConstraint(["batch_id"], ["curator.batches.id"], name=op.f("examples_batch_id_fkey")),
+        sa.ForeignKeyConstraint(["source_id"], ["curator.sources.id"], name=op.f("examples_source_id_fkey")),
+        sa.PrimaryKeyConstraint("id", name=op.f("examples_pkey")),
+        sa.UniqueConstraint("digest", name=op.f("examples_digest_key")),
+        schema="curator",
+    )
+    op.create_index(op.f("examples_batch_id_idx"), "examples", ["batch_id"], unique=False, schema="curator")
+    op.create_index(
+        op.f("examples_external_id_idx"),
+        "examples",
+        ["external_id"],
+        unique=False,
+        schema="curator",
+        postgresql_where=sa.text("external_id <> ''"),
+    )
+    op.create_index(op.f("examples_source_id_idx"), "examples", ["source_id"], unique=False, schema="curator")
+    op.create_table(
+        "reference_scores",
+        sa.Column("direction_set_id", sa.BigInteger(), nullable=False),
+        sa.Column("validation_example_id", sa.BigInteger(), nullable=False),
+        sa.Column("normalised", sa.ARRAY(sa.REAL()), nullable=False),
+        sa.Column("influence", sa.ARRAY(sa.REAL()), nullable=False),
+        sa.Column("harm", sa.ARRAY(sa.REAL()), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["direction_set_id"], ["curator.direction_sets.id"], name=op.f("reference_scores_direction_set_id_fkey")
+        ),
+        sa.ForeignKeyConstraint(
+            ["validation_example_id"],
+            ["curator.validation_examples.id"],
+            name=op.f("reference_scores_validation_example_id_fkey"),
+        ),
+        sa.PrimaryKeyConstraint("direction_set_id", "validation_example_id", name=op.f("reference_scores_pkey")),
+        schema="curator",
+        comment="Trusted examples the directions never saw, scored like arrivals: what p-values are ranks among.",
+    )
+    op.create_table(
+        "selections",
+        sa.Column("id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
+        sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("recipe_id", sa.BigInteger(), nullable=False),
+        sa.Column("direction_set_id", sa.BigInteger(), nullable=False),
+        sa.Column("budget", sa.BigInteger(), nullable=False),
+        sa.Column("gain", sa.REAL(), nullable=False, comment="sum of the normalised influence of what was chosen"),
+        sa.Column("actor", sa.Text(), nullable=False),
+        sa.Column("at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["direction_set_id"], ["curator.direction_sets.id"], name=op.f("selections_direction_set_id_fkey")
+        ),
+        sa.ForeignKeyConstraint(["recipe_id"], ["curator.recipes.id"], name=op.f("selections_recipe_id_fkey")),
+        sa.PrimaryKeyConstraint("id", name=op.f("selections_pkey")),
+        sa.UniqueConstraint("name", name=op.f("selections_name_key")),
+        schema="curator",
+    )
+    op.create_table(
+        "gradients",
+        sa.Column("recipe_id", sa.BigInteger(), nullable=False),
+        sa.Column("example_id", sa.BigInteger(), nullable=False),
+        sa.Column("state", sa.Text(), nullable=False),
+        sa.Column("loss", sa.REAL(), nullable=True),
+        sa.Column("calibrated_loss", sa.REAL(), nullable=True),
+        sa.Column("gradient_norm", sa.REAL(), nullable=True, comment="of the full gradient of the captured layers"),
+        sa.Column(
+            "whitened_norm", sa.REAL(), nullable=True, comment="of the kept entries; its square is the self-influence"
+        ),
+        sa.Column(
+            "direction_set_id",
+            sa.BigInteger(),
+            nullable=True,
+            comment="the directions `exact` was taken against, on arrival",
+        ),
+        sa.Column(
+            "exact", sa.ARRAY(sa.REAL()), nullable=True, comment="un-compressed normalised influence on each of them"
+        ),
+        sa.Column("computed_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.CheckConstraint("state IN ('ok', 'no_signal', 'nonfinite')", name=op.f("gradients_state_check")),
+        sa.ForeignKeyConstraint(["example_id"], ["curator.examples.id"], name=op.f("gradients_example_id_fkey")),
+        sa.ForeignKeyConstraint(["recipe_id"], ["curator.recipes.id"], name=op.f("gradients_recipe_id_fkey")),
+        sa.PrimaryKeyConstraint("recipe_id", "example_id", name=op.f("gradients_pkey")),
+        schema="curator",
+    )
+    op.create_index(op.f("gradients_example_id_idx"), "gradients", ["example_id"], unique=False, schema="curator")
+    op.create_table(
+        "occurrences",
+        sa.Column("example_id", sa.BigInteger(), nullable=False),
+        sa.Column("intake_id", sa.BigInteger(), nullable=False),
+        sa.Column("external_id", sa.Text(), server_default="", nullable=False),
+        sa.Column("position", sa.BigInteger(), nullable=False, comment="where it was first met"),
+        sa.Column("n", sa.BigInteger(), server_default="1", nullable=False),
+        sa.ForeignKeyConstraint(["example_id"], ["curator.examples.id"], name=op.f("occurrences_example_id_fkey")),
+        sa.ForeignKeyConstraint(["intake_id"], ["curator.intakes.id"], name=op.f("occurrences_intake_id_fkey")),
+        sa.PrimaryKeyConstraint("example_id", "intake_id", "external_id", name=op.f("occurrences_pkey")),
+        schema="curator",
+    )
+    op.create_table(
+        "quarantine",
+        sa.Column("id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
+        sa.Column("source_id", sa.BigInteger(), nullable=True),
+        sa.Column("intake_id", sa.BigInteger(), nullable=True),
+        sa.Column("example_id", sa.BigInteger(), nullable=True),
+        sa.Column("position", sa.BigInteger(), nullable=True),
+        sa.Column("code", sa.Text(), nullable=False),
+        sa.Column("detail", sa.Text(), nullable=False),
+        sa.Column("raw", sa.LargeBinary(), nullable=True, comment="the refused bytes, up to [limits] quarantine_bytes"),
+        sa.Column("at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.ForeignKeyConstraint(["example_id"], ["curator.examples.id"], name=op.f("quarantine_example_id_fkey")),
+        sa.ForeignKeyConstraint(["intake_id"], ["curator.intakes.id"], name=op.f("quarantine_intake_id_fkey")),
+        sa.ForeignKeyConstraint(["source_id"], ["curator.sources.id"], name=op.f("quarantine_source_id_fkey")),
+        sa.PrimaryKeyConstraint("id", name=op.f("quarantine_pkey")),
+        sa.UniqueConstraint("example_id", name=op.f("quarantine_example_id_key")),
+        sa.UniqueConstraint("intake_id", "position", name=op.f("quarantine_intake_id_position_key")),
+        schema="curator",
+    )
+    op.create_table(
+        "scores",
+        sa.Column("recipe_id", sa.BigInteger(), nullable=False),
+        sa.Column("example_id", sa.BigInteger(), nullable=False),
+        sa.Column("direction_set_id", sa.BigInteger(), nullable=False),
+        sa.Column("influence", sa.ARRAY(sa.REAL()), nullable=False),
+        sa.Column("stderr", sa.ARRAY(sa.REAL()), nullable=False),
+        sa.Column("normalised", sa.ARRAY(sa.REAL()), nullable=False),
+        sa.Column("percentile", sa.ARRAY(sa.REAL()), nullable=False, comment="share of the references it is above"),
+        sa.Column("self_influence", sa.REAL(), nullable=False),
+        sa.Column("harm", sa.ARRAY(sa.REAL()), nullable=False),
+        sa.Column(
+            "p_value", sa.ARRAY(sa.REAL()), nullable=False, comment="conformal: rank of the harm among the references"
+        ),
+        sa.Column("scored_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.CheckConstraint(
+            "array_position(influence, 'NaN') IS NULL AND array_position(stderr, 'NaN') IS NULL AND array_position(normalised, 'NaN') IS NULL",
+            name=op.f("scores_no_nan_check"),
+        ),
+        sa.ForeignKeyConstraint(
+            ["direction_set_id"], ["curator.direction_sets.id"], name=op.f("scores_direction_set_id_fkey")
+        ),
+        sa.ForeignKeyConstraint(["example_id"], ["curator.examples.id"], name=op.f("scores_example_id_fkey")),
+        sa.ForeignKeyConstraint(["recipe_id"], ["curator.recipes.id"], name=op.f("scores_recipe_id_fkey")),
+        sa.PrimaryKeyConstraint("recipe_id", "example_id", name=op.f("scores_pkey")),
+        schema="curator",
+    )
+    op.create_index(op.f("scores_example_id_idx"), "scores", ["example_id"], unique=False, schema="curator")
+    op.create_table(
+        "selection_examples",
+        sa.Column("selection_id", sa.BigInteger(), nullable=False),
+        sa.Column("example_id", sa.BigInteger(), nullable=False),
+        sa.Column("rank", sa.Integer(), nullable=False),
+        sa.Column("gain", sa.REAL(), nullable=False),
+        sa.Column("reason", sa.Text(), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["example_id"], ["curator.examples.id"], name=op.f("selection_examples_example_id_fkey")
+        ),
+        sa.ForeignKeyConstraint(
+            ["selection_id"], ["curator.selections.id"], name=op.f("selection_examples_selection_id_fkey")
+        ),
+        sa.PrimaryKeyConstraint("selection_id", "example_id", name=op.f("selection_examples_pkey")),
+        sa.UniqueConstraint("selection_id", "rank", name=op.f("selection_examples_selection_id_rank_key")),
+        schema="curator",
+    )
+    op.create_table(
+        "verdicts",
+        sa.Column("id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
+        sa.Column("example_id", sa.BigInteger(), nullable=False),
+        sa.Column("verdict", sa.Text(), nullable=False),
+        sa.Column("previous", sa.Text(), nullable=True),
+        sa.Column("reason", sa.Text(), nullable=False),
+        sa.Column("review", sa.Text(), nullable=True, comment="keep, drop, relabel or undo, when a person spoke"),
+        sa.Column("note", sa.Text(), nullable=True),
+        sa.Column("actor", sa.Text(), nullable=False),
+        sa.Column("policy", sa.Text(), nullable=False),
+        sa.Column("recipe_id", sa.BigInteger(), nullable=True),
+        sa.Column("direction_set_id", sa.BigInteger(), nullable=True),
+        sa.Column("ordinal", sa.SmallInteger(), nullable=True, comment="the direction that decided"),
+        sa.Column("influence", sa.REAL(), nullable=True),
+        sa.Column("stderr", sa.REAL(), nullable=True),
+        sa.Column("p_value", sa.REAL(), nullable=True),
+        sa.Column("q_value", sa.REAL(), nullable=True),
+        sa.Column("at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.CheckConstraint("review IN ('keep', 'drop', 'relabel', 'undo')", name=op.f("verdicts_review_check")),
+        sa.CheckConstraint(
+            "verdict IN ('harmful', 'valuable', 'neutral', 'undecided')", name=op.f("verdicts_verdict_check")
+        ),
+        sa.ForeignKeyConstraint(
+            ["direction_set_id"], ["curator.direction_sets.id"], name=op.f("verdicts_direction_set_id_fkey")
+        ),
+        sa.ForeignKeyConstraint(["example_id"], ["curator.examples.id"], name=op.f("verdicts_example_id_fkey")),
+        sa.ForeignKeyConstraint(["recipe_id"], ["curator.recipes.id"], name=op.f("verdicts_recipe_id_fkey")),
+        sa.PrimaryKeyConstraint("id", name=op.f("verdicts_pkey")),
+        schema="curator",
+        comment="Append-only. verdicts_once: a batch judged twice speaks once.",
+    )
+    op.create_index(op.f("verdicts_example_id_idx"), "verdicts", ["example_id"], unique=False, schema="curator")
+    op.create_index(
+        "verdicts_once",
+        "verdicts",
+        ["example_id", "direction_set_id", "policy"],
+        unique=True,
+        schema="curator",
+        postgresql_where=sa.text("review IS NULL"),
+    )
+    op.create_table(
+        "verdicts_in_force",
+        sa.Column("example_id", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("verdict_id", sa.BigInteger(), nullable=False),
+        sa.Column("verdict", sa.Text(), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["example_id"], ["curator.examples.id"], name=op.f("verdicts_in_force_example_id_fkey")
+        ),
+        sa.ForeignKeyConstraint(
+            ["verdict_id"], ["curator.verdicts.id"], name=op.f("verdicts_in_force_verdict_id_fkey")
+        ),
+        sa.PrimaryKeyConstraint("example_id", name=op.f("verdicts_in_force_pkey")),
+        schema="curator",
+    )
+    op.create_index(
+        op.f("verdicts_in_force_verdict_idx"), "verdicts_in_force", ["verdict"], unique=False, schema="curator"
+    )
+    for name in ("roles", "functions", "views"):
+        run((SQL / f"0001_{name}.sql").read_text(encoding="utf-8"))
+
+
+def run(script: str) -> None:
+    """Send a script as it stands: neither SQLAlchemy's colons nor psycopg's percent signs are looked for in it."""
+    op.get_bind().connection.driver_connection.execute(script)
+
+
+def downgrade() -> None:
+    """Leave the schema empty but for alembic's own table: this is the first revision, so all data goes."""
+    op.execute(
+        """
+        DO $$
+        DECLARE item record;
+        BEGIN
+            FOR item IN SELECT viewname FROM pg_views WHERE schemaname = 'curator' LOOP
+                EXECUTE format('DROP VIEW curator.%I CASCADE', item.viewname);
+            END LOOP;
+            FOR item IN SELECT tablename FROM pg_tables
+                        WHERE schemaname = 'curator' AND tablename <> 'schema_version' LOOP
+                EXECUTE format('DROP TABLE IF EXISTS curator.%I CASCADE', item.tablename);
+            END LOOP;
+            DROP FUNCTION IF EXISTS curator.offer_inbox, curator.make_partitions, curator.drop_partitions;
+        END $$
+        """
+    )
