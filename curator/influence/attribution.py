@@ -1,0 +1,314 @@
+"""The front door: a recipe fitted on trusted data measures arrivals and builds directions.
+
+An :class:`Attributor` is a model, its loss, and what was fitted once and frozen with the recipe: masks
+(drawn from the seed), F^-1/2 of the kept entries, Kronecker factors of the full layers, and the temperature of
+the checkpoint.
+All its tensors go to and from a flat mapping, so whoever keeps it needs no knowledge of this package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from curator.errors import LayersUnreached, NoCurvature, StateMismatch, UnknownRecipeField
+from curator.influence import scoring
+from curator.influence.capture import KeptEntries, Layer, Reader, capture, each, find_layers
+from curator.influence.confidence import calibrated_loss, fit_temperature
+from curator.influence.curvature import FisherSums, KroneckerRoots, KroneckerSums, Whitening
+from curator.influence.dropout import LayerMask, budgets, draw
+from curator.influence.exact import DirectionSums, ExactDirections, ExactScores
+from curator.influence.scoring import Directions
+
+Losses = Callable[[nn.Module, Any], Tensor]
+"""The workload's losses: (model, batch) -> losses_B."""
+
+
+class Signal(IntEnum):
+    """Whether an example can be scored."""
+
+    OK = 0
+    NO_SIGNAL = 1
+    NONFINITE = 2
+
+
+@dataclass(frozen=True)
+class RecipeSpec:
+    """Everything besides checkpoint and data that decides a vector's meaning.
+
+    ``dimension`` is K, the kept entries over all layers, filled exactly (a smaller model is kept whole);
+    ``kept`` fixes the budget of single layers. ``damping`` is relative to each block's mean eigenvalue.
+    """
+
+    layers: tuple[str, ...] = ("*",)
+    mask: str = "neuron"
+    dimension: int = 960
+    kept: Mapping[str, int] = field(default_factory=dict)
+    seed: int = 0
+    damping: float = 1.0
+    curvature: str = "fisher"
+    bias: bool = False
+    exact: bool = True
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self) | {"layers": list(self.layers), "kept": dict(self.kept)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RecipeSpec:
+        """Back from ``to_dict``.
+
+        Raises:
+            UnknownRecipeField: a recipe of another version, which must not be read as if it were this one's.
+        """
+        known = {f.name for f in fields(cls)}
+        if unknown := set(values) - known:
+            raise UnknownRecipeField(field=", ".join(sorted(unknown)), known=", ".join(sorted(known)))
+        return cls(**{**values, "layers": tuple(values.get("layers", cls.layers))})
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one pass gives of B examples; float32, on the CPU. Rows that are not OK hold zeros, never NaN.
+
+    ``loss_B`` and ``gradient_norm_B`` keep what was found, infinities and NaN included.
+    """
+
+    unit_BK: Tensor
+    whitened_norm_B: Tensor
+    gradient_norm_B: Tensor
+    loss_B: Tensor
+    calibrated_loss_B: Tensor
+    state_B: Tensor
+    exact_BS: Tensor | None = None
+    exact_influence_BS: Tensor | None = None
+
+    @property
+    def ok_B(self) -> Tensor:
+        """The rows that carry a score."""
+        return self.state_B == Signal.OK
+
+    @classmethod
+    def join(cls, parts: Sequence[Measured]) -> Measured:
+        """Several batches as one."""
+        columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(cls)}
+        whole: dict[str, Any] = {n: None if any(x is None for x in c) else torch.cat(c) for n, c in columns.items()}
+        return cls(**whole)
+
+
+class Attributor:
+    """A model with a fitted recipe. Not thread-safe: a pass freezes the model's parameters for its length."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        losses: Losses,
+        spec: RecipeSpec,
+        whitening: Whitening,
+        roots: KroneckerRoots | None,
+        temperature: float,
+    ) -> None:
+        self.model, self.losses, self.spec = model, losses, spec
+        self.layers = find_layers(model, spec.layers, spec.bias)
+        self.device = _device_of(model)
+        self.masks = {n: mask.to(self.device) for n, mask in draw_masks(self.layers, spec).items()}
+        self.slices = _slices(self.masks)
+        self.whitening = whitening.to(self.device)
+        self.roots = roots.to(self.device) if roots else None
+        self.temperature = temperature
+
+    @property
+    def K(self) -> int:
+        """Kept entries over all layers: the width of every vector of this recipe."""
+        return sum(mask.kept for mask in self.masks.values())
+
+    # --- fitting ------------------------------------------------------------------------------------------
+
+    @classmethod
+    def fit(cls, model: nn.Module, losses: Losses, trusted: Iterable[Any], spec: RecipeSpec) -> Attributor:
+        """Fit curvature and temperature on batches of TRUSTED data, in one pass over them.
+
+        Curvature of the arrivals themselves is the tempting wrong way: wrong labels dominate it, and preconditioning
+        then hides them (METHOD, "The overconfidence trap": AUC .42-.55 against .97).
+
+        Raises:
+            NoCurvature: no trusted example gave a finite gradient, or none a gradient at all.
+            LayersUnreached: a chosen layer never took part in the loss.
+        """
+        layers = find_layers(model, spec.layers, spec.bias)
+        masks = {n: mask.to(_device_of(model)) for n, mask in draw_masks(layers, spec).items()}
+        fisher = FisherSums(_slices(masks), spec.curvature)
+        kronecker = KroneckerSums()
+        losses_N: list[Tensor] = []
+        reached: set[str] = set()
+        for batch in trusted:
+            kept = KeptEntries(masks)
+            readers: list[Reader] = [kept, kronecker] if spec.exact else [kept]
+            loss_B = capture(model, layers, lambda batch=batch: losses(model, batch), each(*readers))  # type: ignore[misc]
+            reached |= kept.kept_Bk.keys()
+            fisher.add(kept.g_BK(loss_B))
+            losses_N.append(loss_B.float().cpu())
+        _check_fit(fisher, reached)
+        temperature = fit_temperature(torch.cat(losses_N).double().numpy())
+        roots = kronecker.factors(spec.damping) if spec.exact else None
+        return cls(model, losses, spec, fisher.whitening(spec.damping), roots, temperature)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything fitted, as contiguous CPU tensors by name."""
+        tensors = {f"root/{n}": t for n, t in self.whitening.roots.items()}
+        tensors["temperature"] = torch.tensor(self.temperature, dtype=torch.float64)
+        if self.roots:
+            tensors |= {f"kronecker/{n}": t for n, t in self.roots.tensors().items()}
+        return {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
+
+    @classmethod
+    def from_state(cls, model: nn.Module, losses: Losses, spec: RecipeSpec, state: Mapping[str, Tensor]) -> Attributor:
+        """Back from ``state``, for the same model and recipe.
+
+        Raises:
+            StateMismatch: the state was fitted for other layers or other budgets.
+        """
+        masks = draw_masks(find_layers(model, spec.layers, spec.bias), spec)
+        roots = _under("root/", state)
+        found = {n: t.shape[0] for n, t in roots.items()}
+        wanted = {n: mask.kept for n, mask in masks.items()}
+        if found != wanted or "temperature" not in state:
+            raise StateMismatch(found=found, wanted=wanted)
+        kronecker = KroneckerRoots.of(_under("kronecker/", state)) if spec.exact else None
+        whitening = Whitening(_slices(masks), roots)
+        return cls(model, losses, spec, whitening, kronecker, float(state["temperature"]))
+
+    # --- measuring ----------------------------------------------------------------------------------------
+
+    def measure(self, batch: Any, towards: ExactDirections | None = None) -> Measured:
+        """One pass over a batch: everything that is stored of its examples.
+
+        Args:
+            batch: what the workload's ``losses`` takes, on the model's device.
+            towards: exact directions of today's slices; their scores come back as ``exact_BS``.
+        """
+        kept = KeptEntries(self.masks)
+        exact = ExactScores(self._roots(), _on(towards, self.device)) if towards else None
+        loss_B = self._pass(batch, kept, *([exact] if exact else []))
+        return self._assemble(loss_B, kept, exact)
+
+    def _pass(self, batch: Any, *readers: Reader) -> Tensor:
+        return capture(self.model, self.layers, lambda: self.losses(self.model, batch), each(*readers))
+
+    def _roots(self) -> KroneckerRoots:
+        if self.roots is None:
+            raise NoCurvature()
+        return self.roots
+
+    def _assemble(self, loss_B: Tensor, kept: KeptEntries, exact: ExactScores | None) -> Measured:
+        unit_BK, whitened_B = scoring.unit(self.whitening.apply(kept.g_BK(loss_B)))
+        gradient_B = kept.norm_B()
+        state_B = _states(loss_B, gradient_B, whitened_B)
+        ok_B = state_B == Signal.OK
+        return Measured(
+            unit_BK=_only(ok_B, unit_BK),
+            whitened_norm_B=_only(ok_B, whitened_B),
+            gradient_norm_B=gradient_B.float().cpu(),
+            loss_B=loss_B.float().cpu(),
+            calibrated_loss_B=self._calibrated(loss_B),
+            state_B=state_B.cpu(),
+            exact_BS=_only(ok_B, exact.normalised_BS()) if exact else None,
+            exact_influence_BS=_only(ok_B, exact.influence_BS()) if exact else None,
+        )
+
+    def _calibrated(self, loss_B: Tensor) -> Tensor:
+        values = calibrated_loss(loss_B.double().cpu().numpy(), self.temperature)
+        return torch.from_numpy(np.asarray(values)).float()
+
+    # --- directions ---------------------------------------------------------------------------------------
+
+    def directions(self, slices: Mapping[str, Sequence[Measured]]) -> Directions:
+        """The direction of each slice from its measured trusted examples; examples without signal are left out.
+
+        Raises:
+            NoCurvature: a slice has no example with a signal.
+        """
+        joined = {name: Measured.join(parts) for name, parts in slices.items()}
+        if not all(m.ok_B.any() for m in joined.values()):
+            raise NoCurvature()
+        return scoring.directions({n: (m.unit_BK[m.ok_B], m.whitened_norm_B[m.ok_B]) for n, m in joined.items()})
+
+    def exact_directions(self, slices: Mapping[str, Sequence[Any]]) -> ExactDirections:
+        """Un-compressed directions of each slice from its batches, in two passes over them.
+
+        Raises:
+            NoCurvature: the recipe keeps no Kronecker factors, or a slice has no example with a signal.
+        """
+        sums = [self._exact_direction(batches) for batches in slices.values()]
+        return ExactDirections(tuple(slices), _by_layer(sums, 0), _by_layer(sums, 1))
+
+    def _exact_direction(self, batches: Sequence[Any]) -> dict[str, Tensor]:
+        """By layer a tensor (2, O, I): the mean unit gradient and the mean gradient."""
+        sums = DirectionSums(self._roots(), torch.zeros(2, 0))
+        used = 0
+        for batch in batches:
+            norms = ExactScores(self._roots())
+            loss_B = self._pass(batch, norms)
+            norm_B = norms.norm_B()
+            ok_B = loss_B.isfinite() & norm_B.isfinite() & (norm_B > 0)
+            sums.weight_SB = torch.where(ok_B, torch.stack([1 / norm_B, torch.ones_like(norm_B)]), 0.0)
+            self._pass(batch, sums)
+            used += int(ok_B.sum())
+        if not used:
+            raise NoCurvature()
+        return {name: total / used for name, total in sums.sums.items()}
+
+
+def draw_masks(layers: Sequence[Layer], spec: RecipeSpec) -> dict[str, LayerMask]:
+    """The masks of a recipe, in the order of the layers."""
+    shapes = {layer.name: layer.shape for layer in layers}
+    kept = budgets({layer.name: layer.entries for layer in layers}, spec.dimension, spec.kept)
+    return {name: draw(spec.mask, spec.seed, name, shapes[name], k) for name, k in kept.items()}
+
+
+def _slices(masks: Mapping[str, LayerMask]) -> dict[str, slice]:
+    ends = np.cumsum([mask.kept for mask in masks.values()]).tolist()
+    return {name: slice(end - mask.kept, end) for (name, mask), end in zip(masks.items(), ends, strict=True)}
+
+
+def _check_fit(fisher: FisherSums, reached: set[str]) -> None:
+    if not fisher.count:
+        raise NoCurvature()
+    if missed := [name for name in fisher.slices if name not in reached]:
+        raise LayersUnreached(layers=", ".join(missed))
+
+
+def _states(loss_B: Tensor, gradient_B: Tensor, whitened_B: Tensor) -> Tensor:
+    finite_B = loss_B.isfinite() & gradient_B.isfinite() & whitened_B.isfinite()
+    state_B = torch.where(whitened_B > 0, int(Signal.OK), int(Signal.NO_SIGNAL))
+    return torch.where(finite_B, state_B, int(Signal.NONFINITE)).to(torch.int8)
+
+
+def _only(ok_B: Tensor, value: Tensor) -> Tensor:
+    """Zeros where a row is not OK; a product with the mask would keep NaN."""
+    shape = (-1,) + (1,) * (value.ndim - 1)
+    return torch.where(ok_B.view(shape), value, 0.0).float().cpu()
+
+
+def _on(towards: ExactDirections, device: torch.device) -> ExactDirections:
+    moved = {name: t.to(device) for name, t in towards.tensors().items()}
+    return ExactDirections.of(towards.names, moved)
+
+
+def _by_layer(slices: Sequence[Mapping[str, Tensor]], which: int) -> dict[str, Tensor]:
+    layers = slices[0] if slices else {}
+    return {name: torch.stack([by_layer[name][which] for by_layer in slices]).cpu() for name in layers}
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -1,0 +1,234 @@
+"""Curvature: the empirical Fisher of the kept entries, one block a layer, and Kronecker factors of full layers.
+
+Partial sums are states: they add, so several workers can each take a share of the sample. Sums and decompositions
+are float64, whitening matrices are float32.
+
+Damping is always relative, ``c * tr(F) / k``: a mask's 1/sqrt(q) scale or a loss in other units changes F and the
+damping alike, and leaves every whitened unit vector as it was.
+
+Kronecker factors are those of KFAC for layers with shared weights (arXiv:1503.05671; expand, arXiv:2311.00636).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from curator.errors import NoCurvature, UnknownCurvature
+from curator.influence.capture import Layer
+
+CurvatureKind = Literal["fisher", "diagonal", "identity"]
+CURVATURE_KINDS: tuple[CurvatureKind, ...] = ("fisher", "diagonal", "identity")
+
+WIDEST_FACTOR = 8192
+"""A Kronecker factor wider than this keeps its diagonal only: 8192^2 float64 is already half a gigabyte."""
+
+LARGEST_CHUNK = 1 << 24
+"""Elements of a float64 copy made at once while sums are accumulated."""
+
+
+@dataclass
+class FisherSums:
+    """Sums of g g^T over examples, one (k, k) block a layer, float64, and how many examples."""
+
+    slices: Mapping[str, slice]
+    kind: str = "fisher"
+    count: int = 0
+    blocks: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, g_BK: Tensor) -> None:
+        """Add examples; rows that are not finite are left out.
+
+        Raises:
+            UnknownCurvature: the kind is none of CURVATURE_KINDS.
+        """
+        if self.kind not in CURVATURE_KINDS:
+            raise UnknownCurvature(kind=self.kind, known=", ".join(CURVATURE_KINDS))
+        g_BK = g_BK[g_BK.isfinite().all(dim=1)].double()
+        self.count += len(g_BK)
+        for name, columns in self.slices.items():
+            g_Bk = g_BK[:, columns]
+            block = g_Bk.T @ g_Bk if self.kind == "fisher" else g_Bk.square().sum(dim=0)
+            self.blocks[name] = self.blocks[name] + block if name in self.blocks else block
+
+    def merge(self, other: FisherSums) -> FisherSums:
+        """The sums over both samples."""
+        names = self.blocks.keys() | other.blocks.keys()
+        blocks = {n: _plus(self.blocks.get(n), other.blocks.get(n)) for n in self.slices if n in names}
+        return FisherSums(self.slices, self.kind, self.count + other.count, blocks)
+
+    def whitening(self, damping: float) -> Whitening:
+        """F^-1/2 of each block, F = sums / count + damping * tr / k.
+
+        Raises:
+            NoCurvature: not one finite example was added.
+        """
+        if not self.count:
+            raise NoCurvature()
+        return Whitening(self.slices, {n: self._root(n, damping).float() for n in self.slices})
+
+    def _root(self, name: str, damping: float) -> Tensor:
+        F = self.blocks[name] / self.count
+        return torch.ones_like(F) if self.kind == "identity" else inverse_root(F, damping)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As named tensors."""
+        return {"count": torch.tensor(self.count)} | {f"sum/{n}": b for n, b in self.blocks.items()}
+
+    @classmethod
+    def of(cls, slices: Mapping[str, slice], kind: str, tensors: Mapping[str, Tensor]) -> FisherSums:
+        """Back from ``tensors``."""
+        blocks = {n.removeprefix("sum/"): t for n, t in tensors.items() if n.startswith("sum/")}
+        return cls(slices, kind, int(tensors["count"]), blocks)
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """F^-1/2, one block a layer: a (k, k) matrix, or a (k,) diagonal."""
+
+    slices: Mapping[str, slice]
+    roots: Mapping[str, Tensor]
+
+    def apply(self, g_BK: Tensor) -> Tensor:
+        """w_BK = F^-1/2 g."""
+        return torch.cat([times(g_BK[:, c], self.roots[n]) for n, c in self.slices.items()], dim=1)
+
+    def to(self, device: torch.device) -> Whitening:
+        """The same matrices on ``device``."""
+        return Whitening(self.slices, {n: root.to(device) for n, root in self.roots.items()})
+
+
+def inverse_root(F: Tensor, damping: float) -> Tensor:
+    """(F + damping * tr(F)/k I)^-1/2 in float64, of a (k, k) matrix or of a (k,) diagonal.
+
+    Where the trace is zero no example of the sample says anything about the layer: the result is zero, and the layer
+    stays out of every score, instead of entering it with an unbounded weight.
+    """
+    F = F.double()
+    trace = F.sum() if F.ndim == 1 else F.trace()
+    if trace <= 0:
+        return torch.zeros_like(F)
+    floor = damping * trace / len(F)
+    # Without damping a direction the sample never used would get an unbounded weight; it gets none.
+    least = torch.finfo(torch.float64).eps * len(F) * trace
+    if F.ndim == 1:
+        return _power(F + floor, least)
+    values, vectors = torch.linalg.eigh((F + F.T) / 2)
+    root: Tensor = (vectors * _power(values.clamp_min(0) + floor, least)) @ vectors.T
+    return root
+
+
+def _power(values: Tensor, least: Tensor) -> Tensor:
+    return torch.where(values > least, values.clamp_min(least).rsqrt(), 0.0)
+
+
+def times(x: Tensor, root: Tensor) -> Tensor:
+    """The product with a symmetric matrix, or with a diagonal given as a vector."""
+    return x * root if root.ndim == 1 else x @ root
+
+
+def _plus(left: Tensor | None, right: Tensor | None) -> Tensor:
+    if left is None or right is None:
+        found = left if left is not None else right
+        assert found is not None
+        return found
+    return left + right
+
+
+# --- Kronecker factors of the full layers -------------------------------------------------------------------
+
+
+@dataclass
+class KroneckerSums:
+    """Reader: sums of a a^T and d d^T over all positions, float64, and of |G|^2 over examples.
+
+    F is modelled as A (x) S with A = mean over positions of a a^T, S = sum over positions of d d^T an example.
+    An example whose values are not finite is left out.
+    """
+
+    examples: dict[str, int] = field(default_factory=dict)
+    positions: dict[str, int] = field(default_factory=dict)
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+
+    def __call__(self, layer: Layer, a_BTI: Tensor, d_BTO: Tensor) -> None:
+        """Add a batch of one layer."""
+        finite_B = a_BTI.isfinite().all(dim=(1, 2)) & d_BTO.isfinite().all(dim=(1, 2))
+        a_BTI, d_BTO = a_BTI[finite_B], d_BTO[finite_B]
+        name = layer.name
+        self.examples[name] = self.examples.get(name, 0) + len(a_BTI)
+        self.positions[name] = self.positions.get(name, 0) + a_BTI.shape[0] * a_BTI.shape[1]
+        self.inputs[name] = _plus(self.inputs.get(name), _second_moment(a_BTI.flatten(0, 1)))
+        self.outputs[name] = _plus(self.outputs.get(name), _second_moment(d_BTO.flatten(0, 1)))
+
+    def merge(self, other: KroneckerSums) -> KroneckerSums:
+        """The sums over both samples."""
+        names = [*self.inputs, *(n for n in other.inputs if n not in self.inputs)]
+        return KroneckerSums(
+            {n: self.examples.get(n, 0) + other.examples.get(n, 0) for n in names},
+            {n: self.positions.get(n, 0) + other.positions.get(n, 0) for n in names},
+            {n: _plus(self.inputs.get(n), other.inputs.get(n)) for n in names},
+            {n: _plus(self.outputs.get(n), other.outputs.get(n)) for n in names},
+        )
+
+    def factors(self, damping: float) -> KroneckerRoots:
+        """A^-1/2 and S^-1/2 of each layer, each damped by sqrt(damping) relative to its own trace.
+
+        The product then carries ``damping * tr(A) tr(S) / (I O)`` on the identity, as the Fisher block does.
+        """
+        c = damping**0.5
+        return KroneckerRoots(
+            {n: inverse_root(A / max(self.positions[n], 1), c).float() for n, A in self.inputs.items()},
+            {n: inverse_root(S / max(self.examples[n], 1), c).float() for n, S in self.outputs.items()},
+        )
+
+
+@dataclass(frozen=True)
+class KroneckerRoots:
+    """A^-1/2 (I, I) and S^-1/2 (O, O) by layer; a vector is a diagonal."""
+
+    inputs: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor]
+
+    def whiten(self, layer: Layer, a_BTI: Tensor, d_BTO: Tensor) -> tuple[Tensor, Tensor]:
+        """A^-1/2 a and S^-1/2 d: the factors of the whitened full gradient."""
+        A, S = self.inputs[layer.name], self.outputs[layer.name]
+        return times(a_BTI.to(A.dtype), A), times(d_BTO.to(S.dtype), S)
+
+    def to(self, device: torch.device) -> KroneckerRoots:
+        """The same matrices on ``device``."""
+        return KroneckerRoots(
+            {n: t.to(device) for n, t in self.inputs.items()}, {n: t.to(device) for n, t in self.outputs.items()}
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As named tensors."""
+        return {f"in/{n}": t for n, t in self.inputs.items()} | {f"out/{n}": t for n, t in self.outputs.items()}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> KroneckerRoots:
+        """Back from ``tensors``."""
+        return cls(_under("in/", tensors), _under("out/", tensors))
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def _second_moment(x_NI: Tensor) -> Tensor:
+    """Sum of x x^T in float64, or its diagonal where the matrix would not fit; in chunks of bounded size."""
+    width = x_NI.shape[1]
+    total = torch.zeros((width,) if width > WIDEST_FACTOR else (width, width), dtype=torch.float64, device=x_NI.device)
+    for chunk in _chunks(x_NI):
+        x = chunk.double()
+        total += x.square().sum(dim=0) if total.ndim == 1 else x.T @ x
+    return total
+
+
+def _chunks(x_NI: Tensor) -> Sequence[Tensor]:
+    rows = max(LARGEST_CHUNK // max(x_NI.shape[1], 1), 1)
+    return torch.split(x_NI, rows) if len(x_NI) else []
