@@ -417,6 +417,20 @@ verdicts_in_force = Table(
     Index(None, "verdict"),
 )
 
+judged_batches = Table(
+    "judged_batches",
+    metadata,
+    _ref("batch_id", "batches"),
+    _ref("direction_set_id", "direction_sets"),
+    Column("judged", Integer, nullable=False, comment="examples of the batch"),
+    Column("pool", Integer, nullable=False, comment="examples the false discovery rate was controlled over"),
+    Column("refs", Integer, nullable=False, comment="trusted references the p-values are ranks among"),
+    Column("fdr", REAL, nullable=False),
+    Column("flagged", Integer, nullable=False),
+    _now("at"),
+    PrimaryKeyConstraint("batch_id", "direction_set_id", comment="A batch is judged once on the same directions."),
+)
+
 selections = Table(
     "selections",
     metadata,
@@ -455,7 +469,7 @@ work = Table(
         "subject",
         BigInteger,
         nullable=False,
-        comment="inbox row or intake (examples), direction set (directions), example (gradients, scores), batch (verdicts)",
+        comment="inbox row or intake, direction set, example or batch: by the stage",
     ),
     Column("kind", Text, nullable=False, server_default="", comment="examples: inbox or file"),
     Column("batch_id", BigInteger),

@@ -117,7 +117,7 @@ def upgrade() -> None:
             "subject",
             sa.BigInteger(),
             nullable=False,
-            comment="inbox row or intake (examples), direction set (directions), example (gradients, scores), batch (verdicts)",
+            comment="inbox row or intake, direction set, example or batch: by the stage",
         ),
         sa.Column("kind", sa.Text(), server_default="", nullable=False, comment="examples: inbox or file"),
         sa.Column("batch_id", sa.BigInteger(), nullable=True),
@@ -338,6 +338,27 @@ def upgrade() -> None:
         comment="Mean vectors and full-space directions as the worker needs them.",
     )
     op.create_table(
+        "judged_batches",
+        sa.Column("batch_id", sa.BigInteger(), nullable=False),
+        sa.Column("direction_set_id", sa.BigInteger(), nullable=False),
+        sa.Column("judged", sa.Integer(), nullable=False, comment="examples of the batch"),
+        sa.Column(
+            "pool", sa.Integer(), nullable=False, comment="examples the false discovery rate was controlled over"
+        ),
+        sa.Column("refs", sa.Integer(), nullable=False, comment="trusted references the p-values are ranks among"),
+        sa.Column("fdr", sa.REAL(), nullable=False),
+        sa.Column("flagged", sa.Integer(), nullable=False),
+        sa.Column("at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.ForeignKeyConstraint(["batch_id"], ["curator.batches.id"], name=op.f("judged_batches_batch_id_fkey")),
+        sa.ForeignKeyConstraint(
+            ["direction_set_id"],
+            ["curator.direction_sets.id"],
+            name=op.f("judged_batches_direction_set_id_fkey"),
+        ),
+        sa.PrimaryKeyConstraint("batch_id", "direction_set_id", name=op.f("judged_batches_pkey")),
+        schema="curator",
+    )
+    op.create_table(
         "directions",
         sa.Column("id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
         sa.Column("direction_set_id", sa.BigInteger(), nullable=False),
@@ -503,7 +524,7 @@ def upgrade() -> None:
         ),
         sa.Column("scored_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
         sa.CheckConstraint(
-            "array_position(influence, 'NaN') IS NULL AND array_position(stderr, 'NaN') IS NULL AND array_position(normalised, 'NaN') IS NULL",
+            "array_position(influence, 'NaN') IS NULL AND array_position(stderr, 'NaN') IS NULL AND array_position(normalised, 'NaN') IS NULL",  # noqa: E501
             name=op.f("scores_no_nan_check"),
         ),
         sa.ForeignKeyConstraint(

@@ -1,0 +1,269 @@
+"""Sources, intakes, batches, examples: what has arrived."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, text
+
+from curator.types import Record, Refusal
+
+
+@dataclass(frozen=True, slots=True)
+class Intake:
+    """A file, or the inbox, being read."""
+
+    id: int
+    source_id: int
+    origin: str
+    state: str
+    position: int
+
+
+def source_id(connection: Connection, name: str) -> int:
+    """The source of that name, made when it is new."""
+    return source_ids(connection, [name])[name]
+
+
+def source_ids(connection: Connection, names: Iterable[str]) -> dict[str, int]:
+    """The sources of those names, made when they are new."""
+    wanted = sorted(set(names))
+    connection.execute(
+        text("INSERT INTO curator.sources (name) SELECT unnest(CAST(:names AS text[])) ON CONFLICT DO NOTHING"),
+        {"names": wanted},
+    )
+    rows = connection.execute(text("SELECT name, id FROM curator.sources WHERE name = ANY(:names)"), {"names": wanted})
+    return dict(rows)
+
+
+def open_intake(connection: Connection, source: str, origin: str, digest: bytes) -> Intake:
+    """The intake of this content; the same content from the same place is the same intake."""
+    number = source_id(connection, source)
+    key = {"source_id": number, "origin": origin, "digest": digest}
+    connection.execute(
+        text(
+            "INSERT INTO curator.intakes (source_id, origin, digest) VALUES (:source_id, :origin, :digest)"
+            " ON CONFLICT DO NOTHING"
+        ),
+        key,
+    )
+    row = connection.execute(
+        text(
+            "SELECT id, source_id, origin, state, position FROM curator.intakes"
+            " WHERE source_id = :source_id AND origin = :origin AND digest = :digest"
+        ),
+        key,
+    ).one()
+    return Intake(*row)
+
+
+def intake(connection: Connection, intake_id: int) -> Intake:
+    """An intake by its number, locked until the transaction ends."""
+    row = connection.execute(
+        text("SELECT id, source_id, origin, state, position FROM curator.intakes WHERE id = :id FOR UPDATE"),
+        {"id": intake_id},
+    ).one()
+    return Intake(*row)
+
+
+def advance_intake(
+    connection: Connection, intake_id: int, position: int, accepted: int, duplicates: int, refused: int, repaired: int
+) -> None:
+    """Note how far the file has been read. Same transaction as what was read: that is what makes it exactly once."""
+    connection.execute(
+        text(
+            "UPDATE curator.intakes SET position = greatest(position, :position), accepted = accepted + :accepted,"
+            " duplicates = duplicates + :duplicates, refused = refused + :refused, repaired = repaired + :repaired"
+            " WHERE id = :id"
+        ),
+        {
+            "id": intake_id,
+            "position": position,
+            "accepted": accepted,
+            "duplicates": duplicates,
+            "refused": refused,
+            "repaired": repaired,
+        },
+    )
+
+
+def close_intake(connection: Connection, intake_id: int, state: str, detail: str | None = None) -> list[int]:
+    """End an intake and its last batch. Returns the batches that can be judged from now on."""
+    connection.execute(
+        text(
+            "UPDATE curator.intakes SET state = :state, detail = :detail, closed_at = now()"
+            " WHERE id = :id AND state = 'reading'"
+        ),
+        {"id": intake_id, "state": state, "detail": detail},
+    )
+    return list(
+        connection.scalars(
+            text("UPDATE curator.batches SET closed = true WHERE intake_id = :id AND NOT closed RETURNING id"),
+            {"id": intake_id},
+        )
+    )
+
+
+def open_batch(connection: Connection, intake_id: int, limit: int) -> int:
+    """The batch that the next examples of an intake belong to; a full one is closed and another begun."""
+    connection.execute(
+        text("UPDATE curator.batches SET closed = true WHERE intake_id = :id AND NOT closed AND examples >= :limit"),
+        {"id": intake_id, "limit": limit},
+    )
+    found: int | None = connection.scalar(
+        text("SELECT id FROM curator.batches WHERE intake_id = :id AND NOT closed"), {"id": intake_id}
+    )
+    if found is not None:
+        return found
+    made = connection.scalar(
+        text(
+            "INSERT INTO curator.batches (intake_id, ordinal) SELECT :id, count(*) FROM curator.batches"
+            " WHERE intake_id = :id RETURNING id"
+        ),
+        {"id": intake_id},
+    )
+    assert isinstance(made, int)
+    return made
+
+
+def insert(connection: Connection, intake: Intake, batch_id: int, records: Sequence[Record]) -> list[int]:
+    """Insert what is new and note every occurrence. Returns the numbers of the new examples, in order of arrival.
+
+    The digest decides: of two equal records, in one file or in two at the same time, one becomes the example.
+    """
+    if not records:
+        return []
+    first: dict[bytes, Record] = {}
+    for record in records:
+        first.setdefault(record.digest, record)
+    named = source_ids(connection, {r.source for r in first.values() if r.source})
+    new = connection.execute(
+        _INSERT,
+        {
+            "digests": list(first),
+            "external_ids": [r.external_id for r in first.values()],
+            "sources": [named.get(r.source, intake.source_id) for r in first.values()],
+            "records": [r.record for r in first.values()],
+            "batch_id": batch_id,
+        },
+    ).all()
+    connection.execute(
+        text("UPDATE curator.batches SET examples = examples + :n WHERE id = :id"), {"n": len(new), "id": batch_id}
+    )
+    _note_occurrences(connection, intake.id, records)
+    return sorted(row.id for row in new)
+
+
+_INSERT = text(
+    """
+    INSERT INTO curator.examples (digest, external_id, source_id, batch_id, record)
+    SELECT digest, external_id, source_id, :batch_id, CAST(record AS json)
+    FROM unnest(CAST(:digests AS bytea[]), CAST(:external_ids AS text[]), CAST(:sources AS bigint[]),
+                CAST(:records AS text[])) WITH ORDINALITY AS t (digest, external_id, source_id, record, n)
+    ORDER BY n
+    ON CONFLICT (digest) DO NOTHING
+    RETURNING id
+    """
+)
+
+
+def _note_occurrences(connection: Connection, intake_id: int, records: Sequence[Record]) -> None:
+    counted: dict[tuple[bytes, str], tuple[int, int]] = {}
+    for record in records:
+        key = record.digest, record.external_id
+        position, n = counted.get(key, (record.position, 0))
+        counted[key] = position, n + 1
+    connection.execute(
+        text(
+            """
+            INSERT INTO curator.occurrences AS o (example_id, intake_id, external_id, position, n)
+            SELECT e.id, :intake_id, t.external_id, t.position, t.n
+            FROM unnest(CAST(:digests AS bytea[]), CAST(:external_ids AS text[]), CAST(:positions AS bigint[]),
+                        CAST(:counts AS bigint[])) AS t (digest, external_id, position, n)
+            JOIN curator.examples e USING (digest)
+            ON CONFLICT (example_id, intake_id, external_id) DO UPDATE SET n = o.n + excluded.n
+            """
+        ),
+        {
+            "intake_id": intake_id,
+            "digests": [digest for digest, _ in counted],
+            "external_ids": [name for _, name in counted],
+            "positions": [position for position, _ in counted.values()],
+            "counts": [n for _, n in counted.values()],
+        },
+    )
+
+
+def quarantine(connection: Connection, intake: Intake, refusals: Sequence[Refusal], cap: int) -> None:
+    """Keep what was refused, with the reason; a line refused twice is kept once."""
+    if not refusals:
+        return
+    connection.execute(
+        text(
+            """
+            INSERT INTO curator.quarantine (source_id, intake_id, position, code, detail, raw)
+            VALUES (:source_id, :intake_id, :position, :code, :detail, :raw) ON CONFLICT DO NOTHING
+            """
+        ),
+        [
+            {
+                "source_id": intake.source_id,
+                "intake_id": intake.id,
+                "position": refusal.position,
+                "code": refusal.code,
+                "detail": refusal.detail,
+                "raw": refusal.raw[:cap],
+            }
+            for refusal in refusals
+        ],
+    )
+
+
+def quarantine_example(connection: Connection, example_id: int, code: str, detail: str) -> None:
+    """Give an example up, once."""
+    connection.execute(
+        text(
+            "INSERT INTO curator.quarantine (source_id, example_id, code, detail)"
+            " SELECT source_id, id, :code, :detail FROM curator.examples WHERE id = :id ON CONFLICT DO NOTHING"
+        ),
+        {"id": example_id, "code": code, "detail": detail},
+    )
+
+
+def fetch(connection: Connection, example_ids: Sequence[int]) -> dict[int, Mapping[str, object]]:
+    """Records by example number. Selected as ``json``, which the driver parses: an escaped NUL survives."""
+    rows = connection.execute(
+        text("SELECT id, record FROM curator.examples WHERE id = ANY(:ids)"), {"ids": list(example_ids)}
+    )
+    return dict(rows)
+
+
+def take_inbox(connection: Connection, row_ids: Sequence[int]) -> list[tuple[int, str, str]]:
+    """Rows of the inbox: (id, source, record text)."""
+    rows = connection.execute(
+        text("SELECT id, source, CAST(record AS text) AS record FROM curator.inbox WHERE id = ANY(:ids) ORDER BY id"),
+        {"ids": list(row_ids)},
+    )
+    return [(row.id, row.source, row.record) for row in rows]
+
+
+def clear_inbox(connection: Connection, row_ids: Sequence[int]) -> None:
+    """Remove rows that became examples or refusals in this transaction."""
+    connection.execute(text("DELETE FROM curator.inbox WHERE id = ANY(:ids)"), {"ids": list(row_ids)})
+
+
+def add_folder(connection: Connection, path: str, source: str) -> None:
+    """Watch a folder from now on."""
+    connection.execute(
+        text(
+            "INSERT INTO curator.folders (path, source) VALUES (:path, :source)"
+            " ON CONFLICT (path) DO UPDATE SET source = excluded.source"
+        ),
+        {"path": path, "source": source},
+    )
+
+
+def folders(connection: Connection) -> list[tuple[str, str]]:
+    """The watched folders: (path, source)."""
+    return [(row.path, row.source) for row in connection.execute(text("SELECT path, source FROM curator.folders"))]

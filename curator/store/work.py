@@ -1,0 +1,243 @@
+"""The ledger: what is left to do, who does it, until when.
+
+A message of the broker only says that there is work. Everything that must not be lost is decided here, by rows:
+
+* ``offer`` puts work in; offered twice it is one row (the UNIQUE constraint on ``work``).
+* ``claim`` leases some to a fresh owner. SKIP LOCKED, so claimants never wait for each other.
+* ``finish`` closes what the owner STILL holds and says which that is: the fence against a worker that was
+  thought dead. Effects are written for those subjects only, in the same transaction.
+* ``reclaim`` takes back leases whose heartbeat stopped, and counts a death against the work that was held.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+
+from sqlalchemy import Connection, text
+
+from curator.types import PRIORITY_FRESH, Lease, Stage
+
+BACKOFF_SECONDS = 2.0
+
+
+def offer(
+    connection: Connection,
+    stage: Stage,
+    subjects: Sequence[int],
+    *,
+    recipe_id: int = 0,
+    kind: str = "",
+    batch_ids: Sequence[int | None] | None = None,
+    priority: int = PRIORITY_FRESH,
+) -> None:
+    """Offer work; what was offered before stays as it is."""
+    connection.execute(
+        _OFFER,
+        {
+            "stage": stage,
+            "kind": kind,
+            "recipe_id": recipe_id,
+            "subjects": list(subjects),
+            "batch_ids": list(batch_ids) if batch_ids is not None else [None] * len(subjects),
+            "priority": priority,
+        },
+    )
+
+
+_OFFER = text(
+    """
+    INSERT INTO curator.work (stage, kind, recipe_id, subject, batch_id, priority)
+    SELECT :stage, :kind, :recipe_id, subject, batch_id, :priority
+    FROM unnest(CAST(:subjects AS bigint[]), CAST(:batch_ids AS bigint[])) AS t (subject, batch_id)
+    ON CONFLICT DO NOTHING
+    """
+)
+
+
+def offer_again(connection: Connection, stage: Stage, subjects: Sequence[int], *, recipe_id: int = 0) -> None:
+    """Offer work that may have been done before, as when a batch is judged anew."""
+    offer(connection, stage, subjects, recipe_id=recipe_id)
+    connection.execute(
+        text(
+            "UPDATE curator.work SET state = 'ready', attempts = 0, offered_at = now()"
+            " WHERE stage = :stage AND recipe_id = :recipe_id AND subject = ANY(:subjects) AND state = 'done'"
+        ),
+        {"stage": stage, "recipe_id": recipe_id, "subjects": list(subjects)},
+    )
+
+
+def claim(connection: Connection, stage: Stage, limit: int, lease_seconds: float, *, kind: str = "") -> Lease | None:
+    """Lease up to ``limit`` pieces of work of one recipe, or None when there is nothing.
+
+    Work that a worker has died on is claimed in ever smaller groups (a sixteenth, then one at a time), so that a
+    record that kills its worker ends up alone and its neighbours go on: a bisection in three deaths.
+    """
+    owner = uuid.uuid4().hex
+    rows = connection.execute(
+        _CLAIM,
+        {"stage": stage, "kind": kind, "owner": owner, "limit": limit, "lease": lease_seconds},
+    ).all()
+    if not rows:
+        return None
+    rows = sorted(rows, key=lambda row: row.id)
+    return Lease(owner, stage, rows[0].recipe_id, tuple(r.id for r in rows), tuple(r.subject for r in rows))
+
+
+_CLAIM = text(
+    """
+    WITH head AS (
+        SELECT recipe_id, priority, attempts FROM curator.work
+        WHERE stage = :stage AND kind = :kind AND state = 'ready' AND not_before <= clock_timestamp()
+        ORDER BY priority, attempts, id LIMIT 1
+    ), picked AS (
+        SELECT w.id FROM curator.work w, head
+        WHERE w.stage = :stage AND w.kind = :kind AND w.state = 'ready' AND w.not_before <= clock_timestamp()
+          AND w.recipe_id = head.recipe_id AND w.priority = head.priority AND w.attempts = head.attempts
+        ORDER BY w.id
+        LIMIT (SELECT CASE attempts WHEN 0 THEN :limit WHEN 1 THEN greatest(1, :limit / 16) ELSE 1 END FROM head)
+        FOR UPDATE OF w SKIP LOCKED
+    )
+    UPDATE curator.work w
+    SET state = 'leased', owner = :owner, leased_at = clock_timestamp(),
+        lease_until = clock_timestamp() + make_interval(secs => :lease)
+    FROM picked WHERE w.id = picked.id
+    RETURNING w.id, w.subject, w.recipe_id
+    """
+)
+
+
+def beat(connection: Connection, owner: str, lease_seconds: float) -> int:
+    """Move the end of a lease on; 0 says that it is lost."""
+    return connection.execute(
+        text(
+            "UPDATE curator.work SET lease_until = clock_timestamp() + make_interval(secs => :lease)"
+            " WHERE owner = :owner AND state = 'leased'"
+        ),
+        {"owner": owner, "lease": lease_seconds},
+    ).rowcount
+
+
+def finish(connection: Connection, lease: Lease, subjects: Sequence[int] | None = None) -> frozenset[int]:
+    """Close what the owner still holds (of ``subjects``, if given) and return the subjects that were."""
+    rows = connection.execute(
+        text(
+            "UPDATE curator.work SET state = 'done', owner = NULL, lease_until = NULL, last_error = NULL"
+            " WHERE id = ANY(:ids) AND owner = :owner AND state = 'leased'"
+            " AND (CAST(:subjects AS bigint[]) IS NULL OR subject = ANY(:subjects)) RETURNING subject"
+        ),
+        {
+            "ids": list(lease.work_ids),
+            "owner": lease.owner,
+            "subjects": None if subjects is None else list(subjects),
+        },
+    )
+    return frozenset(rows.scalars())
+
+
+def give_back(connection: Connection, lease: Lease) -> int:
+    """Return a lease unharmed: the worker stops, or something else than the work failed."""
+    return connection.execute(
+        text(
+            "UPDATE curator.work SET state = 'ready', owner = NULL, lease_until = NULL"
+            " WHERE id = ANY(:ids) AND owner = :owner AND state = 'leased'"
+        ),
+        {"ids": list(lease.work_ids), "owner": lease.owner},
+    ).rowcount
+
+
+def fail(connection: Connection, lease: Lease, error: str) -> int:
+    """Return a lease after the work itself failed: it counts as a death, and is tried later and smaller."""
+    return connection.execute(
+        text(
+            "UPDATE curator.work SET state = 'ready', owner = NULL, lease_until = NULL, attempts = attempts + 1,"
+            " last_error = :error,"
+            " not_before = clock_timestamp() + make_interval(secs => :backoff * power(2, attempts))"
+            " WHERE id = ANY(:ids) AND owner = :owner AND state = 'leased'"
+        ),
+        {"ids": list(lease.work_ids), "owner": lease.owner, "error": error[:2000], "backoff": BACKOFF_SECONDS / 2},
+    ).rowcount
+
+
+def reclaim(connection: Connection) -> int:
+    """Take back every lease that has ended. Returns how many.
+
+    A lease that the server's own restart outlived is no evidence against the work: nobody could beat. The same
+    holds for a lease that began in an earlier life of the server.
+    """
+    return connection.execute(
+        text(
+            """
+            UPDATE curator.work
+            SET state = 'ready', owner = NULL,
+                attempts = attempts + CASE WHEN leased_at > pg_postmaster_start_time() THEN 1 ELSE 0 END,
+                last_error = coalesce(last_error, 'the worker that held it stopped'),
+                lease_until = NULL
+            WHERE state = 'leased' AND lease_until < clock_timestamp()
+              AND clock_timestamp() > pg_postmaster_start_time() + interval '2 seconds'
+            """
+        )
+    ).rowcount
+
+
+def worn_out(connection: Connection, attempts: int) -> list[tuple[int, Stage, int, str]]:
+    """Work that too many workers died on: (work id, stage, subject, last error), locked for the caller."""
+    rows = connection.execute(
+        text(
+            "SELECT id, stage, subject, coalesce(last_error, '') AS error FROM curator.work"
+            " WHERE state = 'ready' AND attempts >= :attempts ORDER BY id FOR UPDATE SKIP LOCKED"
+        ),
+        {"attempts": attempts},
+    )
+    return [(row.id, Stage(row.stage), row.subject, row.error) for row in rows]
+
+
+def close_quarantined(connection: Connection, work_ids: Sequence[int]) -> None:
+    """Give work up for good."""
+    connection.execute(
+        text("UPDATE curator.work SET state = 'quarantined', owner = NULL WHERE id = ANY(:ids)"),
+        {"ids": list(work_ids)},
+    )
+
+
+def waiting(connection: Connection) -> dict[Stage, int]:
+    """How much is claimable now, or held, for each stage that has any."""
+    rows = connection.execute(
+        text("SELECT stage, count(*) FROM curator.work WHERE state IN ('ready', 'leased') GROUP BY stage")
+    )
+    return {Stage(stage): n for stage, n in rows}
+
+
+def claimable(connection: Connection) -> list[Stage]:
+    """The stages that have work nobody holds."""
+    rows = connection.scalars(
+        text("SELECT DISTINCT stage FROM curator.work WHERE state = 'ready' AND not_before <= clock_timestamp()")
+    )
+    return [Stage(stage) for stage in rows]
+
+
+def take_window(connection: Connection, job: str, seconds: float, owner: str) -> bool:
+    """True for the one scheduler that may run ``job`` in this period; the key (job, window) decides."""
+    return bool(
+        connection.execute(
+            text(
+                'INSERT INTO curator.jobs (job, "window", owner)'
+                " VALUES (:job, floor(extract(epoch FROM clock_timestamp()) / :seconds), :owner) ON CONFLICT DO NOTHING"
+            ),
+            {"job": job, "seconds": seconds, "owner": owner},
+        ).rowcount
+    )
+
+
+def forget_windows(connection: Connection) -> None:
+    """Keep a day of scheduled runs."""
+    connection.execute(text("DELETE FROM curator.jobs WHERE at < now() - interval '1 day'"))
+
+
+def hold(connection: Connection, lease: Lease) -> bool:
+    """True while the owner holds the work, which then cannot be reclaimed before this transaction ends."""
+    row = connection.scalar(
+        text("SELECT 1 FROM curator.work WHERE id = ANY(:ids) AND owner = :owner AND state = 'leased' FOR UPDATE"),
+        {"ids": list(lease.work_ids), "owner": lease.owner},
+    )
+    return row is not None
