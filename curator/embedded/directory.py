@@ -49,6 +49,21 @@ def private(path: Path, account: Account) -> Path:
     return path
 
 
+def public(path: Path) -> Path:
+    """Make a folder that everyone may enter, whatever the umask says."""
+    if not path.exists():
+        path.mkdir(parents=True, exist_ok=True)
+        path.chmod(0o755)
+    return path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file so that a reader, or a crash, finds the old text or the new one."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
 def socket_folder(root: Path, account: Account) -> Path:
     """The private folder of the sockets: near the data, or a short one derived from its path."""
     near = root / "run"
@@ -77,12 +92,12 @@ def server_root(home: Path, account: Account) -> Path:
 
 
 def _settle_elsewhere(home: Path, account: Account, note: Path) -> Path:
-    ELSEWHERE.mkdir(mode=0o755, parents=True, exist_ok=True)
-    place = private(ELSEWHERE / _digest(home), account)
+    place = private(public(ELSEWHERE) / _digest(home), account)
     (place / _OWNER_FILE).write_text(f"{home}\n")
-    note.write_text(
+    write_whole(
+        note,
         f"{place}\n\nThe embedded servers of this project run as {account.name}, who cannot enter {home}.\n"
-        "Their data is in the folder above. Back it up and remove it together with this project.\n"
+        "Their data is in the folder above. Back it up and remove it together with this project.\n",
     )
     return place
 

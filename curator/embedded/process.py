@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -49,6 +50,10 @@ class Account:
         """The login name, or the number where the system knows none."""
         return user_name(self.uid)
 
+    def switch(self) -> dict[str, Any]:
+        """The arguments that make subprocess become this user."""
+        return {} if self.is_ours else {"user": self.uid, "group": self.gid, "extra_groups": []}
+
     def run(
         self, argv: Sequence[str], env: dict[str, str] | None = CLEAN_ENVIRONMENT
     ) -> subprocess.CompletedProcess[str]:
@@ -56,9 +61,7 @@ class Account:
         return subprocess.run(
             argv, env=env, cwd="/", umask=0o077, start_new_session=True, check=False, text=True,
             errors="replace", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            user=None if self.is_ours else self.uid,
-            group=None if self.is_ours else self.gid,
-            extra_groups=None if self.is_ours else [],
+            **self.switch(),
         )  # fmt: skip
 
     def may(self, test: str, path: Path) -> bool:
@@ -87,12 +90,11 @@ def background(
     Returns:
         The process, or None when it is gone already; the log then says why.
     """
-    other = account if account and not account.is_ours else None
     with log.open("ab") as output:
         shell = subprocess.run(
             ["/bin/sh", "-c", _IN_THE_BACKGROUND, "sh", *argv], env=env, cwd=cwd, umask=0o077,
             start_new_session=True, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=output,
-            user=other and other.uid, group=other and other.gid, extra_groups=[] if other else None,
+            **(account.switch() if account else {}),
         )  # fmt: skip
     return find(int(shell.stdout))
 
