@@ -255,6 +255,13 @@ class UnknownCurvature(UsageError):
     hint = "Set the curvature to one of: {known}."
 
 
+class UnknownMeasurement(UsageError):
+    """There is no measurement {measurement!r}; known: {known}."""
+
+    code = "CUR-NUM-007"
+    hint = "Set the measurement to one of: {known}."
+
+
 class NoCurvature(UsageError):
     """No trusted example gave a finite, non-zero gradient, so there is nothing to compare with."""
 
@@ -274,3 +281,227 @@ class UnknownRecipeField(UsageError):
 
     code = "CUR-NUM-006"
     hint = "It was written by another version; use that one, or make a new recipe."
+
+
+# --- records ----------------------------------------------------------------------------------------------
+
+
+class InvalidUtf8(DataError):
+    """Byte {offset} of the record is not UTF-8."""
+
+    code = "CUR-TXT-001"
+    hint = "Save the file as UTF-8 (one made on Windows may be UTF-16: `iconv -f UTF-16 -t UTF-8`)."
+
+
+class NotJson(DataError):
+    """The record is not valid JSON: {reason} (character {column})."""
+
+    code = "CUR-TXT-002"
+    hint = "Write one JSON object a line; control characters inside a string must be escaped."
+
+
+class LoneSurrogate(DataError):
+    """A string of the record holds {escape}, half of a surrogate pair, which is no character."""
+
+    code = "CUR-TXT-003"
+    hint = "Text was cut inside an emoji or decoded wrongly upstream: cut it between characters."
+
+
+class TooDeep(DataError):
+    """The record is nested deeper than {limit} levels."""
+
+    code = "CUR-TXT-004"
+    hint = "Flatten it, or raise limits.nesting."
+
+
+class NotFinite(DataError):
+    """The record holds {number}, which is not a finite number."""
+
+    code = "CUR-TXT-005"
+    hint = "Write null, or leave the key out; JSON has no NaN and no Infinity."
+
+
+class HugeInteger(DataError):
+    """The record holds an integer of {digits} digits, {limit} are the most."""
+
+    code = "CUR-TXT-006"
+    hint = "Write it as a string."
+
+
+class NotAnObject(DataError):
+    """The record is {kind}, not a JSON object."""
+
+    code = "CUR-TXT-007"
+    hint = "Write one object a line; a file that is one JSON array becomes lines with `jq -c '.[]' FILE`."
+
+
+class TooManyBytes(DataError):
+    """The record is longer than {limit} bytes."""
+
+    code = "CUR-TXT-008"
+    hint = "Split it, or raise limits.record_bytes."
+
+
+class EmptyRecord(DataError):
+    """The record holds nothing to train on."""
+
+    code = "CUR-TXT-009"
+    hint = "Leave it out: its text is empty or blank, or it has no keys besides id, source and meta."
+
+
+class UnknownShape(DataError):
+    """The record has no shape curator knows. Its keys: {keys}"""
+
+    code = "CUR-TXT-010"
+    hint = (
+        "Known are text; text, label; prompt, completion; messages; instruction, input, output; conversations. "
+        "A value of the wrong type (a null text, a list of texts) does not count."
+    )
+
+
+class LongName(DataError):
+    """The {field} of the record is longer than {limit} characters."""
+
+    code = "CUR-TXT-011"
+    hint = "Keep id and source short; what is long belongs in meta."
+
+
+class NulEscaped(DataError):
+    """A string of the record holds the character NUL; it was kept, as the escape \\u0000."""
+
+    # A note on an accepted record, never raised: PostgreSQL's text type has no NUL, its json type keeps the escape.
+    code = "CUR-TXT-101"
+    hint = "Nothing to do. If the NUL is not meant, remove it upstream."
+
+
+class KeyTwice(DataError):
+    """An object of the record gives a key twice; the last value was taken."""
+
+    # A note on an accepted record, never raised.
+    code = "CUR-TXT-102"
+    hint = "Remove one of the two: which one a reader takes is up to the reader."
+
+
+# --- files of records -------------------------------------------------------------------------------------
+
+
+class Unreadable(DataError):
+    """{path} cannot be read: {reason}"""
+
+    code = "CUR-FIL-001"
+    hint = "Check the path and its permissions; the user who runs the worker must be able to read it."
+
+
+class Damaged(DataError):
+    """{path} is damaged at line {line}: {reason}. The records before it stay."""
+
+    code = "CUR-FIL-002"
+    hint = "Fetch the file again: records it has in common with the damaged one are known by digest and cost nothing."
+
+
+class Bomb(DataError):
+    """{path} expands to more than {limit}; reading stopped."""
+
+    code = "CUR-FIL-003"
+    hint = "If the file is honest, decompress it first, or raise limits.expansion. The records before that point stay."
+
+
+class NestedArchive(DataError):
+    """{path} is compressed and holds {inner}; archives within archives are refused."""
+
+    code = "CUR-FIL-004"
+    hint = "Unpack it and give the files inside."
+
+
+class UnreadFormat(DataError):
+    """{path} is {found}, not lines of JSON."""
+
+    code = "CUR-FIL-005"
+    hint = "Unpack or convert it to JSON lines, plain or gzip."
+
+
+# --- command line and read side ---------------------------------------------------------------------------
+
+
+class ProjectExists(UsageError):
+    """{path} exists already and is left as it is."""
+
+    code = "CUR-CFG-005"
+    hint = "Edit it, or run `curator init` in another directory."
+
+
+class UnknownCode(UsageError):
+    """There is no code {given!r}.{suggestion}"""
+
+    code = "CUR-CLI-001"
+    hint = "`curator explain` without a code lists all of them."
+
+
+class CannotWrite(UsageError):
+    """{path} cannot be written: {reason}"""
+
+    code = "CUR-OUT-001"
+    hint = "Name another place, or make room and rights there; nothing half-written was left."
+
+
+class TargetInUse(UsageError):
+    """{path} is there already and is not empty."""
+
+    code = "CUR-OUT-002"
+    hint = "Name a new directory, or pass --force to replace a former export."
+
+
+class TargetNotOurs(UsageError):
+    """{path} is not an export of curator, so --force does not replace it."""
+
+    code = "CUR-OUT-003"
+    hint = "Name a new directory; --force replaces only a directory that holds curator's manifest.json."
+
+
+class UnknownExample(UsageError):
+    """There is no example {given!r}."""
+
+    code = "CUR-EXM-001"
+    hint = "Use an example_id (`curator flagged` prints them) or the record's own id."
+
+
+class AmbiguousExample(UsageError):
+    """{given!r} may be any of {n} examples: {candidates}"""
+
+    code = "CUR-EXM-002"
+    hint = "Say which by curator's own number: `id:NUMBER`."
+
+
+class NoVector(UsageError):
+    """Example {example_id} has no gradient under the recipe in use ({state})."""
+
+    code = "CUR-EXM-003"
+    hint = "`curator status` shows what is left to do; an example without signal or in quarantine never gets one."
+
+
+class NothingScored(UsageError):
+    """No example has a score under the recipe in use."""
+
+    code = "CUR-SEL-001"
+    hint = "`curator status` shows what is missing: a checkpoint, a validation set, or work that is still to be done."
+
+
+class SelectionExists(UsageError):
+    """There is a selection {name!r} already."""
+
+    code = "CUR-SEL-002"
+    hint = "Choose another --name; selections are never changed, so that an export can be repeated."
+
+
+class UnknownSelection(UsageError):
+    """There is no selection {name!r}."""
+
+    code = "CUR-SEL-003"
+    hint = "`curator select --budget N` makes one; `curator valuable` shows the names of those there are."
+
+
+class UnknownRefusal(UsageError):
+    """There is no refused record {given}."""
+
+    code = "CUR-QRN-001"
+    hint = "`curator quarantine list` prints their numbers."

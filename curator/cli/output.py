@@ -1,0 +1,204 @@
+"""Rows on stdout, in the form that was asked for; messages on stderr.
+
+On a terminal rows are a table, elsewhere tab-separated text with a header. Whatever a record holds, it is shown and
+does nothing: no escape reaches the terminal, no cell starts a formula (FAULTS.md, 21).
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import datetime
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from decimal import Decimal
+from enum import StrEnum
+from itertools import chain
+from typing import Any, TypeVar
+
+import click
+
+from curator.views.text import inert, is_active
+
+F = TypeVar("F", bound=Callable[..., Any])
+Row = Mapping[str, object]
+
+# What makes a spreadsheet take a cell for a formula; the wide forms are read as the narrow ones in some locales.
+_FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")  # noqa: RUF001
+
+
+class Form(StrEnum):
+    """How rows are written."""
+
+    TEXT = "text"
+    JSON = "json"
+    JSONL = "jsonl"
+    CSV = "csv"
+
+
+def rows_options(command: F) -> F:
+    """Give a command ``--json``, ``--jsonl`` and ``--csv``; it receives ``form``."""
+    for form, words in reversed(
+        (
+            (Form.JSON, "Rows as one JSON array."),
+            (Form.JSONL, "Rows as JSON, one a line."),
+            (Form.CSV, "Rows as CSV; cells that would be formulas are defused."),
+        )
+    ):
+        command = click.option(f"--{form}", "form", flag_value=form, type=Form, default=Form.TEXT, help=words)(command)
+    return command
+
+
+def show(rows: Iterable[object], form: Form, columns: Sequence[str] = ()) -> None:
+    """Write rows to stdout.
+
+    Args:
+        rows: mappings or frozen dataclasses.
+        form: table or text, JSON array, JSON lines, CSV.
+        columns: the ones a table has room for; all when empty. The other forms always have every column.
+    """
+    writers = {Form.JSON: _write_json, Form.JSONL: _write_jsonl, Form.CSV: _write_csv}
+    plain = map(as_row, rows)
+    if form in writers:
+        writers[form](plain)
+    else:
+        _write_text(plain, columns)
+
+
+def as_row(value: object) -> Row:
+    """A value with names, as a mapping."""
+    if isinstance(value, Mapping):
+        return value
+    assert dataclasses.is_dataclass(value)
+    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+
+
+def say(message: str) -> None:
+    """A message for the person at the keyboard: on stderr, never among the data."""
+    click.echo(inert(message, keep="\n"), err=True)
+
+
+def facts(pairs: Mapping[str, object]) -> None:
+    """A few named values for a person to read, on stdout."""
+    width = max(map(len, pairs), default=0)
+    for name, value in pairs.items():
+        click.echo(f"{name:<{width}}  {cell(value)}")
+
+
+def cell(value: object) -> str:
+    """A value as a reader wants it on a terminal: rounded, on one line, inert."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, datetime.datetime):
+        return value.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    return inert(_as_text(value))
+
+
+def _as_text(value: object) -> str:
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, (Mapping, list, tuple)):
+        return json.dumps(value, ensure_ascii=False, default=_json_value)
+    return str(value)
+
+
+# --- for programs -----------------------------------------------------------------------------------------
+
+
+def dumps(value: object) -> str:
+    """JSON in which every active character is escaped: still the same value to a parser, inert to a terminal."""
+    text = json.dumps(value, ensure_ascii=False, default=_json_value)
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(json.dumps(char)[1:-1] if is_active(char) else char for char in text)
+
+
+def _json_value(value: object) -> object:
+    if dataclasses.is_dataclass(value):
+        return dict(as_row(value))
+    if isinstance(value, Decimal):
+        return float(value)
+    if isinstance(value, (datetime.datetime, datetime.date)):
+        return value.isoformat()
+    return value.hex() if isinstance(value, bytes) else str(value)
+
+
+def _write_json(rows: Iterable[Row]) -> None:
+    between = "[\n "
+    for row in rows:
+        click.echo(between + dumps(row), nl=False)
+        between = ",\n "
+    click.echo("[]" if between.startswith("[") else "\n]")
+
+
+def _write_jsonl(rows: Iterable[Row]) -> None:
+    for row in rows:
+        click.echo(dumps(row))
+
+
+def _write_csv(rows: Iterable[Row]) -> None:
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    for names, values in _with_header(rows):
+        if names:
+            writer.writerow(map(defused, names))
+        writer.writerow(map(defused, values))
+
+
+def defused(value: object) -> object:
+    """A CSV cell: numbers as they are, text inert and never a formula."""
+    if value is None or isinstance(value, (int, float, Decimal)):
+        return value
+    text = value.isoformat() if isinstance(value, datetime.datetime) else inert(_as_text(value), keep="\n")
+    # Tabs and returns are escaped by now, so only blanks can hide what a cell begins with.
+    return f"'{text}" if text.lstrip().startswith((*_FORMULA, "\\t", "\\r")) else text
+
+
+def _with_header(rows: Iterable[Row]) -> Iterator[tuple[tuple[str, ...], tuple[object, ...]]]:
+    """The values of each row, the first with the names of its columns."""
+    names: tuple[str, ...] = ()
+    for row in rows:
+        first, names = not names, tuple(row)
+        yield (names if first else ()), tuple(row.values())
+
+
+# --- for people -------------------------------------------------------------------------------------------
+
+
+def _write_text(rows: Iterable[Row], columns: Sequence[str]) -> None:
+    iterator = iter(rows)
+    first = next(iterator, None)
+    if first is None:
+        return
+    names = tuple(columns or first)
+    lines = ([cell(row[name]) for name in names] for row in chain([first], iterator))
+    if sys.stdout.isatty():
+        numeric = [isinstance(first[name], (int, float)) for name in names]
+        _write_table(names, numeric, lines)
+    else:
+        _write_tsv(names, lines)
+
+
+def _write_tsv(names: Sequence[str], lines: Iterable[Sequence[str]]) -> None:
+    click.echo("\t".join(names))
+    for line in lines:
+        click.echo("\t".join(line))
+
+
+def _write_table(names: Sequence[str], numeric: Sequence[bool], lines: Iterable[Sequence[str]]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for name, is_number in zip(names, numeric, strict=True):
+        table.add_column(name, justify="right" if is_number else "left", overflow="fold", no_wrap=is_number)
+    for line in lines:
+        # Text, not str: square brackets in a record are no markup.
+        table.add_row(*map(Text, line))
+    Console(file=sys.stdout, highlight=False).print(table)
