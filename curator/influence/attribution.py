@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from curator.errors import LayersUnreached, NoCurvature, StateMismatch, UnknownRecipeField
 from curator.influence import scoring
 from curator.influence.capture import KeptEntries, Layer, Reader, capture, each, find_layers
-from curator.influence.confidence import calibrated_loss, fit_temperature
+from curator.influence.confidence import calibrated_loss, fit_temperature, measurement_slope
 from curator.influence.curvature import FisherSums, KroneckerRoots, KroneckerSums, Whitening
 from curator.influence.dropout import LayerMask, budgets, draw
 from curator.influence.exact import DirectionSums, ExactDirections, ExactScores
@@ -44,15 +44,19 @@ class RecipeSpec:
 
     ``dimension`` is K, the kept entries over all layers, filled exactly (a smaller model is kept whole);
     ``kept`` fixes the budget of single layers. ``damping`` is relative to each block's mean eigenvalue.
+    ``measurement`` is what the plain influence is an influence on: the ``margin`` of the validation examples, their
+    ``calibrated`` loss, or their ``loss``; the normalised influence is the same for all three. ``exact`` fits the
+    Kronecker factors of the full layers too.
     """
 
     layers: tuple[str, ...] = ("*",)
-    mask: str = "neuron"
+    mask: str = "coordinate"
     dimension: int = 960
     kept: Mapping[str, int] = field(default_factory=dict)
     seed: int = 0
-    damping: float = 1.0
-    curvature: str = "fisher"
+    damping: float = 0.1
+    curvature: str = "angular"
+    measurement: str = "margin"
     bias: bool = False
     exact: bool = True
 
@@ -77,7 +81,8 @@ class RecipeSpec:
 class Measured:
     """What one pass gives of B examples; float32, on the CPU. Rows that are not OK hold zeros, never NaN.
 
-    ``loss_B`` and ``gradient_norm_B`` keep what was found, infinities and NaN included.
+    ``loss_B`` and ``gradient_norm_B`` keep what was found, infinities and NaN included. ``measurement_B`` is the factor
+    by which a validation example's loss gradient becomes the gradient of what the recipe measures.
     """
 
     unit_BK: Tensor
@@ -85,6 +90,7 @@ class Measured:
     gradient_norm_B: Tensor
     loss_B: Tensor
     calibrated_loss_B: Tensor
+    measurement_B: Tensor
     state_B: Tensor
     exact_BS: Tensor | None = None
     exact_influence_BS: Tensor | None = None
@@ -144,7 +150,7 @@ class Attributor:
         layers = find_layers(model, spec.layers, spec.bias)
         masks = {n: mask.to(_device_of(model)) for n, mask in draw_masks(layers, spec).items()}
         fisher = FisherSums(_slices(masks), spec.curvature)
-        kronecker = KroneckerSums()
+        kronecker = KroneckerSums(angular=spec.curvature == "angular")
         losses_N: list[Tensor] = []
         reached: set[str] = set()
         for batch in trusted:
@@ -217,6 +223,7 @@ class Attributor:
             gradient_norm_B=gradient_B.float().cpu(),
             loss_B=loss_B.float().cpu(),
             calibrated_loss_B=self._calibrated(loss_B),
+            measurement_B=self._measurement(loss_B),
             state_B=state_B.cpu(),
             exact_BS=_only(ok_B, exact.normalised_BS()) if exact else None,
             exact_influence_BS=_only(ok_B, exact.influence_BS()) if exact else None,
@@ -225,6 +232,10 @@ class Attributor:
     def _calibrated(self, loss_B: Tensor) -> Tensor:
         values = calibrated_loss(loss_B.double().cpu().numpy(), self.temperature)
         return torch.from_numpy(np.asarray(values)).float()
+
+    def _measurement(self, loss_B: Tensor) -> Tensor:
+        slope_B = measurement_slope(loss_B.double().cpu().numpy(), self.spec.measurement, self.temperature)
+        return torch.from_numpy(slope_B).float()
 
     # --- directions ---------------------------------------------------------------------------------------
 
@@ -237,7 +248,7 @@ class Attributor:
         joined = {name: Measured.join(parts) for name, parts in slices.items()}
         if not all(m.ok_B.any() for m in joined.values()):
             raise NoCurvature()
-        return scoring.directions({n: (m.unit_BK[m.ok_B], m.whitened_norm_B[m.ok_B]) for n, m in joined.items()})
+        return scoring.directions({name: _validation_rows(m) for name, m in joined.items()})
 
     def exact_directions(self, slices: Mapping[str, Sequence[Any]]) -> ExactDirections:
         """Un-compressed directions of each slice from its batches, in two passes over them.
@@ -257,12 +268,18 @@ class Attributor:
             loss_B = self._pass(batch, norms)
             norm_B = norms.norm_B()
             ok_B = loss_B.isfinite() & norm_B.isfinite() & (norm_B > 0)
-            sums.weight_SB = torch.where(ok_B, torch.stack([1 / norm_B, torch.ones_like(norm_B)]), 0.0)
+            slope_B = self._measurement(loss_B).to(norm_B.device)
+            sums.weight_SB = torch.where(ok_B, torch.stack([1 / norm_B, slope_B]), 0.0)
             self._pass(batch, sums)
             used += int(ok_B.sum())
         if not used:
             raise NoCurvature()
         return {name: total / used for name, total in sums.sums.items()}
+
+
+def _validation_rows(m: Measured) -> tuple[Tensor, Tensor]:
+    """Unit vectors and lengths of what is measured of the examples that carry a signal."""
+    return m.unit_BK[m.ok_B], (m.whitened_norm_B * m.measurement_B)[m.ok_B]
 
 
 def draw_masks(layers: Sequence[Layer], spec: RecipeSpec) -> dict[str, LayerMask]:

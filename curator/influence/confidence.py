@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from curator.errors import UnknownMeasurement
+
 Floats = NDArray[np.float64]
 
+Measurement = Literal["margin", "calibrated", "loss"]
+MEASUREMENTS: tuple[Measurement, ...] = ("margin", "calibrated", "loss")
+
 SMALLEST_LOSS = 1e-12
+SMALLEST_ERROR = 1e-6
+"""Below this 1 - p is rounding noise of a float32 loss."""
 COLDEST, HOTTEST = 0.05, 20.0
 """Bounds of the temperature. Where every trusted example is right, likelihood asks for 0: the bound says so."""
 
@@ -25,6 +34,27 @@ def calibrated_loss(loss_B: ArrayLike, temperature: float) -> Floats:
     scales the logits; for two classes both are the same).
     """
     return np.logaddexp(0.0, -margin(loss_B) / temperature)
+
+
+def measurement_slope(loss_B: ArrayLike, measurement: str, temperature: float) -> Floats:
+    """The slope of what is measured against the loss: slope * gradient of the loss = gradient of what is measured.
+
+    ``margin`` counts as minus the margin (lower is better, like a loss): 1 / (1 - p). ``calibrated``:
+    (1 - p_T) / (T (1 - p)). An overconfident checkpoint's validation LOSS falls when anything makes it less sure, and
+    wrong labels do that best; its margin does not (METHOD, "The overconfidence trap").
+
+    Raises:
+        UnknownMeasurement: it is none of MEASUREMENTS.
+    """
+    if measurement not in MEASUREMENTS:
+        raise UnknownMeasurement(measurement=measurement, known=", ".join(MEASUREMENTS))
+    loss = np.asarray(loss_B, dtype=np.float64)
+    if measurement == "loss":
+        return np.ones_like(loss)
+    slope = 1 / np.maximum(-np.expm1(-loss), SMALLEST_ERROR)
+    if measurement == "margin":
+        return slope
+    return np.asarray(slope * -np.expm1(-calibrated_loss(loss, temperature)) / temperature)
 
 
 def fit_temperature(loss_N: ArrayLike) -> float:

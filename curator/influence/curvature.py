@@ -6,6 +6,12 @@ are float64, whitening matrices are float32.
 Damping is always relative, ``c * tr(F) / k``: a mask's 1/sqrt(q) scale or a loss in other units changes F and the
 damping alike, and leaves every whitened unit vector as it was.
 
+The default is ANGULAR: every example's gradient is scaled to length 1 in each layer before it is summed, one step
+of Tyler's estimator of scatter (Annals of Statistics 15, 1987). Gradients of an overconfident checkpoint differ in
+length by many orders of magnitude, so their plain second moment is that of a handful of errors, and whitening with it
+removes the very directions in which wrong labels lie: AUC .77-.90 where angular gives .96-.99 (tests/benchmarks).
+Lengths of 1 also make the curvature the same for any increasing function of the loss.
+
 Kronecker factors are those of KFAC for layers with shared weights (arXiv:1503.05671; expand, arXiv:2311.00636).
 """
 
@@ -19,10 +25,11 @@ import torch
 from torch import Tensor
 
 from curator.errors import NoCurvature, UnknownCurvature
-from curator.influence.capture import Layer
+from curator.influence.capture import Layer, ghost_inner
+from curator.influence.scoring import unit
 
-CurvatureKind = Literal["fisher", "diagonal", "identity"]
-CURVATURE_KINDS: tuple[CurvatureKind, ...] = ("fisher", "diagonal", "identity")
+CurvatureKind = Literal["angular", "fisher", "diagonal", "identity"]
+CURVATURE_KINDS: tuple[CurvatureKind, ...] = ("angular", "fisher", "diagonal", "identity")
 
 WIDEST_FACTOR = 8192
 """A Kronecker factor wider than this keeps its diagonal only: 8192^2 float64 is already half a gigabyte."""
@@ -33,10 +40,14 @@ LARGEST_CHUNK = 1 << 24
 
 @dataclass
 class FisherSums:
-    """Sums of g g^T over examples, one (k, k) block a layer, float64, and how many examples."""
+    """Sums of g g^T over examples, one (k, k) block a layer, float64, and how many examples.
+
+    ``angular`` scales each example's g_k to length 1 first; ``diagonal`` (of the plain Fisher) and ``identity`` are
+    controls.
+    """
 
     slices: Mapping[str, slice]
-    kind: str = "fisher"
+    kind: str = "angular"
     count: int = 0
     blocks: dict[str, Tensor] = field(default_factory=dict)
 
@@ -51,9 +62,15 @@ class FisherSums:
         g_BK = g_BK[g_BK.isfinite().all(dim=1)].double()
         self.count += len(g_BK)
         for name, columns in self.slices.items():
-            g_Bk = g_BK[:, columns]
-            block = g_Bk.T @ g_Bk if self.kind == "fisher" else g_Bk.square().sum(dim=0)
+            block = self._block(g_BK[:, columns])
             self.blocks[name] = self.blocks[name] + block if name in self.blocks else block
+
+    def _block(self, g_Bk: Tensor) -> Tensor:
+        if self.kind in ("diagonal", "identity"):
+            return g_Bk.square().sum(dim=0)
+        if self.kind == "angular":
+            g_Bk = unit(g_Bk)[0]
+        return g_Bk.T @ g_Bk
 
     def merge(self, other: FisherSums) -> FisherSums:
         """The sums over both samples."""
@@ -144,11 +161,14 @@ def _plus(left: Tensor | None, right: Tensor | None) -> Tensor:
 
 @dataclass
 class KroneckerSums:
-    """Reader: sums of a a^T and d d^T over all positions, float64, and of |G|^2 over examples.
+    """Reader: sums of a a^T and d d^T over all positions, float64.
 
     F is modelled as A (x) S with A = mean over positions of a a^T, S = sum over positions of d d^T an example.
-    An example whose values are not finite is left out.
+    ``angular`` divides an example's d by the length of its gradient in the layer first, as the Fisher does. An example
+    whose values are not finite is left out.
     """
+
+    angular: bool = True
 
     examples: dict[str, int] = field(default_factory=dict)
     positions: dict[str, int] = field(default_factory=dict)
@@ -158,7 +178,10 @@ class KroneckerSums:
     def __call__(self, layer: Layer, a_BTI: Tensor, d_BTO: Tensor) -> None:
         """Add a batch of one layer."""
         finite_B = a_BTI.isfinite().all(dim=(1, 2)) & d_BTO.isfinite().all(dim=(1, 2))
-        a_BTI, d_BTO = a_BTI[finite_B], d_BTO[finite_B]
+        a_BTI, d_BTO = a_BTI[finite_B], d_BTO[finite_B].double()
+        if self.angular:
+            length_B = ghost_inner(a_BTI.double(), d_BTO).sqrt()
+            d_BTO = d_BTO / torch.where(length_B > 0, length_B, 1.0)[:, None, None]
         name = layer.name
         self.examples[name] = self.examples.get(name, 0) + len(a_BTI)
         self.positions[name] = self.positions.get(name, 0) + a_BTI.shape[0] * a_BTI.shape[1]
@@ -169,6 +192,7 @@ class KroneckerSums:
         """The sums over both samples."""
         names = [*self.inputs, *(n for n in other.inputs if n not in self.inputs)]
         return KroneckerSums(
+            self.angular,
             {n: self.examples.get(n, 0) + other.examples.get(n, 0) for n in names},
             {n: self.positions.get(n, 0) + other.positions.get(n, 0) for n in names},
             {n: _plus(self.inputs.get(n), other.inputs.get(n)) for n in names},
