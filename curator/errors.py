@@ -367,7 +367,7 @@ class LongName(DataError):
 
 
 class NulEscaped(DataError):
-    """A string of the record holds the character NUL; it was kept, as the escape \\u0000."""
+    r"""A string of the record holds the character NUL; it was kept, as the escape \u0000."""
 
     # A note on an accepted record, never raised: PostgreSQL's text type has no NUL, its json type keeps the escape.
     code = "CUR-TXT-101"
@@ -505,3 +505,20 @@ class UnknownRefusal(UsageError):
 
     code = "CUR-QRN-001"
     hint = "`curator quarantine list` prints their numbers."
+
+
+# --- examples and verdicts --------------------------------------------------------------------------------
+
+
+class NoSuchExample(UsageError):
+    """There is no example {example!r}."""
+
+    code = "CUR-EX-001"
+    hint = "Use the number of the first column of `curator flagged`, or the record's own id."
+
+
+class NothingToUndo(UsageError):
+    """Nobody has reviewed example {example}."""
+
+    code = "CUR-REV-001"
+    hint = "`curator review EXAMPLE --keep|--drop|--relabel` first; `verdict_history` holds what was said."
