@@ -522,3 +522,149 @@ class NothingToUndo(UsageError):
 
     code = "CUR-REV-001"
     hint = "`curator review EXAMPLE --keep|--drop|--relabel` first; `verdict_history` holds what was said."
+
+
+# --- workloads and checkpoints ----------------------------------------------------------------------------
+
+
+class UnknownWorkload(UsageError):
+    """There is no workload of kind {kind!r}; known: {known}."""
+
+    code = "CUR-WRK-001"
+    hint = "Set [workload] kind to one of: {known}."
+
+
+class BadWorkloadOption(UsageError):
+    """The workload {kind} does not take its options: {reason}"""
+
+    code = "CUR-WRK-002"
+    hint = "Correct [workload] in curator.toml; `curator config show` prints what is in force."
+
+
+class FactoryNotFound(UsageError):
+    """The factory {factory!r} cannot be imported from {project}: {reason}."""
+
+    code = "CUR-WRK-003"
+    hint = 'Set [workload] factory = "my_module:build", with my_module.py in the project directory or installed.'
+
+
+class FactoryFailed(UsageError):
+    """The factory {factory!r} raised at {where}"""
+
+    code = "CUR-WRK-004"
+    hint = "Correct the line named in the message; --debug prints the whole traceback."
+
+
+class WorkloadIncomplete(UsageError):
+    """The factory returned a {found}, which is no workload: it lacks {missing}."""
+
+    code = "CUR-WRK-005"
+    hint = "Return an object with load(checkpoint, device), collate(records) and losses(model, batch)."
+
+
+class WorkloadFailed(DataError):
+    """The workload's `{step}` raised at {where}"""
+
+    code = "CUR-WRK-006"
+    hint = "Correct the line named in the message; --debug prints the whole traceback."
+
+
+class RecordUnusable(DataError):
+    """A record cannot be used by the {kind} workload: {reason}"""
+
+    code = "CUR-WRK-007"
+    hint = "Correct the record and deliver it again; `curator quarantine list` shows where it stands."
+
+
+class NotLoaded(UsageError):
+    """The {kind} workload was asked for a batch before a checkpoint was loaded."""
+
+    code = "CUR-WRK-008"
+    hint = "Call load(checkpoint, device) first: label names and tokenizer come from the checkpoint."
+
+
+class ExtraMissing(UsageError):
+    """{purpose} needs the package {package}, which is not installed."""
+
+    code = "CUR-WRK-009"
+    hint = "pip install 'gradient-curator[{extra}]'"
+
+
+class CheckpointMissing(DataError):
+    """There are no safetensors weights at {path}."""
+
+    code = "CUR-CKP-001"
+    hint = "Give a .safetensors file, or a folder that holds one (model.save_pretrained writes such a folder)."
+
+
+class PickleRefused(DataError):
+    """{path} is a pickle, which runs whatever code it holds when it is opened. It was not opened."""
+
+    code = "CUR-CKP-002"
+    hint = "Save the weights with safetensors.torch.save_file(model.state_dict(), path), or save_pretrained(folder)."
+
+
+class CheckpointCorrupt(DataError):
+    """{path} is no whole safetensors file: {reason}."""
+
+    code = "CUR-CKP-003"
+    hint = "Copy it again, or save it again; compare the sizes."
+
+
+class CheckpointForeign(DataError):
+    """{path} does not hold a model of the {kind} workload: {reason}."""
+
+    code = "CUR-CKP-004"
+    hint = "Use the [workload] kind the checkpoint was made for, or kind = \"torch\" with a factory of your own."
+
+
+# --- checkpoints and validation sets ----------------------------------------------------------------------
+
+
+class CheckpointNameTaken(UsageError):
+    """The name {name!r} belongs to a checkpoint with other content."""
+
+    code = "CUR-CKP-001"
+    hint = "Register the new one under a name of its own; scores of the old one stay readable under the old name."
+
+
+class NoSuchCheckpoint(UsageError):
+    """There is no checkpoint {name!r}."""
+
+    code = "CUR-CKP-002"
+    hint = "`curator checkpoint list` shows those there are; `curator checkpoint add NAME PATH` adds one."
+
+
+class CheckpointChanged(UsageError):
+    """The checkpoint {name!r} at {path} is not the one that was added: its digest is {found}, not {wanted}."""
+
+    code = "CUR-CKP-003"
+    hint = "Restore it, or add the new content under a new name: `curator checkpoint add NEW-NAME {path}`."
+
+
+class EmptyValidation(UsageError):
+    """The validation set {name!r} has no usable record."""
+
+    code = "CUR-VAL-001"
+    hint = "Give a file with one trusted JSON record on each line; `curator explain` of the codes shown says what was wrong."
+
+
+class MissingSliceField(UsageError):
+    """Line {position} of the validation set {name!r} has no field {field!r} to name its slice."""
+
+    code = "CUR-VAL-002"
+    hint = "Give every record the field, at the top or in `meta`, or add the set without --slice."
+
+
+class TooFewTrusted(UsageError):
+    """Slice {slice!r} of the validation set {name!r} has {found} distinct examples; {needed} are needed."""
+
+    code = "CUR-VAL-003"
+    hint = "Add trusted examples: part gives the direction, part is kept aside as references for p-values."
+
+
+class NotMeasurable(UsageError):
+    """Validation slice {slice!r} has no example with a usable gradient ({states})."""
+
+    code = "CUR-VAL-004"
+    hint = "Check that the records are what the workload expects: `curator doctor` runs it on one of them."

@@ -97,6 +97,11 @@ def close_intake(connection: Connection, intake_id: int, state: str, detail: str
         ),
         {"id": intake_id, "state": state, "detail": detail},
     )
+    return close_batches(connection, intake_id)
+
+
+def close_batches(connection: Connection, intake_id: int) -> list[int]:
+    """Close what is open of an intake: nothing joins those batches any more. Returns them."""
     return list(
         connection.scalars(
             text("UPDATE curator.batches SET closed = true WHERE intake_id = :id AND NOT closed RETURNING id"),

@@ -146,16 +146,30 @@ def give_back(connection: Connection, lease: Lease) -> int:
     ).rowcount
 
 
-def fail(connection: Connection, lease: Lease, error: str) -> int:
-    """Return a lease after the work itself failed: it counts as a death, and is tried later and smaller."""
+def fail(connection: Connection, lease: Lease, error: str, *, counts: bool = True) -> int:
+    """Return a lease after a failure, to be tried later.
+
+    Args:
+        connection: a transaction.
+        lease: what is returned.
+        error: shown by ``status`` until the work is done.
+        counts: the work itself is suspected: it counts as a death, and is tried in a smaller group. False where
+            the operator has to mend something (a checkpoint, a factory): then nothing is ever given up for it.
+    """
     return connection.execute(
         text(
-            "UPDATE curator.work SET state = 'ready', owner = NULL, lease_until = NULL, attempts = attempts + 1,"
-            " last_error = :error,"
+            "UPDATE curator.work SET state = 'ready', owner = NULL, lease_until = NULL,"
+            " attempts = attempts + CASE WHEN :counts THEN 1 ELSE 0 END, last_error = :error,"
             " not_before = clock_timestamp() + make_interval(secs => :backoff * power(2, attempts))"
             " WHERE id = ANY(:ids) AND owner = :owner AND state = 'leased'"
         ),
-        {"ids": list(lease.work_ids), "owner": lease.owner, "error": error[:2000], "backoff": BACKOFF_SECONDS / 2},
+        {
+            "ids": list(lease.work_ids),
+            "owner": lease.owner,
+            "error": error[:2000],
+            "counts": counts,
+            "backoff": BACKOFF_SECONDS,
+        },
     ).rowcount
 
 

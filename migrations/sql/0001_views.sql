@@ -69,7 +69,7 @@ SELECT e.id                   AS example_id,
        v.reason               AS reason,
        v.policy               AS policy,
        v.at                   AS flagged_at,
-       v.review               AS review,
+       nullif(v.review, 'undo') AS review,
        e.record               AS record
 FROM curator.verdicts_in_force f
 JOIN curator.verdicts v ON v.id = f.verdict_id

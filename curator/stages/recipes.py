@@ -1,0 +1,169 @@
+"""What arrivals are to be measured with: register checkpoints and validation sets, and ask for directions.
+
+Torch-free, so that a command can do it; the measuring itself is the stage ``directions``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection
+
+from curator.errors import (
+    CheckpointNameTaken,
+    EmptyValidation,
+    MissingSliceField,
+    NoSuchCheckpoint,
+    TooFewTrusted,
+)
+from curator.settings import Settings
+from curator.store import directions, work
+from curator.store.directions import NewValidationExample
+from curator.types import Record, Stage
+
+WHOLE = "all"
+"""The slice of a validation set that has no slices."""
+
+FEWEST = 4
+"""Trusted examples below which a slice has neither a direction nor a reference worth the name."""
+
+
+def add_checkpoint(connection: Connection, settings: Settings, name: str, path: Path, digest: bytes) -> None:
+    """Register a checkpoint and measure with it from now on.
+
+    Raises:
+        CheckpointNameTaken: the name belongs to other content.
+    """
+    if not directions.add_checkpoint(connection, name, str(path), digest):
+        known = directions.checkpoint(connection, name)
+        if known is None or known.digest != digest:
+            raise CheckpointNameTaken(name=name)
+    use_checkpoint(connection, settings, name)
+
+
+def use_checkpoint(connection: Connection, settings: Settings, name: str) -> None:
+    """Measure with a checkpoint that is registered.
+
+    Raises:
+        NoSuchCheckpoint: it is not.
+    """
+    if directions.checkpoint(connection, name) is None:
+        raise NoSuchCheckpoint(name=name)
+    directions.use_checkpoint(connection, name)
+    ask(connection, settings)
+
+
+def add_validation(
+    connection: Connection, settings: Settings, name: str, slice_field: str, records: Iterable[Record]
+) -> dict[str, tuple[int, int]]:
+    """A new version of a validation set; returns (direction, reference) counts by slice.
+
+    Raises:
+        EmptyValidation: it has no records.
+        MissingSliceField: a record lacks the field that names its slice.
+        TooFewTrusted: a slice is too small to be split.
+    """
+    slices = _by_slice(name, slice_field, records)
+    if not slices:
+        raise EmptyValidation(name=name)
+    split = {key: _split(name, key, members, settings.scores.references) for key, members in slices.items()}
+    rows = [row for members in split.values() for row in members]
+    digest = hashlib.sha256(b"".join(sorted(row.digest + row.role.encode() for row in rows))).digest()
+    directions.add_validation_set(connection, name, slice_field, digest, rows)
+    ask(connection, settings)
+    return {key: _roles(members) for key, members in split.items()}
+
+
+def _by_slice(name: str, slice_field: str, records: Iterable[Record]) -> Mapping[str, dict[bytes, Record]]:
+    """Distinct records by slice: the same trusted example twice would be its own reference."""
+    slices: dict[str, dict[bytes, Record]] = defaultdict(dict)
+    for record in records:
+        slices[_slice(name, slice_field, record)].setdefault(record.digest, record)
+    return slices
+
+
+def _slice(name: str, slice_field: str, record: Record) -> str:
+    if not slice_field:
+        return WHOLE
+    values = json.loads(record.record)
+    value = values.get(slice_field, (values.get("meta") or {}).get(slice_field))
+    if not isinstance(value, (str, int, bool)) or value == "":
+        raise MissingSliceField(name=name, field=slice_field, position=record.position)
+    return str(value)
+
+
+def _split(name: str, key: str, members: Mapping[bytes, Record], share: float) -> Sequence[NewValidationExample]:
+    """Part of a slice becomes its direction, the rest its references: by digest, so it is the same every time."""
+    if len(members) < FEWEST:
+        raise TooFewTrusted(name=name, slice=key, found=len(members), needed=FEWEST)
+    references = min(max(round(len(members) * share), 1), len(members) - 2)
+    ordered = sorted(members, key=lambda digest: hashlib.sha256(b"reference" + digest).digest())
+    return [
+        NewValidationExample(
+            digest=digest,
+            external_id=members[digest].external_id,
+            record=members[digest].record,
+            slice=key,
+            role="reference" if rank < references else "direction",
+        )
+        for rank, digest in enumerate(ordered)
+    ]
+
+
+def _roles(members: Sequence[NewValidationExample]) -> tuple[int, int]:
+    references = sum(member.role == "reference" for member in members)
+    return len(members) - references, references
+
+
+def ask(connection: Connection, settings: Settings) -> int | None:
+    """Ask for directions of what is in use now; None while a checkpoint or a validation set is missing.
+
+    A recipe keeps the curvature of the trusted data it was fitted on: a validation set that is added later gets a
+    direction under the same recipe, and no gradient has to be computed again.
+    """
+    checkpoint = directions.checkpoint_in_use(connection)
+    sets = directions.validation_sets_in_use(connection)
+    if checkpoint is None or not sets:
+        return None
+    asked = spec(settings)
+    recipe = directions.recipe_in_use(connection)
+    if recipe and recipe.checkpoint.id == checkpoint.id and recipe.spec == asked:
+        recipe_id = recipe.id
+    else:
+        key = _digest({"checkpoint": checkpoint.digest.hex(), "trusted": sets[0][1].hex(), "spec": asked})
+        recipe_id = directions.use_recipe(connection, key, checkpoint.id, sets[0][0], asked)
+    set_id = directions.ask_directions(connection, recipe_id, _digest([digest.hex() for _, digest in sets]))
+    if directions.direction_set_state(connection, set_id) == "ready":
+        directions.use_directions(connection, set_id)
+    else:
+        work.offer_again(connection, Stage.DIRECTIONS, [set_id], recipe_id=recipe_id)
+    return set_id
+
+
+def spec(settings: Settings) -> dict[str, Any]:
+    """What decides the meaning of a gradient, as plain values: half of a recipe's key."""
+    asked = settings.gradients
+    return {
+        "workload": {
+            "kind": settings.workload.kind,
+            "factory": settings.workload.factory,
+            "options": dict(settings.workload.options),
+        },
+        "gradients": {
+            "layers": list(asked.layers) or ["*"],
+            "mask": asked.mask,
+            "dimension": asked.dimension,
+            "seed": asked.seed,
+            "damping": settings.scores.damping,
+            "exact": asked.exact,
+        },
+    }
+
+
+def _digest(value: object) -> bytes:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest()

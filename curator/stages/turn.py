@@ -1,0 +1,132 @@
+"""Run a stage until nothing is left or the turn is over: claim, compute, record, with a beating lease.
+
+What an exception means is decided here, for all stages:
+
+* DependencyDown: nobody's fault. The lease goes back (or ends by itself) and the caller tries again later.
+* UsageError: the operator has to mend something. The work waits, with the message where ``status`` shows it.
+* anything else: the work is suspected, returned, and tried again in a smaller group (``store.work.claim``).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from sqlalchemy import Connection, Engine
+
+from curator.errors import DependencyDown, UsageError
+from curator.settings import Settings
+from curator.store import work
+from curator.store.engine import begin
+from curator.types import Counts, Lease, Stage
+
+log = logging.getLogger(__name__)
+
+BEATS_PER_LEASE = 4
+
+
+class Batch(Protocol):
+    """What a stage claims. ``tools`` names what ``load`` would return for it."""
+
+    @property
+    def lease(self) -> Lease: ...  # noqa: D102 - said above
+    @property
+    def tools(self) -> Hashable: ...  # noqa: D102
+
+
+class StageModule(Protocol):
+    """A file of ``stages/``."""
+
+    STAGE: Stage
+
+    def claim(self, connection: Connection, settings: Settings) -> Any: ...  # noqa: D102
+    def load(self, engine: Engine, settings: Settings, batch: Any) -> Any: ...  # noqa: D102
+    def compute(self, tools: Any, batch: Any) -> Any: ...  # noqa: D102
+    def record(self, connection: Connection, settings: Settings, batch: Any, result: Any) -> Counts: ...  # noqa: D102
+
+
+@dataclass
+class Turn:
+    """A process's way of running stages; keeps the last tools of each, since a model is slow to load."""
+
+    engine: Engine
+    settings: Settings
+    stopping: Callable[[], bool] = lambda: False
+    kept: dict[Stage, tuple[Hashable, Any]] = field(default_factory=dict)
+
+    def run(self, stage: StageModule, seconds: float) -> Counts:
+        """Batches until the table is empty, ``seconds`` are over, or the process is asked to stop.
+
+        Raises:
+            DependencyDown: the database went away; leases that could not be returned end by themselves.
+        """
+        total, end = Counts(), time.monotonic() + seconds
+        while time.monotonic() < end and not self.stopping():
+            counts = self.once(stage)
+            if counts is None:
+                break
+            total += counts
+        return total
+
+    def once(self, stage: StageModule) -> Counts | None:
+        """One batch; None when there was nothing to claim."""
+        with begin(self.engine) as connection:
+            batch = stage.claim(connection, self.settings)
+        if batch is None:
+            return None
+        with heartbeat(self.engine, batch.lease, self.settings.limits.lease_seconds):
+            try:
+                result = stage.compute(self._tools(stage, batch), batch)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the lease goes back; see above
+                return self._returned(batch.lease, error)
+        with begin(self.engine) as connection:
+            return stage.record(connection, self.settings, batch, result)
+
+    def _tools(self, stage: StageModule, batch: Batch) -> Any:
+        key, tools = self.kept.get(stage.STAGE, (None, None))
+        if key is None or key != batch.tools:
+            self.kept.pop(stage.STAGE, None)  # never two models in memory
+            tools = stage.load(self.engine, self.settings, batch)
+            self.kept[stage.STAGE] = batch.tools, tools
+        return tools
+
+    def _returned(self, lease: Lease, error: Exception) -> Counts:
+        if isinstance(error, DependencyDown):
+            with begin(self.engine) as connection:
+                work.give_back(connection, lease)
+            raise error
+        operator = isinstance(error, UsageError)
+        log.error("%s: %s", lease.stage, error, exc_info=None if operator else error)
+        with begin(self.engine) as connection:
+            work.fail(connection, lease, f"{type(error).__name__}: {error}", counts=not operator)
+        return Counts(lost=len(lease))
+
+
+@contextmanager
+def heartbeat(engine: Engine, lease: Lease, lease_seconds: float) -> Iterator[None]:
+    """Keep a lease alive from a thread: a long computation is no sign of death, a silent process is.
+
+    A beat that fails is tried again; if the database stays away, the lease ends and the fence does the rest.
+    """
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(lease_seconds / BEATS_PER_LEASE):
+            try:
+                with begin(engine) as connection:
+                    work.beat(connection, lease.owner, lease_seconds)
+            except DependencyDown as error:
+                log.warning("heartbeat: %s", error)
+
+    thread = threading.Thread(target=beat, name=f"beat-{lease.stage}", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

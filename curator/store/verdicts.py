@@ -1,0 +1,143 @@
+"""Verdicts: written once, never changed; ``verdicts_in_force`` points at the last word on each example."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import Connection, Row, text
+
+
+def scores_of_batch(connection: Connection, batch_id: int, recipe_id: int, set_id: int) -> list[Row[Any]]:
+    """What a batch is judged on: (id, p_value[], normalised[], influence[], stderr[], former, reviewed)."""
+    return list(
+        connection.execute(
+            text(
+                """
+                SELECT e.id, s.p_value, s.normalised, s.influence, s.stderr, f.verdict AS former,
+                       coalesce(v.review <> 'undo', false) AS reviewed
+                FROM curator.examples e
+                JOIN curator.scores s ON s.example_id = e.id AND s.recipe_id = :recipe_id
+                LEFT JOIN curator.verdicts_in_force f ON f.example_id = e.id
+                LEFT JOIN curator.verdicts v ON v.id = f.verdict_id
+                WHERE e.batch_id = :batch_id AND s.direction_set_id = :set_id
+                ORDER BY e.id
+                """
+            ),
+            {"batch_id": batch_id, "recipe_id": recipe_id, "set_id": set_id},
+        )
+    )
+
+
+def earlier_p_values(
+    connection: Connection, batch_id: int, recipe_id: int, set_id: int, limit: int
+) -> list[Sequence[float]]:
+    """p-values of the latest arrivals of the same source before a batch: what a small batch is judged with."""
+    return list(
+        connection.scalars(
+            text(
+                """
+                SELECT s.p_value FROM curator.batches b
+                JOIN curator.intakes i ON i.id = b.intake_id
+                JOIN curator.examples e ON e.source_id = i.source_id AND e.batch_id < b.id
+                JOIN curator.scores s ON s.example_id = e.id AND s.recipe_id = :recipe_id
+                WHERE b.id = :batch_id AND s.direction_set_id = :set_id
+                ORDER BY e.id DESC LIMIT :limit
+                """
+            ),
+            {"batch_id": batch_id, "recipe_id": recipe_id, "set_id": set_id, "limit": limit},
+        )
+    )
+
+
+def reference_count(connection: Connection, set_id: int) -> int:
+    """How many trusted references the p-values are ranks among."""
+    n: int | None = connection.scalar(
+        text("SELECT count(*) FROM curator.reference_scores WHERE direction_set_id = :id"), {"id": set_id}
+    )
+    return n or 0
+
+
+def append(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> int:
+    """Append verdicts and put them in force. A delivery that repeats one changes nothing.
+
+    A row has: example_id, verdict, reason, review, note, actor, policy, recipe_id, direction_set_id, ordinal,
+    influence, stderr, p_value, q_value. ``previous`` is read here, in the same statement.
+    """
+    return sum(_append_one(connection, row) for row in rows)
+
+
+def _append_one(connection: Connection, row: Mapping[str, Any]) -> int:
+    return connection.execute(_APPEND, dict(row)).rowcount
+
+
+_APPEND = text(
+    """
+    WITH spoken AS (
+        INSERT INTO curator.verdicts (example_id, verdict, previous, reason, review, note, actor, policy, recipe_id,
+                                      direction_set_id, ordinal, influence, stderr, p_value, q_value)
+        SELECT :example_id, :verdict, (SELECT verdict FROM curator.verdicts_in_force WHERE example_id = :example_id),
+               :reason, :review, :note, :actor, :policy, :recipe_id, :direction_set_id, :ordinal,
+               :influence, :stderr, :p_value, :q_value
+        ON CONFLICT DO NOTHING
+        RETURNING id, example_id, verdict
+    )
+    INSERT INTO curator.verdicts_in_force (example_id, verdict_id, verdict)
+    SELECT example_id, id, verdict FROM spoken
+    ON CONFLICT (example_id) DO UPDATE SET verdict_id = excluded.verdict_id, verdict = excluded.verdict
+    """
+)
+
+
+def note_judged(
+    connection: Connection, batch_id: int, set_id: int, *, judged: int, pool: int, refs: int, fdr: float, flagged: int
+) -> None:
+    """Note that a batch was judged on these directions, and over which family."""
+    connection.execute(
+        text(
+            "INSERT INTO curator.judged_batches (batch_id, direction_set_id, judged, pool, refs, fdr, flagged)"
+            " VALUES (:batch_id, :set_id, :judged, :pool, :refs, :fdr, :flagged) ON CONFLICT DO NOTHING"
+        ),
+        {
+            "batch_id": batch_id,
+            "set_id": set_id,
+            "judged": judged,
+            "pool": pool,
+            "refs": refs,
+            "fdr": fdr,
+            "flagged": flagged,
+        },
+    )
+
+
+def in_force(connection: Connection, example_id: int) -> Row[Any] | None:
+    """The verdict in force on an example, locked, with its columns."""
+    return connection.execute(
+        text(
+            "SELECT v.* FROM curator.verdicts_in_force f JOIN curator.verdicts v ON v.id = f.verdict_id"
+            " WHERE f.example_id = :id FOR UPDATE OF f"
+        ),
+        {"id": example_id},
+    ).one_or_none()
+
+
+def said_before(connection: Connection, example_id: int, verdict_id: int) -> Row[Any] | None:
+    """The verdict that was in force before another one."""
+    return connection.execute(
+        text("SELECT * FROM curator.verdicts WHERE example_id = :id AND id < :before ORDER BY id DESC LIMIT 1"),
+        {"id": example_id, "before": verdict_id},
+    ).one_or_none()
+
+
+def resolve(connection: Connection, example: str) -> list[int]:
+    """The examples meant by a number or by a record's own id."""
+    return list(
+        connection.scalars(
+            text(
+                "SELECT id FROM curator.examples WHERE external_id = :name"
+                " UNION SELECT example_id FROM curator.occurrences WHERE external_id = :name AND :name <> ''"
+                " UNION SELECT id FROM curator.examples WHERE id = :number ORDER BY 1"
+            ),
+            {"name": example, "number": int(example) if example.isdecimal() and len(example) < 19 else -1},
+        )
+    )
