@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import subprocess
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import IO
 
 from curator.embedded import guard, leash, logs
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,8 @@ class Guard:
         pipe = self._pipe()
         with contextlib.suppress(BrokenPipeError):
             pipe.close()
-        self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it has work left that we gave up on
+            self._process.wait(timeout=1.0)
 
     def _tell(self, line: str) -> None:
         with contextlib.suppress(BrokenPipeError):  # killed: renew() will tell the next one everything
@@ -110,21 +114,25 @@ class Charge:
 
     def tend(self) -> None:
         """Notice a death; start it when it is due."""
-        if self._process is None:
-            if time.monotonic() >= self.due:
-                self.start()
-        elif self.exited():
-            self._schedule()
+        if self._process is not None:
+            if self.exited():
+                self._schedule(f"ended with {self.last_exit}")
+        elif time.monotonic() >= self.due:
+            try:
+                self._start()
+            except OSError as error:  # no memory, no process left: no reason to end the other children
+                self._schedule(f"did not start: {error}")
 
-    def start(self) -> None:
+    def _start(self) -> None:
         """Start it at the head of a process group of its own: Ctrl-C in the terminal reaches only us."""
         command = [sys.executable, "-I", leash.__file__, str(os.getpid()), *self.child.argv]
+        self._started = time.monotonic()
+        logs.bound(self.log)
         with self.log.open("ab") as output:
             self._process = subprocess.Popen(
                 command, env=self.child.env, cwd=self.child.cwd, process_group=0,
                 stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
             )  # fmt: skip
-        self._started = time.monotonic()
         self._guard.watch(self._process.pid)
 
     @property
@@ -164,8 +172,10 @@ class Charge:
             assert self._process is not None
             os.killpg(self._process.pid, number)
 
-    def _schedule(self) -> None:
+    def _schedule(self, what: str) -> None:
         now = time.monotonic()
         self._deaths = 1 if now - self._started >= self._backoff.healthy else self._deaths + 1
         self.restarts += 1
-        self.due = now + self._backoff.delay(self._deaths)
+        delay = self._backoff.delay(self._deaths)
+        self.due = now + delay
+        _log.warning("%s %s; starting it again in %.1f s. Its log: %s", self.child.name, what, delay, self.log)

@@ -13,10 +13,9 @@ _QUOTED_LINES = 12
 
 
 def log_file(home: Path, name: str) -> Path:
-    """``.curator/log/NAME.log``, its folder made and its size bounded."""
+    """``.curator/log/NAME.log``, its folder made."""
     path = home / "log" / f"{name}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
-    bound(path)
     return path
 
 

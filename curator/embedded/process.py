@@ -54,12 +54,10 @@ class Account:
         """The arguments that make subprocess become this user."""
         return {} if self.is_ours else {"user": self.uid, "group": self.gid, "extra_groups": []}
 
-    def run(
-        self, argv: Sequence[str], env: dict[str, str] | None = CLEAN_ENVIRONMENT
-    ) -> subprocess.CompletedProcess[str]:
+    def run(self, argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
         """Run a command to its end as this user, out of reach of Ctrl-C, and keep all it said."""
         return subprocess.run(
-            argv, env=env, cwd="/", umask=0o077, start_new_session=True, check=False, text=True,
+            argv, env=CLEAN_ENVIRONMENT, cwd="/", umask=0o077, start_new_session=True, check=False, text=True,
             errors="replace", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             **self.switch(),
         )  # fmt: skip

@@ -162,6 +162,7 @@ class Server(ABC):
 
     def _start(self) -> None:
         """Start it, again where the remains of a killed one are still letting go."""
+        logs.bound(self.log)
         for _ in range(_ATTEMPTS):
             since = logs.size(self.log)
             starting = self.process() or self._launch()

@@ -41,6 +41,7 @@ __all__ = ["Backoff", "Child", "ChildStatus", "DaemonStatus", "Supervisor", "dae
 GRACE_SECONDS = 15.0
 # SIGINT is Ctrl-C and `curator down`: a wish, not a fault.
 _EXIT_CODES = {signal.SIGINT: 0, signal.SIGTERM: 128 + signal.SIGTERM, signal.SIGHUP: 128 + signal.SIGHUP}
+_KILL_SECONDS = 5.0
 _TICK_SECONDS = 1.0
 # `daemon_status` holds the lock for an instant; only who keeps it longer is a daemon.
 _GLANCE_SECONDS = 0.3
@@ -119,18 +120,17 @@ class Supervisor:
         """Ask all at once, wait for the slowest, kill at the deadline or at a second Ctrl-C."""
         for charge in charges:
             charge.ask()
-        deadline = time.monotonic() + self._grace
-        while not all([charge.exited() for charge in charges]):
-            if time.monotonic() >= deadline or len(signals.asked) > 1:
-                for charge in charges:
-                    charge.kill()
-            signals.wait(0.1)
+        if not _all_gone(charges, signals, self._grace):
+            for charge in charges:
+                charge.kill()
+            # Bounded too: what hangs inside a device driver does not die of SIGKILL either.
+            _all_gone(charges, signals, _KILL_SECONDS)
         self._record(charges)
 
     def _record(self, charges: Sequence[Charge]) -> None:
         """Write daemon.json for ``curator status``, when something changed."""
         children = (ChildStatus(c.child.name, c.pid, c.restarts, c.last_exit) for c in charges)
-        trouble = " ".join(self._trouble.values())
+        trouble = " ".join(tuple(self._trouble.values()))
         status = DaemonStatus(os.getpid(), self._started, tuple(children), trouble)
         if status != self._recorded:
             with contextlib.suppress(OSError):  # a full disk must not take the workers down
@@ -239,7 +239,7 @@ def detach(
     if daemon is None or process.gone(daemon):
         raise DaemonFailed(reason=logs.tail(log, since), log=log)
     if not is_ready():
-        process.end(daemon, ((signal.SIGINT, GRACE_SECONDS * 2), (signal.SIGKILL, 5.0)))
+        process.end(daemon, ((signal.SIGTERM, GRACE_SECONDS * 2), (signal.SIGKILL, 5.0)))
         raise DaemonFailed(reason=f"not ready after {timeout:.0f} s. {logs.tail(log, since)}", log=log)
     return int(daemon.pid)
 
@@ -265,6 +265,17 @@ def _holder(home: Path) -> dict[str, Any] | None:
 def _running_error(home: Path) -> DaemonRunning:
     holder = _holder(home) or {"pid": "unknown", "started": "just now"}
     return DaemonRunning(**holder)
+
+
+def _all_gone(charges: Sequence[Charge], signals: _Signals, patience: float) -> bool:
+    """Wait until all have exited, patience runs out or one more signal comes."""
+    deadline = time.monotonic() + patience
+    heard = len(signals.asked)
+    while any([not charge.exited() for charge in charges]):  # noqa: C419 - each one is to be reaped
+        if time.monotonic() >= deadline or len(signals.asked) > heard:
+            return False
+        signals.wait(0.1)
+    return True
 
 
 def _until_next(charges: Sequence[Charge]) -> float:
