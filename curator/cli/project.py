@@ -55,7 +55,7 @@ def _lines(kind: str) -> Iterator[str]:
     from curator.settings import SECTIONS, known
 
     yield "# Settings of a curator project. A line that is commented out shows the default."
-    yield "# The environment (CURATOR_SECTION_KEY) and flags come before this file; `curator config show` says which won."
+    yield "# Flags and the environment (CURATOR_SECTION_KEY) come before it; `curator config show` says which won."
     section = ""
     for owner, key, spec in known():
         if owner != section:

@@ -17,7 +17,7 @@ def inert(text: str, *, keep: str = "") -> str:
     """``text`` with every character that could act on its surroundings written as an escape instead.
 
     Args:
-        text: anything, for instance ``"\\x1b[2J"``.
+        text: anything a record may hold.
         keep: characters to leave as they are, such as a newline.
     """
     if text.isascii() and text.isprintable():

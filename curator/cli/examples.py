@@ -1,0 +1,98 @@
+"""``curator why`` and ``curator neighbours``: one example, and what drove the verdict on it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from curator.cli.invocation import Invocation, pass_invocation
+from curator.cli.output import Form, cell, facts, rows_options, show
+
+if TYPE_CHECKING:
+    from curator.views.examples import Driven, Pull, Why
+
+_CONTROLS = ("loss", "calibrated_loss", "gradient_norm", "self_influence")
+_SCORES = (
+    "slice", "normalised_influence", "exact_influence", "influence", "stderr", "percentile", "harm", "p_value",
+)  # fmt: skip
+
+
+@click.command()
+@click.argument("example")
+@click.option("--pulls", type=click.IntRange(0), default=5, show_default=True, help="Validation examples a side.")
+@click.option("--neighbours", type=click.IntRange(0), default=5, show_default=True, help="Similar arrivals.")
+@rows_options
+@pass_invocation
+def why(here: Invocation, example: str, pulls: int, neighbours: int, form: Form) -> None:
+    """Show what drove the verdict on EXAMPLE.
+
+    EXAMPLE is an example_id, the record's own id, or id:NUMBER where the two could be confused.
+
+    Under each slice, the pulls of all validation examples add up to the normalised influence: negative ones say
+    that training on EXAMPLE raises their loss.
+    """
+    from curator.views import examples
+
+    with here.reading() as connection:
+        found = examples.why(connection, examples.find(connection, example), pulls=pulls, neighbours=neighbours)
+    if form is Form.TEXT:
+        _print(found)
+    else:
+        show([found], form)
+
+
+@click.command()
+@click.argument("example")
+@click.option("--limit", type=click.IntRange(1), default=10, show_default=True)
+@rows_options
+@pass_invocation
+def neighbours(here: Invocation, example: str, limit: int, form: Form) -> None:
+    """List the arrivals whose gradients are most like that of EXAMPLE."""
+    from curator.views import examples
+
+    with here.reading() as connection:
+        show(examples.similar(connection, examples.find(connection, example), limit), form)
+
+
+def _print(why: Why) -> None:
+    verdict = why.verdict or "none"
+    facts(
+        {
+            "example": f"{why.example_id} ({why.external_id or 'without an id of its own'})",
+            "source": why.source,
+            "arrived": why.arrived_at,
+            "times": why.occurrences,
+            "verdict": f"{verdict}: {why.reason}" if why.reason else verdict,
+            "review": why.review,
+            "q value": why.q_value,
+            "state": why.state,
+            "text": why.preview,
+        }
+    )
+    _section("Scores (positive helps, negative harms)")
+    show(why.scores, Form.TEXT, _SCORES)
+    _section("Controls (percentile: share of arrivals below it)")
+    show(({"control": n, "value": why.controls.get(n), "percentile": why.controls.get(f"{n}_percentile")}
+          for n in _CONTROLS), Form.TEXT)  # fmt: skip
+    for driven in why.driven_by:
+        _print_driven(driven)
+    _section("Most similar arrivals, in gradient space")
+    show(why.neighbours, Form.TEXT)
+    _section("Decisions")
+    show(why.history, Form.TEXT)
+
+
+def _print_driven(driven: Driven) -> None:
+    _section(f"What drove slice {driven.slice} of {driven.validation_set}: {cell(driven.total)} in all")
+    rest = f"{driven.rest_n} other validation examples"
+    rows = [*map(_row, driven.down), {"pull": driven.rest, "id": "", "preview": rest}]
+    show([*rows, *map(_row, reversed(driven.up))], Form.TEXT)
+
+
+def _row(pull: Pull) -> dict[str, object]:
+    return {"pull": pull.pull, "id": pull.external_id or pull.validation_example_id, "preview": pull.preview}
+
+
+def _section(title: str) -> None:
+    click.echo(f"\n{cell(title)}")

@@ -1,0 +1,96 @@
+"""``curator flagged``, ``valuable`` and ``review``: what curator says of the data, and what you say of that."""
+
+from __future__ import annotations
+
+import getpass
+from typing import TYPE_CHECKING
+
+import click
+
+from curator.cli.invocation import Invocation, pass_invocation
+from curator.cli.output import Form, rows_options, say, show
+from curator.types import Review
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
+EXIT_FINDINGS = 1
+_FLAG = (
+    "example_id", "external_id", "source", "slice", "influence", "q_value", "loss",
+    "gradient_norm", "review", "preview",
+)  # fmt: skip
+_CHOSEN = ("selection", "rank", "example_id", "external_id", "source", "gain", "reason", "preview")
+
+_limit = click.option(
+    "--limit", type=click.IntRange(0), default=50, show_default=True, help="Rows at most; 0 lists all."
+)
+
+
+@click.command()
+@click.option("--source", help="Only what this source sent.")
+@click.option("--slice", "slice_", help="Only what harms this validation slice.")
+@_limit
+@click.option("--check", is_flag=True, help="Exit with 1 when there are flags.")
+@rows_options
+@pass_invocation
+def flagged(here: Invocation, source: str | None, slice_: str | None, limit: int, check: bool, form: Form) -> None:
+    """List the flags in force, surest first, with loss and gradient norm beside them.
+
+    q_value is the false discovery rate of the batch at which the example is just flagged.
+    """
+    from curator.store import reads
+    from curator.views import flags
+
+    with here.reading() as connection:
+        total = reads.flag_count(connection, source, slice_)
+        show(flags.flagged(connection, source, slice_, limit or None), form, _FLAG)
+    _say_how_many(total, limit, "flags")
+    if check and total:
+        raise click.exceptions.Exit(EXIT_FINDINGS)
+
+
+@click.command()
+@click.option("--selection", help="Only this selection; `standing` is the daemon's own.")
+@_limit
+@rows_options
+@pass_invocation
+def valuable(here: Invocation, selection: str | None, limit: int, form: Form) -> None:
+    """List the examples chosen for the next run, best first."""
+    from curator.views import flags
+
+    with here.reading() as connection:
+        show(flags.valuable(connection, selection, limit or None), form, _CHOSEN)
+
+
+def _say_how_many(total: int, limit: int, noun: str) -> None:
+    if not total:
+        say(f"no {noun}")
+    elif limit and total > limit:
+        say(f"{limit} of {total} {noun}; --limit 0 lists all")
+
+
+@click.command()
+@click.argument("example")
+@click.option("--keep", "answer", flag_value=Review.KEEP, type=Review, help="It is fine: lift the flag.")
+@click.option("--drop", "answer", flag_value=Review.DROP, type=Review, help="It is bad: keep it out.")
+@click.option("--relabel", "answer", flag_value=Review.RELABEL, type=Review, help="Its label is wrong: keep it out.")
+@click.option("--undo", "answer", flag_value=Review.UNDO, type=Review, help="Take the last review back.")
+@click.option("--note", help="Why; it stays in the history.")
+@click.option("--actor", help="Who says so. [default: $USER]")
+@pass_invocation
+def review(here: Invocation, example: str, answer: Review | None, note: str | None, actor: str | None) -> None:
+    """Say what you think of EXAMPLE. Nothing is overwritten: every decision stays in its history."""
+    if answer is None:
+        raise click.UsageError("Say one of --keep, --drop, --relabel, --undo.")
+    with here.writing() as connection:
+        number = _review(connection, example, answer, note, actor or getpass.getuser())
+    say(f"example {number}: {answer}")
+
+
+def _review(connection: Connection, example: str, answer: Review, note: str | None, actor: str) -> int:
+    from curator.stages import verdicts
+    from curator.views import examples
+
+    number = examples.find(connection, example)
+    verdicts.review(connection, number, answer, note=note, actor=actor)
+    return number

@@ -1,0 +1,91 @@
+"""What stands behind one score: the trusted examples that pull it, and the arrivals nearest to it.
+
+Vectors are whitened, and unit length over all their blocks together, so a product summed over blocks is a cosine.
+Both queries read every vector they compare with: exact, at the speed of memory, no index to be approximate.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import Connection, Row, text
+
+from curator.store.reads import Rows
+
+
+def pulls(connection: Connection, recipe_id: int, direction_set_id: int, example_id: int) -> Rows:
+    """What each validation example adds to the normalised influence of one example; the sum over a slice is it.
+
+    A row: validation_set, slice, validation_example_id, external_id, record, pull.
+    """
+    return list(
+        connection.execute(
+            text(
+                """
+                SELECT s.name AS validation_set, d.slice, d.ordinal, v.id AS validation_example_id,
+                       nullif(v.external_id, '') AS external_id, v.record, t.product / d.n AS pull
+                FROM curator.directions d
+                JOIN curator.validation_sets s ON s.id = d.validation_set_id
+                JOIN curator.validation_examples v
+                  ON v.validation_set_id = d.validation_set_id AND v.slice = d.slice AND v.role = 'direction'
+                JOIN LATERAL (
+                    SELECT sum(-(g.vector <#> b.vector)) AS product
+                    FROM curator.gradient_blocks g
+                    JOIN curator.validation_blocks b ON b.recipe_id = g.recipe_id AND b.block = g.block
+                    WHERE g.recipe_id = :recipe AND g.example_id = :example AND b.validation_example_id = v.id
+                ) t ON t.product IS NOT NULL
+                WHERE d.direction_set_id = :directions
+                ORDER BY d.ordinal, pull, v.id
+                """
+            ),
+            {"recipe": recipe_id, "directions": direction_set_id, "example": example_id},
+        )
+    )
+
+
+def neighbours(connection: Connection, recipe_id: int, example_id: int, limit: int) -> Rows:
+    """The arrivals whose gradients point most nearly the same way.
+
+    A row: example_id, external_id, source, cosine, verdict, record.
+    """
+    return list(
+        connection.execute(
+            text(
+                """
+                SELECT n.example_id, nullif(e.external_id, '') AS external_id, s.name AS source, n.cosine, f.verdict,
+                       e.record
+                FROM (SELECT b.example_id, sum(-(b.vector <#> q.vector)) AS cosine
+                      FROM curator.gradient_blocks b
+                      JOIN curator.gradient_blocks q
+                        ON q.recipe_id = :recipe AND q.example_id = :example AND q.block = b.block
+                      WHERE b.recipe_id = :recipe AND b.example_id <> :example
+                      GROUP BY b.example_id ORDER BY cosine DESC, b.example_id LIMIT :limit) n
+                JOIN curator.examples e ON e.id = n.example_id
+                JOIN curator.sources s ON s.id = e.source_id
+                LEFT JOIN curator.verdicts_in_force f ON f.example_id = n.example_id
+                ORDER BY n.cosine DESC, n.example_id
+                """
+            ),
+            {"recipe": recipe_id, "example": example_id, "limit": limit},
+        )
+    )
+
+
+def controls(connection: Connection, recipe_id: int, example_id: int) -> Row[Any] | None:
+    """What is known of an example without any validation data, and the share of arrivals that is below it in each."""
+    return connection.execute(
+        text(
+            """
+            SELECT g.state, g.loss, g.calibrated_loss, g.gradient_norm, g.whitened_norm ^ 2 AS self_influence,
+                   avg((o.loss < g.loss)::integer)::float8 AS loss_percentile,
+                   avg((o.calibrated_loss < g.calibrated_loss)::integer)::float8 AS calibrated_loss_percentile,
+                   avg((o.gradient_norm < g.gradient_norm)::integer)::float8 AS gradient_norm_percentile,
+                   avg((o.whitened_norm < g.whitened_norm)::integer)::float8 AS self_influence_percentile
+            FROM curator.gradients g
+            LEFT JOIN curator.gradients o ON o.recipe_id = g.recipe_id AND o.state = 'ok'
+            WHERE g.recipe_id = :recipe AND g.example_id = :example
+            GROUP BY g.recipe_id, g.example_id
+            """
+        ),
+        {"recipe": recipe_id, "example": example_id},
+    ).one_or_none()
