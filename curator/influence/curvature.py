@@ -200,14 +200,14 @@ class KroneckerSums:
         )
 
     def factors(self, damping: float) -> KroneckerRoots:
-        """A^-1/2 and S^-1/2 of each layer, each damped by sqrt(damping) relative to its own trace.
+        """A^-1/2 and S^-1/2 of each layer, each damped relative to its own trace.
 
-        The product then carries ``damping * tr(A) tr(S) / (I O)`` on the identity, as the Fisher block does.
+        The square root of the damping, which would put the Fisher block's damping on the identity of the product, also
+        puts it on the cross terms, and measured worse everywhere (AUC lower by .003-.013 at .1).
         """
-        c = damping**0.5
         return KroneckerRoots(
-            {n: inverse_root(A / max(self.positions[n], 1), c).float() for n, A in self.inputs.items()},
-            {n: inverse_root(S / max(self.examples[n], 1), c).float() for n, S in self.outputs.items()},
+            {n: inverse_root(A / max(self.positions[n], 1), damping).float() for n, A in self.inputs.items()},
+            {n: inverse_root(S / max(self.examples[n], 1), damping).float() for n, S in self.outputs.items()},
         )
 
 

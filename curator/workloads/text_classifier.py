@@ -1,0 +1,274 @@
+"""Text classification: a small built-in model in one safetensors file, or a Hugging Face folder.
+
+The built-in model is a mean of hashed word 1- and 2-gram embeddings -> Linear -> ReLU -> Linear. Hashing is CRC-32 of
+the n-gram's UTF-8 bytes modulo the number of buckets, so a checkpoint needs no vocabulary and means the same on every
+machine. The embedding is not captured: its gradient is as sparse as the text, and a mask would keep almost nothing.
+Records are ``{"text", "label"}``; the label is one of the checkpoint's names.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from curator.errors import CheckpointForeign, NotLoaded, RecordUnusable
+from curator.workloads.base import Record
+from curator.workloads.huggingface import pretrained
+
+KIND = "text-classifier"
+FORMAT = "curator.text-classifier/1"
+WORD = re.compile(r"<\w+>|\w+|[!?$%]")
+
+
+# --- text to numbers --------------------------------------------------------------------------------------
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words, masked tokens such as ``<url>``, and the punctuation that shouts."""
+    return WORD.findall(unicodedata.normalize("NFC", text).casefold())
+
+
+def hashed_ngrams(text: str, buckets: int) -> list[int]:
+    """The distinct hashed 1- and 2-grams, ascending; a text without words is the one bucket 0."""
+    tokens = words(text)
+    grams = [*tokens, *(f"{a} {b}" for a, b in pairwise(tokens))]
+    return sorted({zlib.crc32(gram.encode()) % buckets for gram in grams}) or [0]
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """Ragged n-gram ids as nn.EmbeddingBag takes them (bag b starts at ``offset_B[b]``), and the labels."""
+
+    id_N: Tensor
+    offset_B: Tensor
+    label_B: Tensor
+
+    def to(self, device: torch.device) -> TextBatch:
+        """The same batch on the device."""
+        return TextBatch(self.id_N.to(device), self.offset_B.to(device), self.label_B.to(device))
+
+
+def bags(texts: Sequence[str], label_B: Sequence[int], buckets: int) -> TextBatch:
+    """Texts and label numbers as a batch."""
+    parts = [hashed_ngrams(text, buckets) for text in texts]
+    ends = torch.tensor([0, *(len(part) for part in parts)]).cumsum(0)
+    flat = torch.tensor([i for part in parts for i in part], dtype=torch.long)
+    return TextBatch(flat, ends[:-1], torch.tensor(label_B, dtype=torch.long))
+
+
+# --- the built-in model -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The shape of a built-in model and the names of its labels, in the order of the logits."""
+
+    labels: tuple[str, ...]
+    buckets: int = 1 << 15
+    width: int = 64
+    hidden: int = 64
+
+
+class HashedText(nn.Module):
+    """Mean of n-gram embeddings -> Linear -> ReLU -> Linear."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.EmbeddingBag(config.buckets, config.width, mode="mean")
+        self.first = nn.Linear(config.width, config.hidden)
+        self.second = nn.Linear(config.hidden, len(config.labels))
+        # A mean over n-grams is short; from a small start it would stay so, and training would take long.
+        nn.init.normal_(self.embedding.weight, std=0.5)
+
+    def forward(self, batch: TextBatch) -> Tensor:
+        """Logits, (B, labels)."""
+        hidden = torch.relu(self.first(self.embedding(batch.id_N, batch.offset_B)))
+        logits: Tensor = self.second(hidden)
+        return logits
+
+
+@dataclass(frozen=True)
+class Training:
+    """How ``fit`` trains; small models of short texts need no more."""
+
+    epochs: int = 6
+    batch: int = 64
+    learning_rate: float = 1e-2
+    weight_decay: float = 0.0
+
+
+def fit(
+    texts: Sequence[str], labels: Sequence[str], config: TextConfig, seed: int, how: Training | None = None
+) -> HashedText:
+    """Train a model from nothing; the same on every run of one machine. The caller's random state is left alone."""
+    how = how or Training()
+    numbers = [config.labels.index(label) for label in labels]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = HashedText(config)
+        adam = torch.optim.Adam(model.parameters(), lr=how.learning_rate, weight_decay=how.weight_decay, foreach=True)
+        # Hashed once: the same texts come by in every epoch.
+        rows = [bags([text], [number], config.buckets) for text, number in zip(texts, numbers, strict=True)]
+        for _ in range(how.epochs):
+            for picks in torch.split(torch.randperm(len(rows)), how.batch):
+                batch = joined([rows[i] for i in picks.tolist()])
+                adam.zero_grad()
+                F.cross_entropy(model(batch), batch.label_B).backward()  # type: ignore[no-untyped-call]
+                adam.step()
+    return model.eval()
+
+
+def joined(rows: Sequence[TextBatch]) -> TextBatch:
+    """Batches as one."""
+    ends = torch.tensor([0, *(len(row.id_N) for row in rows)]).cumsum(0).tolist()
+    starts = [row.offset_B + end for row, end in zip(rows, ends, strict=False)]
+    return TextBatch(torch.cat([r.id_N for r in rows]), torch.cat(starts), torch.cat([r.label_B for r in rows]))
+
+
+def save(model: HashedText, path: Path) -> None:
+    """Write one safetensors file with the configuration in its metadata."""
+    config = json.dumps(asdict(model.config), sort_keys=True)
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, path, metadata={"format": FORMAT, "config": config})
+
+
+def load(path: Path, device: torch.device) -> HashedText:
+    """Read what ``save`` wrote.
+
+    Raises:
+        CheckpointForeign: a safetensors file of something else.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except SafetensorError as error:
+        raise CheckpointForeign(path=path, kind=KIND, reason=error) from error
+    if metadata.get("format") != FORMAT:
+        raise CheckpointForeign(path=path, kind=KIND, reason="its metadata does not name the format " + FORMAT)
+    values = json.loads(metadata["config"])
+    model = HashedText(TextConfig(**{**values, "labels": tuple(values["labels"])}))
+    model.load_state_dict(tensors)
+    return model.to(device).eval()
+
+
+# --- the workload -----------------------------------------------------------------------------------------
+
+
+class _Reader(Protocol):
+    """What differs between the built-in model and a Hugging Face folder."""
+
+    @property
+    def labels(self) -> Mapping[str, int]: ...
+
+    def batch(self, texts: Sequence[str], label_B: Sequence[int]) -> Any: ...
+
+    def losses(self, model: nn.Module, batch: Any) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class _Hashed:
+    labels: Mapping[str, int]
+    buckets: int
+
+    def batch(self, texts: Sequence[str], label_B: Sequence[int]) -> TextBatch:
+        return bags(texts, label_B, self.buckets)
+
+    def losses(self, model: nn.Module, batch: TextBatch) -> Tensor:
+        return F.cross_entropy(model(batch), batch.label_B, reduction="none")
+
+
+@dataclass(frozen=True)
+class _Tokenized:
+    labels: Mapping[str, int]
+    tokenizer: Any
+    max_tokens: int
+
+    def batch(self, texts: Sequence[str], label_B: Sequence[int]) -> dict[str, Tensor]:
+        if not texts:
+            empty = torch.zeros(0, 1, dtype=torch.long)
+            return {"input_ids": empty, "attention_mask": empty, "label_B": torch.zeros(0, dtype=torch.long)}
+        tokens = self.tokenizer(
+            list(texts), padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
+        )
+        return {**tokens, "label_B": torch.tensor(label_B, dtype=torch.long)}
+
+    def losses(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        inputs = {name: tensor for name, tensor in batch.items() if name != "label_B"}
+        return F.cross_entropy(model(**inputs).logits.float(), batch["label_B"], reduction="none")
+
+
+class TextClassification:
+    """The ``text-classifier`` workload. Labels and tokenizer come from the checkpoint, so ``load`` comes first."""
+
+    def __init__(self, max_tokens: int = 512) -> None:
+        self.max_tokens = max_tokens
+        self._reader: _Reader | None = None
+
+    @property
+    def reader(self) -> _Reader:
+        """What the loaded checkpoint reads records with."""
+        if self._reader is None:
+            raise NotLoaded(kind=KIND)
+        return self._reader
+
+    def load(self, checkpoint: Path, device: torch.device) -> nn.Module:
+        """The built-in model of a file, or the Hugging Face model of a folder."""
+        if checkpoint.is_dir():
+            model, tokenizer = pretrained(checkpoint, "AutoModelForSequenceClassification", device)
+            self._reader = _Tokenized(dict(model.config.label2id), tokenizer, self.max_tokens)
+            loaded: nn.Module = model
+            return loaded
+        built_in = load(checkpoint, device)
+        numbered = {label: number for number, label in enumerate(built_in.config.labels)}
+        self._reader = _Hashed(numbered, built_in.config.buckets)
+        return built_in
+
+    def validate(self, record: Record) -> str | None:
+        """A text, and a label the checkpoint knows (any string before one is loaded)."""
+        if not isinstance(record.get("text"), str):
+            return "it has no text"
+        if not isinstance(label := record.get("label"), str):
+            return "it has no label"
+        if self._reader is not None and label not in self._reader.labels:
+            return f"the checkpoint has no label {label!r}, only {', '.join(self._reader.labels)}"
+        return None
+
+    def collate(self, records: Sequence[Record]) -> Any:
+        """A batch of B records.
+
+        Raises:
+            RecordUnusable: one of them is not valid.
+        """
+        labels = self.reader.labels
+        for record in records:
+            if reason := self.validate(record):
+                raise RecordUnusable(kind=KIND, reason=reason)
+        return self.reader.batch([r["text"] for r in records], [labels[r["label"]] for r in records])
+
+    def losses(self, model: nn.Module, batch: Any) -> Tensor:
+        """Cross-entropy of the label, (B,)."""
+        return self.reader.losses(model, batch)
+
+    def n_tokens(self, record: Record) -> int:
+        """Words of the text, at least 1."""
+        return max(len(words(record["text"])), 1)
+
+
+def build(*, project: Path, max_tokens: int = 512) -> TextClassification:
+    """The workload; ``max_tokens`` cuts texts for Hugging Face models."""
+    return TextClassification(max_tokens)
