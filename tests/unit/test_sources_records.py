@@ -35,8 +35,8 @@ def refused(raw, any_shape=False, limits=LIMITS):
 
 
 def nested(levels):
-    """An object of that many levels, itself the first."""
-    return b'{"text":"a","x":' + b"[" * (levels - 1) + b"]" * (levels - 1) + b"}"
+    """An object of that many levels, itself the first, and of more brackets than levels."""
+    return b'{"text":"a","y":[[],[],[]],"x":' + b"[" * (levels - 1) + b"]" * (levels - 1) + b"}"
 
 
 # --- what is refused ----------------------------------------------------------------------------------------
