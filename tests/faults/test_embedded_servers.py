@@ -23,6 +23,7 @@ from curator.embedded.broker import EmbeddedBroker
 from curator.embedded.postgres import EmbeddedPostgres
 from curator.embedded.process import Account
 from curator.embedded.server import Server
+from curator.embedded.supervisor import daemon_status
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -35,6 +36,17 @@ server.acquire()
 print(server.process().pid, flush=True)
 sys.stdin.readline()
 server.release()
+"""
+
+SUPERVISED = """
+import sys
+from pathlib import Path
+from curator.embedded.broker import EmbeddedBroker
+from curator.embedded.supervisor import Supervisor
+broker = EmbeddedBroker(Path(sys.argv[1]))
+with broker:
+    code = Supervisor(broker.home, [], [broker]).run()
+sys.exit(code)
 """
 
 
@@ -199,6 +211,17 @@ def test_a_server_killed_under_its_users_is_revived_for_them(home):
                 assert connection.execute("SELECT 1").fetchone() == (1,)
 
 
+def test_the_supervisor_starts_a_dead_server_again(empty):
+    broker = EmbeddedBroker(empty)
+    with subprocess.Popen([sys.executable, "-c", SUPERVISED, empty]) as daemon:
+        assert process.wait_until(lambda: daemon_status(empty) is not None, 10.0)
+        kill(broker)
+        assert process.wait_until(broker.running, 10.0)
+        daemon.send_signal(signal.SIGTERM)
+        assert daemon.wait(timeout=30) == 143
+    assert not broker.running()
+
+
 def test_stop_stops_it_whoever_uses_it(home):
     server = EmbeddedPostgres(home)
     user = User(server)
@@ -239,10 +262,9 @@ def test_a_pid_file_whose_number_means_another_process_now_is_no_obstacle(home):
 def test_connections_exhausted_is_not_taken_for_dead(home):
     server = EmbeddedPostgres(home)
     with server:
-        connections = []
+        connections = [connect(server) for _ in range(60)]
         with pytest.raises(psycopg.OperationalError, match="too many clients"):
-            while True:
-                connections.append(connect(server))
+            connect(server)
         assert server.running()
         for connection in connections:
             connection.close()
@@ -331,7 +353,7 @@ def as_user(account: Account, work: Callable[[], None]) -> str:
             os.setuid(account.uid)
             work()
             os.write(writer, b"done")
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - whatever it is, the parent shows it
             os.write(writer, traceback.format_exc().encode()[-4000:])
         finally:
             os._exit(0)

@@ -13,7 +13,6 @@ import pytest
 
 from curator import errors
 from curator.embedded import process
-from curator.embedded.broker import EmbeddedBroker
 from curator.embedded.supervisor import DaemonStatus, daemon_status, detach, stop_daemon
 
 # argv: home, grace, then one Python program a child
@@ -225,31 +224,6 @@ def test_a_daemon_that_hangs_is_killed_at_the_timeout(home):
     assert stop_daemon(home, timeout=0.3)
     assert all_gone(pid)
     os.killpg(child.pid, signal.SIGKILL)  # the guard would, after the grace
-
-
-def test_a_dead_server_is_started_again(home):
-    code = f"""
-import sys
-from pathlib import Path
-from curator.embedded.broker import EmbeddedBroker
-from curator.embedded.supervisor import Supervisor
-home = Path({str(home)!r})
-broker = EmbeddedBroker(home)
-with broker:
-    (home / "pid").write_text(str(broker.process().pid))
-    code = Supervisor(home, [], [broker]).run()
-sys.exit(code)
-"""
-    with subprocess.Popen([sys.executable, "-c", code]) as daemon:
-        broker = EmbeddedBroker(home)
-        assert process.wait_until(lambda: daemon_status(home) is not None, 10.0)
-        first = int((home / "pid").read_text())
-        os.kill(first, signal.SIGKILL)
-        assert all_gone(first)
-        assert process.wait_until(broker.running, 10.0)
-        daemon.send_signal(signal.SIGTERM)
-        assert daemon.wait(timeout=30) == 143
-    assert not broker.running()
 
 
 def test_the_status_file_is_always_whole(home):
