@@ -32,12 +32,14 @@ EXPANDED_MOST: Final = 1 << 40
 OVER: Final = 16
 """Bytes kept of a line past the limit: more than a byte-order mark and a line end, so that it is seen to be over."""
 
-GZIP: Final = b"\x1f\x8b"
+GZIP: Final = b"\x1f\x8b\x08"
+"""With the only method there is: the longer a magic, the fewer the broken first lines that look like it."""
+
 _MAGIC: Final = {
     GZIP: "a gzip stream",
     b"\x28\xb5\x2f\xfd": "a zstd stream",
     b"\xfd7zXZ\x00": "an xz stream",
-    b"BZh": "a bzip2 stream",
+    **{b"BZh%d1AY&SY" % level: "a bzip2 stream" for level in range(1, 10)},
     b"PK\x03\x04": "a zip archive",
     b"7z\xbc\xaf\x27\x1c": "a 7z archive",
     b"PAR1": "a Parquet file",

@@ -51,6 +51,7 @@ NOT_CONTENT: Final = frozenset({"id", "source", "meta"})
 any name, or a vendor who numbers its rows anew would make every one of them new."""
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_ENCODER: Final = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
 _KINDS: Final = {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
 
 
@@ -189,7 +190,7 @@ def _clean_text(text: str, notes: set[str]) -> str:
 
 
 def _dump(record: Mapping[str, Any]) -> str:
-    return json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return _ENCODER.encode(record)
 
 
 def _name(record: Mapping[str, Any], field: str) -> str:
