@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import Connection, Engine, text
 
-from curator.store import directions, scores, vectors
+from curator.store import directions, scores, vectors, verdicts
 from curator.store.engine import begin
 
 EVIL = "<script>alert(1)</script> \x1b[31mred\x1b[0m \u202egnp.exe =cmd()"
@@ -64,6 +64,7 @@ def populate(engine: Engine, *, examples: int = 600, trusted: int = 40, dimensio
         _scores(connection, recipe_id, set_id, normalised_BS, p_BS)
         flagged = tuple(int(i) + 1 for i in np.flatnonzero(normalised_BS.mean(1) < -0.2))
         _verdicts(connection, recipe_id, set_id, flagged, normalised_BS, p_BS)
+        _judged(connection, set_id)
         _leftovers(connection)
     return World(
         recipe_id,
@@ -106,7 +107,14 @@ def _footing(connection: Connection, dimension: int, trusted: int) -> tuple[int,
     assert checkpoint
     recipe_id = directions.use_recipe(connection, b"r" * 32, checkpoint.id, set_id, {"mask": "coordinate"})
     directions.recipe_fitted(connection, recipe_id, dimension, 1, 1.2)
-    direction_set = directions.ask_directions(connection, recipe_id, b"d" * 32)
+    direction_set = connection.scalar(
+        text(
+            "INSERT INTO curator.direction_sets (recipe_id, key, validation_set_ids)"
+            " VALUES (:recipe, :key, :sets) RETURNING id"
+        ),
+        {"recipe": recipe_id, "key": b"d" * 32, "sets": [set_id]},
+    )
+    assert isinstance(direction_set, int)
     directions.record_directions(connection, direction_set, [(set_id, name, trusted) for name in SLICES])
     directions.use_directions(connection, direction_set)
     ids = [v.id for v in directions.validation_examples(connection, [set_id]) if v.role == "direction"]
@@ -251,6 +259,11 @@ def _verdicts(
             " SELECT example_id, id, verdict FROM curator.verdicts"
         )
     )
+
+
+def _judged(connection: Connection, set_id: int) -> None:
+    for batch_id in (1, 2, 3):
+        verdicts.note_judged(connection, batch_id, set_id, judged=1, pool=1, refs=80, fdr=0.1, flagged=1)
 
 
 def _leftovers(connection: Connection) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import getpass
 from typing import TYPE_CHECKING
 
 import click
 
-from curator.cli.invocation import Invocation, pass_invocation
+from curator.cli.invocation import Invocation, pass_invocation, whoami
 from curator.cli.output import Form, rows_options, say, show
 from curator.types import Review
 
@@ -83,7 +82,7 @@ def review(here: Invocation, example: str, answer: Review | None, note: str | No
     if answer is None:
         raise click.UsageError("Say one of --keep, --drop, --relabel, --undo.")
     with here.writing() as connection:
-        number = _review(connection, example, answer, note, actor or getpass.getuser())
+        number = _review(connection, example, answer, note, actor or whoami())
     say(f"example {number}: {answer}")
 
 
