@@ -27,7 +27,8 @@ _SETTINGS = {
     "always-show-logo": "no",
 }
 _PING = b"*1\r\n$4\r\nPING\r\n"
-_UNREADABLE = ("Bad file format", "Unexpected end of file", "AOF manifest", "append only file")
+# Of the file itself; a full disk or a missing permission must not cost the queue.
+_UNREADABLE = ("Bad file format", "Unexpected end of file", "Invalid AOF manifest", "Wrong signature", "RDB reading")
 
 
 class EmbeddedBroker(Server):

@@ -53,7 +53,8 @@ class Guard:
     def _start(self) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [sys.executable, "-I", guard.__file__, str(self._grace)],
-            stdin=subprocess.PIPE, text=True, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            text=True, start_new_session=True,
         )  # fmt: skip
 
     def watch(self, group: int) -> None:

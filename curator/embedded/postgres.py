@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -147,6 +148,12 @@ class EmbeddedPostgres(Server):
         if self._greeting() == _NO_SUCH_DATABASE:
             self._create_database()
 
+    def _start(self) -> None:
+        super()._start()
+        if self._greeting() == _READY:  # a newer wheel may have brought a newer pgvector
+            with self._session(DATABASE) as session:
+                session.execute("ALTER EXTENSION vector UPDATE")
+
     def _create_database(self) -> None:
         """Make the database, the extension first: whoever finds the database finds both.
 
@@ -157,8 +164,15 @@ class EmbeddedPostgres(Server):
         with self._session("postgres") as session:
             session.execute(f"CREATE DATABASE {DATABASE}")
 
-    def _session(self, database: str) -> psycopg.Connection:
-        return psycopg.connect(host=str(self.socket_folder), port=_PORT, user=OWNER, dbname=database, autocommit=True)
+    @contextlib.contextmanager
+    def _session(self, database: str) -> Iterator[psycopg.Connection]:
+        try:
+            with psycopg.connect(
+                host=str(self.socket_folder), port=_PORT, user=OWNER, dbname=database, autocommit=True
+            ) as session:
+                yield session
+        except psycopg.Error as error:
+            raise self._failure(str(error)) from error
 
 
 def _options(settings: dict[str, str]) -> list[str]:
@@ -168,9 +182,7 @@ def _options(settings: dict[str, str]) -> list[str]:
 def _working_directory(holder: psutil.Process) -> Path | None:
     try:
         return Path(holder.cwd())
-    except psutil.AccessDenied:  # somebody else's process, so not our server
-        return None
-    except psutil.NoSuchProcess:
+    except (psutil.AccessDenied, psutil.NoSuchProcess):  # somebody else's, so not our server
         return None
 
 

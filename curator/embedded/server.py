@@ -14,8 +14,10 @@ leaves behind needs to be believed or cleaned up, and an orphaned server is simp
 from __future__ import annotations
 
 import contextlib
+import shutil
 import socket
 import struct
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
@@ -37,6 +39,7 @@ _START_SECONDS = 300.0
 _ATTEMPTS = 40
 _ATTEMPT_PAUSE = 0.25
 _ANSWER_SECONDS = 5.0
+_FULL_BYTES = 1024 * 1024
 _PEER_CREDENTIALS = struct.Struct("3i")
 
 
@@ -157,7 +160,7 @@ class Server(ABC):
         if not self.running():
             try:
                 self._start()
-            except OSError as error:
+            except OSError as error:  # a full disk, or a root that may not become another user
                 raise self._failure(str(error)) from error
 
     def _start(self) -> None:
@@ -165,15 +168,18 @@ class Server(ABC):
         logs.bound(self.log)
         for _ in range(_ATTEMPTS):
             since = logs.size(self.log)
-            starting = self.process() or self._launch()
-            process.wait_until(lambda p=starting: self.running() or process.gone(p), _START_SECONDS)  # type: ignore[misc]
-            if self.running():
+            if self._comes_up(self.process() or self._launch()):
                 return
             complaint = logs.tail(self.log, since)
             if not self._retry_after(complaint):
                 break
-            process.wait_until(lambda: False, _ATTEMPT_PAUSE)
+            time.sleep(_ATTEMPT_PAUSE)
         raise self._failure(complaint)
+
+    def _comes_up(self, starting: psutil.Process | None) -> bool:
+        """Wait until it answers, however long it recovers, or is gone."""
+        process.wait_until(lambda: self.running() or process.gone(starting), _START_SECONDS)
+        return self.running()
 
     def _leave(self) -> None:
         """Give up our share and, if nobody else has one, stop the server. Needs the turn."""
@@ -192,6 +198,9 @@ class Server(ABC):
             process.end(running, self.farewell)
 
     def _failure(self, reason: str) -> ServerFailed:
+        """With the one cause that a server cannot write into its own log."""
+        if shutil.disk_usage(self.home).free < _FULL_BYTES:
+            reason = f"the disk that holds {self.home} is full. {reason}"
         return ServerFailed(server=self.name, reason=reason, log=self.log)
 
     @contextlib.contextmanager
