@@ -668,3 +668,34 @@ class NotMeasurable(UsageError):
 
     code = "CUR-VAL-004"
     hint = "Check that the records are what the workload expects: `curator doctor` runs it on one of them."
+
+
+# --- gradients --------------------------------------------------------------------------------------------
+
+
+class RecordUnusable(DataError):
+    """The workload cannot use the record: {reason}"""
+
+    code = "CUR-GRD-001"
+    hint = "Mend the record at its source, or the workload's `collate`; then `curator quarantine retry`."
+
+
+class NonfiniteGradient(DataError):
+    """The record's loss or gradient is not finite: {reason}"""
+
+    code = "CUR-GRD-002"
+    hint = "Look for extreme values in the record, or an overflow in the model's arithmetic at this length."
+
+
+class WorkloadBroken(UsageError):
+    """{n} of {of} records of a batch failed, so the workload is at fault and not the records: {reason}"""
+
+    code = "CUR-GRD-003"
+    hint = "Mend the workload or its options; the records wait, and are tried again by themselves."
+
+
+class WorkerKilled(DataError):
+    """{n} workers stopped while they held the record: {reason}"""
+
+    code = "CUR-GRD-004"
+    hint = "The record may need more memory than there is; shorten it, or give the worker more, then retry it."

@@ -127,7 +127,7 @@ class Lease:
 
     owner: str
     stage: Stage
-    recipe_id: int | None
+    recipe_id: int
     work_ids: tuple[int, ...]
     subjects: tuple[int, ...]
 

@@ -100,6 +100,11 @@ class Measured:
         """The rows that carry a score."""
         return self.state_B == Signal.OK
 
+    def rows(self, index: Tensor) -> Measured:
+        """Some of the examples, in the order of ``index``."""
+        columns = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Measured(**{name: None if c is None else c[index] for name, c in columns.items()})
+
     @classmethod
     def join(cls, parts: Sequence[Measured]) -> Measured:
         """Several batches as one."""
@@ -133,6 +138,10 @@ class Attributor:
     def K(self) -> int:
         """Kept entries over all layers: the width of every vector of this recipe."""
         return sum(mask.kept for mask in self.masks.values())
+
+    def with_losses(self, losses: Losses) -> Attributor:
+        """The same recipe on another loss of the same model, as a workload may measure validation data by one."""
+        return Attributor(self.model, losses, self.spec, self.whitening, self.roots, self.temperature)
 
     # --- fitting ------------------------------------------------------------------------------------------
 

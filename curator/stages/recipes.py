@@ -137,7 +137,8 @@ def ask(connection: Connection, settings: Settings) -> int | None:
     else:
         key = _digest({"checkpoint": checkpoint.digest.hex(), "trusted": sets[0][1].hex(), "spec": asked})
         recipe_id = directions.use_recipe(connection, key, checkpoint.id, sets[0][0], asked)
-    set_id = directions.ask_directions(connection, recipe_id, _digest([digest.hex() for _, digest in sets]))
+    key = _digest([digest.hex() for _, digest in sets])
+    set_id = directions.ask_directions(connection, recipe_id, key, [number for number, _ in sets])
     if directions.direction_set_state(connection, set_id) == "ready":
         directions.use_directions(connection, set_id)
     else:

@@ -31,12 +31,12 @@ BEATS_PER_LEASE = 4
 
 
 class Batch(Protocol):
-    """What a stage claims. ``tools`` names what ``load`` would return for it."""
+    """What a stage claims. ``tools`` names what ``load`` returns for it; the last of each first word is kept."""
 
     @property
     def lease(self) -> Lease: ...  # noqa: D102 - said above
     @property
-    def tools(self) -> Hashable: ...  # noqa: D102
+    def tools(self) -> tuple[Hashable, ...]: ...  # noqa: D102
 
 
 class StageModule(Protocol):
@@ -57,7 +57,7 @@ class Turn:
     engine: Engine
     settings: Settings
     stopping: Callable[[], bool] = lambda: False
-    kept: dict[Stage, tuple[Hashable, Any]] = field(default_factory=dict)
+    kept: dict[Hashable, tuple[Hashable, Any]] = field(default_factory=dict)
 
     def run(self, stage: StageModule, seconds: float) -> Counts:
         """Batches until the table is empty, ``seconds`` are over, or the process is asked to stop.
@@ -88,11 +88,12 @@ class Turn:
             return stage.record(connection, self.settings, batch, result)
 
     def _tools(self, stage: StageModule, batch: Batch) -> Any:
-        key, tools = self.kept.get(stage.STAGE, (None, None))
-        if key is None or key != batch.tools:
-            self.kept.pop(stage.STAGE, None)  # never two models in memory
+        kind = batch.tools[0]
+        key, tools = self.kept.get(kind, (None, None))
+        if key != batch.tools:
+            self.kept.pop(kind, None)  # never two models in memory
             tools = stage.load(self.engine, self.settings, batch)
-            self.kept[stage.STAGE] = batch.tools, tools
+            self.kept[kind] = batch.tools, tools
         return tools
 
     def _returned(self, lease: Lease, error: Exception) -> Counts:

@@ -33,7 +33,7 @@ class Batch:
     rows: Sequence[Row[Any]]
     earlier: Sequence[Sequence[float]]
     references: int
-    tools: None = None
+    tools: tuple[str] = ("nothing",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,6 @@ def claim(connection: Connection, settings: Settings) -> Batch | None:
     lease = work.claim(connection, STAGE, 1, settings.limits.lease_seconds)
     if lease is None:
         return None
-    assert lease.recipe_id is not None
     batch_id = lease.subjects[0]
     set_id = directions.directions_in_use(connection, lease.recipe_id) or 0
     rows = verdicts.scores_of_batch(connection, batch_id, lease.recipe_id, set_id)

@@ -212,6 +212,14 @@ def recipe(connection: Connection, recipe_id: int) -> Recipe:
     return Recipe(row.id, checkpoint, row.spec, row.dimension or 0, row.temperature or 1.0, row.state, row.in_use)
 
 
+def latest_recipe_before(connection: Connection, recipe_id: int) -> int | None:
+    """The recipe before this one: where there was one, old examples are back-fill and not what people wait for."""
+    number: int | None = connection.scalar(
+        text("SELECT max(id) FROM curator.recipes WHERE id < :id"), {"id": recipe_id}
+    )
+    return number
+
+
 def recipe_fitted(connection: Connection, recipe_id: int, dimension: int, blocks: int, temperature: float) -> None:
     """The recipe has its curvature; gradients can be computed."""
     connection.execute(
@@ -223,7 +231,7 @@ def recipe_fitted(connection: Connection, recipe_id: int, dimension: int, blocks
     )
 
 
-def ask_directions(connection: Connection, recipe_id: int, key: bytes) -> int:
+def ask_directions(connection: Connection, recipe_id: int, key: bytes, set_ids: Sequence[int]) -> int:
     """The direction set of that key; a new one is made by the worker. Returns its id."""
     connection.execute(
         text("INSERT INTO curator.direction_sets (recipe_id, key) VALUES (:recipe_id, :key) ON CONFLICT DO NOTHING"),
@@ -258,6 +266,23 @@ def directions_in_use(connection: Connection, recipe_id: int) -> int | None:
         text("SELECT id FROM curator.direction_sets WHERE recipe_id = :id AND in_use"), {"id": recipe_id}
     )
     return number
+
+
+def validation_sets_of(connection: Connection, set_id: int) -> list[int]:
+    """The validation sets a direction set is made from, in order."""
+    ids = connection.scalar(
+        text("SELECT validation_set_ids FROM curator.direction_sets WHERE id = :id"), {"id": set_id}
+    )
+    return list(ids or [])
+
+
+def direction_names(connection: Connection, set_id: int) -> list[tuple[int, str]]:
+    """(validation set, slice) of each direction of a set, in the order of the arrays of scores."""
+    rows = connection.execute(
+        text("SELECT validation_set_id, slice FROM curator.directions WHERE direction_set_id = :id ORDER BY ordinal"),
+        {"id": set_id},
+    )
+    return [(row.validation_set_id, row.slice) for row in rows]
 
 
 def direction_set_state(connection: Connection, set_id: int) -> str:
@@ -318,6 +343,25 @@ def record_references(connection: Connection, set_id: int, rows: Sequence[Mappin
             " VALUES (:set_id, :id, :normalised, :influence, :harm) ON CONFLICT DO NOTHING"
         ),
         [{"set_id": set_id, **row} for row in rows],
+    )
+
+
+def measured_direction_examples(connection: Connection, recipe_id: int, set_id: int) -> list[Row[Any]]:
+    """(validation example, its set, its slice, whitened norm) of those behind the directions of a set."""
+    return list(
+        connection.execute(
+            text(
+                """
+                SELECT v.id, v.validation_set_id, v.slice, g.whitened_norm
+                FROM curator.direction_sets d
+                JOIN curator.validation_examples v ON v.validation_set_id = ANY(d.validation_set_ids)
+                JOIN curator.validation_gradients g ON g.validation_example_id = v.id AND g.recipe_id = :recipe_id
+                WHERE d.id = :set_id AND v.role = 'direction' AND g.state = 'ok'
+                ORDER BY v.id
+                """
+            ),
+            {"recipe_id": recipe_id, "set_id": set_id},
+        )
     )
 
 

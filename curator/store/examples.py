@@ -236,12 +236,31 @@ def quarantine_example(connection: Connection, example_id: int, code: str, detai
     )
 
 
+def quarantine_inbox(connection: Connection, row_id: int, code: str, detail: str) -> None:
+    """Move a row of the inbox to the quarantine."""
+    row = connection.execute(
+        text("DELETE FROM curator.inbox WHERE id = :id RETURNING source, CAST(record AS text) AS record"),
+        {"id": row_id},
+    ).one_or_none()
+    if row is not None:
+        intake = open_intake(connection, row.source, "inbox", b"")
+        quarantine(connection, intake, [Refusal(row_id, code, detail, row.record.encode())], 1 << 20)
+
+
 def fetch(connection: Connection, example_ids: Sequence[int]) -> dict[int, Mapping[str, object]]:
     """Records by example number. Selected as ``json``, which the driver parses: an escaped NUL survives."""
     rows = connection.execute(
         text("SELECT id, record FROM curator.examples WHERE id = ANY(:ids)"), {"ids": list(example_ids)}
     )
     return dict(rows)
+
+
+def batches_by_example(connection: Connection, example_ids: Sequence[int]) -> dict[int, int]:
+    """The batch each example arrived in."""
+    rows = connection.execute(
+        text("SELECT id, batch_id FROM curator.examples WHERE id = ANY(:ids)"), {"ids": list(example_ids)}
+    )
+    return {row.id: row.batch_id for row in rows}
 
 
 def take_inbox(connection: Connection, row_ids: Sequence[int]) -> list[tuple[int, str, str]]:

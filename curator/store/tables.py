@@ -249,6 +249,7 @@ direction_sets = Table(
     _id(),
     _ref("recipe_id", "recipes"),
     Column("key", LargeBinary, nullable=False, comment="digest of the validation sets it is made from"),
+    Column("validation_set_ids", ARRAY(BigInteger), nullable=False),
     Column("state", Text, nullable=False, server_default="pending"),
     Column("in_use", Boolean, nullable=False, server_default=text("false")),
     Column("detail", Text),

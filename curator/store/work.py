@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from sqlalchemy import Connection, text
 
@@ -194,16 +195,39 @@ def reclaim(connection: Connection) -> int:
     ).rowcount
 
 
-def worn_out(connection: Connection, attempts: int) -> list[tuple[int, Stage, int, str]]:
-    """Work that too many workers died on: (work id, stage, subject, last error), locked for the caller."""
+@dataclass(frozen=True, slots=True)
+class WornOut:
+    """Work that too many workers died on."""
+
+    id: int
+    stage: str
+    kind: str
+    subject: int
+    batch_id: int | None
+    error: str
+
+
+def worn_out(connection: Connection, attempts: int) -> list[WornOut]:
+    """Work that workers died on at least ``attempts`` times, locked for the caller."""
     rows = connection.execute(
         text(
-            "SELECT id, stage, subject, coalesce(last_error, '') AS error FROM curator.work"
+            "SELECT id, stage, kind, subject, batch_id, coalesce(last_error, '') AS error FROM curator.work"
             " WHERE state = 'ready' AND attempts >= :attempts ORDER BY id FOR UPDATE SKIP LOCKED"
         ),
         {"attempts": attempts},
     )
-    return [(row.id, Stage(row.stage), row.subject, row.error) for row in rows]
+    return [WornOut(*row) for row in rows]
+
+
+def offer_inbox(connection: Connection) -> int:
+    """Offer rows of the inbox that no trigger saw, as after a restore or with triggers disabled."""
+    return connection.execute(
+        text(
+            "INSERT INTO curator.work (stage, kind, subject) SELECT 'examples', 'inbox', i.id FROM curator.inbox i"
+            " WHERE NOT EXISTS (SELECT FROM curator.work w WHERE w.stage = 'examples' AND w.kind = 'inbox'"
+            " AND w.subject = i.id) ON CONFLICT DO NOTHING"
+        )
+    ).rowcount
 
 
 def close_quarantined(connection: Connection, work_ids: Sequence[int]) -> None:

@@ -270,6 +270,7 @@ def upgrade() -> None:
         sa.Column("id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
         sa.Column("recipe_id", sa.BigInteger(), nullable=False),
         sa.Column("key", sa.LargeBinary(), nullable=False, comment="digest of the validation sets it is made from"),
+        sa.Column("validation_set_ids", sa.ARRAY(sa.BigInteger()), nullable=False),
         sa.Column("state", sa.Text(), server_default="pending", nullable=False),
         sa.Column("in_use", sa.Boolean(), server_default=sa.text("false"), nullable=False),
         sa.Column("detail", sa.Text(), nullable=True),

@@ -1,0 +1,149 @@
+"""The composition root: settings become connections. Nothing below reads the environment or keeps a global.
+
+Torch-free and Celery-free to import, so a command over it starts at once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from sqlalchemy import Engine
+
+from curator.errors import BrokerDown
+from curator.settings import Settings
+from curator.store import migrate
+from curator.store.engine import make_engine, read
+from curator.types import TASKS, UPKEEP_TASK, Stage
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+log = logging.getLogger(__name__)
+
+# A wake-up that nobody took in this time is worth nothing: the scheduler has rung again.
+WAKE_SECONDS = 30
+
+# Stages that need the model run where the GPU is; the others must not wait behind them.
+MODEL_QUEUE, TABLE_QUEUE = "model", "table"
+QUEUES = {stage: MODEL_QUEUE if stage in (Stage.DIRECTIONS, Stage.GRADIENTS) else TABLE_QUEUE for stage in Stage}
+
+
+@dataclass
+class Runtime:
+    """What a process works with. Close it (or use ``opened``) to let embedded servers go."""
+
+    settings: Settings
+    application: str = "curator"
+    held: ExitStack = field(default_factory=ExitStack)
+
+    @cached_property
+    def database_url(self) -> str:
+        """The database: as configured, or the embedded one, started if need be."""
+        if url := self.settings.database.url:
+            return url
+        from curator.embedded.postgres import EmbeddedPostgres
+
+        server = EmbeddedPostgres(self.settings.home)
+        url = server.acquire()
+        self.held.callback(server.release)
+        return url
+
+    @cached_property
+    def broker_url(self) -> str:
+        """The broker: as configured, or the embedded one, started if need be."""
+        if url := self.settings.broker.url:
+            return url
+        from curator.embedded.broker import EmbeddedBroker
+
+        server = EmbeddedBroker(self.settings.home)
+        url = server.acquire()
+        self.held.callback(server.release)
+        return url
+
+    @cached_property
+    def engine(self) -> Engine:
+        """Connections to the database."""
+        engine = make_engine(self.database_url, application=self.application)
+        self.held.callback(engine.dispose)
+        return engine
+
+    @cached_property
+    def bell(self) -> Celery:
+        """The sending half of Celery."""
+        from celery import Celery
+
+        app = Celery("curator", broker=self.broker_url, set_as_current=False)
+        app.conf.broker_connection_retry = False
+        app.conf.broker_transport_options = {"socket_connect_timeout": 2, "socket_timeout": 2}
+        self.held.callback(app.close)
+        return app
+
+    def wake(self, *stages: Stage) -> None:
+        """Say that there is work. Lost messages cost seconds, never work, so a silent broker is only logged."""
+        for stage in stages:
+            try:
+                self.ring(TASKS[stage], QUEUES[stage])
+            except BrokerDown as error:
+                log.warning("%s", error)
+                return
+
+    def ring(self, task: str, queue: str) -> None:
+        """Send one wake-up.
+
+        Raises:
+            BrokerDown: the broker does not answer.
+        """
+        from kombu.exceptions import OperationalError
+        from redis.exceptions import RedisError
+
+        try:
+            self.bell.send_task(task, queue=queue, expires=WAKE_SECONDS, ignore_result=True, retry=False)
+        except (OperationalError, RedisError, OSError) as error:
+            raise BrokerDown(url=self.shown_broker, reason=error) from error
+
+    @property
+    def shown_broker(self) -> str:
+        """The broker's address without its password."""
+        from kombu.utils.url import maybe_sanitize_url
+
+        return str(maybe_sanitize_url(self.broker_url))
+
+    def close(self) -> None:
+        """Let go of connections and embedded servers."""
+        self.held.close()
+
+
+@contextmanager
+def opened(settings: Settings, *, check_schema: bool = True, application: str = "curator") -> Iterator[Runtime]:
+    """A runtime for the length of a command.
+
+    A database of our own is brought up to date without asking; one that was given must be upgraded by its owner.
+
+    Raises:
+        DatabaseDown: it does not answer.
+        SchemaBehind: it is at another revision.
+    """
+    runtime = Runtime(settings, application)
+    try:
+        if check_schema:
+            _handshake(runtime)
+        yield runtime
+    finally:
+        runtime.close()
+
+
+def _handshake(runtime: Runtime) -> None:
+    with read(runtime.engine) as connection:
+        found = migrate.found_revision(connection)
+    if found is None or (found != migrate.needed_revision() and not runtime.settings.database.url):
+        migrate.upgrade(runtime.engine)
+    with read(runtime.engine) as connection:
+        migrate.require_revision(connection)
+
+
+__all__ = ["MODEL_QUEUE", "QUEUES", "TABLE_QUEUE", "UPKEEP_TASK", "Runtime", "opened"]

@@ -1,0 +1,235 @@
+"""Make directions: measure trusted examples, fit the curvature of a new recipe, score the references.
+
+Runs when a checkpoint is put to use or a validation set is added. Everything an arrival is compared with is frozen
+here; afterwards an arrival's scores depend on nothing but itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sqlalchemy import Connection, Engine
+from torch import Tensor
+
+from curator.errors import NotMeasurable
+from curator.influence import scoring
+from curator.influence.attribution import Attributor, Measured
+from curator.influence.scoring import Directions
+from curator.settings import Settings
+from curator.stages import instrument, yardstick
+from curator.stages.instrument import Instrument, finite, states_of
+from curator.store import directions, tensors, vectors, work
+from curator.store.directions import ValidationExample
+from curator.store.engine import read
+from curator.types import PRIORITY_BACKFILL, PRIORITY_FRESH, Counts, GradientState, Lease, Stage
+from curator.workloads import base
+
+STAGE = Stage.DIRECTIONS
+
+Key = tuple[int, str]
+"""(validation set, slice): the name of a direction."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A direction set to make, and the trusted examples it is made from."""
+
+    lease: Lease
+    recipe_id: int
+    direction_set_id: int
+    examples: Sequence[ValidationExample]
+
+    @property
+    def tools(self) -> tuple[str, int, int]:
+        """The model, before or after its fit."""
+        return "instrument", self.recipe_id, -self.direction_set_id
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured. ``state`` is the recipe's when this fitted it."""
+
+    attributor: Attributor
+    fitted: bool
+    examples: Sequence[ValidationExample]
+    measured: Measured
+    keys: Sequence[Key]
+    directions: Directions
+    arrays: Mapping[str, NDArray[Any]]
+    references: Sequence[Mapping[str, Any]]
+
+
+def claim(connection: Connection, settings: Settings) -> Batch | None:
+    """Lease one direction set. One whose validation sets were replaced meanwhile is made all the same: it is asked."""
+    lease = work.claim(connection, STAGE, 1, settings.limits.lease_seconds)
+    if lease is None:
+        return None
+    set_id = lease.subjects[0]
+    examples = directions.validation_examples(connection, directions.validation_sets_of(connection, set_id))
+    return Batch(lease, lease.recipe_id, set_id, examples)
+
+
+def load(engine: Engine, settings: Settings, batch: Batch) -> Instrument:
+    """The recipe's model."""
+    with read(engine) as connection:
+        return instrument.load(connection, settings, batch.recipe_id, None)
+
+
+def compute(tools: Instrument, batch: Batch) -> Result:
+    """Fit, measure, take means.
+
+    Raises:
+        NotMeasurable: a slice has no trusted example with a gradient.
+        NoCurvature, LayersUnreached: see ``Attributor.fit``.
+    """
+    towards = [e for e in batch.examples if e.role == "direction"]
+    attributor = tools.attributor or _fit(tools, towards)
+    measured = _measured(tools, attributor, batch.examples)
+    rows = _rows_by_key(batch.examples, measured)
+    made = _directions(rows, measured)
+    arrays = {f"mean/{name}": t.numpy() for name, t in made.tensors().items()}
+    if tools.spec.exact:
+        arrays |= _exact(tools, attributor, batch.examples, rows)
+    stick = yardstick.fit(list(rows), rows, measured, made)
+    arrays |= {f"harm/{name}": array for name, array in stick.harm_arrays().items()}
+    references = _references(stick, batch.examples, measured)
+    return Result(attributor, tools.attributor is None, batch.examples, measured, list(rows), made, arrays, references)
+
+
+def _fit(tools: Instrument, trusted: Sequence[ValidationExample]) -> Attributor:
+    records = [example.record for example in trusted]
+    return Attributor.fit(tools.model, base.losses_of(tools.workload), tools.batches(records), tools.spec)
+
+
+def _measured(tools: Instrument, attributor: Attributor, examples: Sequence[ValidationExample]) -> Measured:
+    """Every trusted example: those behind a direction by the validation loss, references like arrivals."""
+    by_role = {
+        "direction": attributor.with_losses(base.validation_losses_of(tools.workload)),
+        "reference": attributor,
+    }
+    parts: list[Measured] = []
+    order: list[int] = []
+    for role, measure in by_role.items():
+        rows = [row for row, example in enumerate(examples) if example.role == role]
+        parts += [measure.measure(batch) for batch in tools.batches([examples[row].record for row in rows])]
+        order += rows
+    joined = Measured.join(parts)
+    back = torch.argsort(torch.tensor(order))
+    return joined.rows(back)
+
+
+def _rows_by_key(examples: Sequence[ValidationExample], measured: Measured) -> dict[Key, Tensor]:
+    """Positions of the usable examples behind each direction."""
+    keys = sorted({(e.validation_set_id, e.slice) for e in examples})
+    rows: dict[Key, list[int]] = {key: [] for key in keys}
+    for row, example in enumerate(examples):
+        if example.role == "direction" and bool(measured.ok_B[row]):
+            rows[example.validation_set_id, example.slice].append(row)
+    for key, found in rows.items():
+        if not found:
+            raise NotMeasurable(slice=key[1], states=_states(examples, measured, key))
+    return {key: torch.tensor(found) for key, found in rows.items()}
+
+
+def _states(examples: Sequence[ValidationExample], measured: Measured, key: Key) -> str:
+    states = states_of(measured)
+    found = [str(states[row]) for row, e in enumerate(examples) if (e.validation_set_id, e.slice) == key]
+    return ", ".join(f"{found.count(state)} {state}" for state in sorted(set(found)))
+
+
+def _directions(rows: Mapping[Key, Tensor], measured: Measured) -> Directions:
+    return scoring.directions(
+        {f"{v}/{s}": (measured.unit_BK[r], measured.whitened_norm_B[r]) for (v, s), r in rows.items()}
+    )
+
+
+def _exact(
+    tools: Instrument, attributor: Attributor, examples: Sequence[ValidationExample], rows: Mapping[Key, Tensor]
+) -> dict[str, NDArray[Any]]:
+    by_validation_loss = attributor.with_losses(base.validation_losses_of(tools.workload))
+    batches = {
+        f"{v}/{s}": list(tools.batches([examples[row].record for row in r.tolist()])) for (v, s), r in rows.items()
+    }
+    return {
+        f"exact/{name}": t.cpu().numpy() for name, t in by_validation_loss.exact_directions(batches).tensors().items()
+    }
+
+
+def _references(
+    stick: yardstick.Yardstick, examples: Sequence[ValidationExample], measured: Measured
+) -> list[dict[str, Any]]:
+    rows = [row for row, e in enumerate(examples) if e.role == "reference" and bool(measured.ok_B[row])]
+    if not rows:
+        return []
+    chosen = measured.rows(torch.tensor(rows))
+    stored_BK = chosen.unit_BK.half().float()  # references lose what arrivals lose in the table
+    scored = stick.score(stored_BK, chosen.whitened_norm_B, chosen.calibrated_loss_B)
+    return [
+        {
+            "id": examples[row].id,
+            "normalised": scored.normalised_BS[n].tolist(),
+            "influence": scored.influence_BS[n].tolist(),
+            "harm": scored.harm_BS[n].tolist(),
+        }
+        for n, row in enumerate(rows)
+    ]
+
+
+def record(connection: Connection, settings: Settings, batch: Batch, result: Result) -> Counts:
+    """Freeze everything in one transaction, put it to use if it is still what is asked for, and offer what follows."""
+    if not work.finish(connection, batch.lease):
+        return Counts(lost=1)
+    attributor = result.attributor
+    if result.fitted:
+        state = {name: t.numpy() for name, t in attributor.state().items()}
+        tensors.keep(connection, "curvatures", "recipe_id", batch.recipe_id, state)
+        dimensions = vectors.block_dimensions(attributor.K)
+        directions.recipe_fitted(connection, batch.recipe_id, attributor.K, len(dimensions), attributor.temperature)
+        vectors.make_partitions(connection, batch.recipe_id, attributor.K)
+    _record_validation(connection, batch.recipe_id, result)
+    counts = result.directions.count_S.tolist()
+    directions.record_directions(
+        connection, batch.direction_set_id, [(v, s, n) for (v, s), n in zip(result.keys, counts, strict=True)]
+    )
+    tensors.keep(connection, "direction_tensors", "direction_set_id", batch.direction_set_id, result.arrays)
+    directions.record_references(connection, batch.direction_set_id, result.references)
+    directions.use_directions(connection, batch.direction_set_id)
+    offer(connection, batch.recipe_id, batch.direction_set_id)
+    return Counts(done=1)
+
+
+def offer(connection: Connection, recipe_id: int, set_id: int) -> None:
+    """Offer what a new recipe or direction leaves to do: the latest arrivals first, the past as back-fill."""
+    recipe = directions.recipe(connection, recipe_id)
+    if recipe.in_use:
+        first = directions.latest_recipe_before(connection, recipe_id) is None
+        directions.offer_gradients(connection, recipe_id, PRIORITY_FRESH if first else PRIORITY_BACKFILL)
+    directions.offer_scores(connection, recipe_id, set_id, PRIORITY_BACKFILL)
+
+
+def _record_validation(connection: Connection, recipe_id: int, result: Result) -> None:
+    known = directions.measured_validation(connection, recipe_id)
+    states = states_of(result.measured)
+    new = [row for row, example in enumerate(result.examples) if example.id not in known]
+    m = result.measured
+    facts = [
+        {
+            "id": result.examples[row].id,
+            "state": states[row],
+            "loss": finite(float(m.loss_B[row])),
+            "calibrated_loss": finite(float(m.calibrated_loss_B[row])),
+            "gradient_norm": finite(float(m.gradient_norm_B[row])),
+            "whitened_norm": float(m.whitened_norm_B[row]) if states[row] == GradientState.OK else None,
+        }
+        for row in new
+    ]
+    if facts:
+        directions.record_validation(connection, recipe_id, facts)
+    usable = [row for row in new if states[row] == GradientState.OK]
+    ids = np.array([result.examples[row].id for row in usable], np.int64)
+    vectors.write_validation(connection, recipe_id, ids, m.unit_BK[usable].numpy())

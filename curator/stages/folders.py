@@ -1,0 +1,88 @@
+"""Watched folders: a file that has stood still for a while is opened as an intake. Torch-free."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sqlalchemy import Connection
+
+from curator.errors import DataError
+from curator.settings import Settings
+from curator.sources import folder, jsonl
+from curator.sources.folder import Look, Sighting
+from curator.stages import examples as stage
+from curator.store import examples
+
+log = logging.getLogger(__name__)
+
+STILL_SECONDS = 1.0
+SUFFIXES = (".jsonl.gz", ".ndjson.gz", ".json.gz", ".jsonl", ".ndjson", ".json", ".gz")
+
+
+@dataclass
+class Watcher:
+    """What one process has seen of the folders. Forgetting it costs a look, since intakes know their files."""
+
+    looks: dict[str, Look] = field(default_factory=dict)
+    opened: set[tuple[str, int, int]] = field(default_factory=set)
+
+    def settled(self, path: str) -> list[tuple[Path, str]]:
+        """Files of a folder that are complete and new to this process: (file, source its sub-folder names)."""
+        now = folder.look(Path(path), time.monotonic())
+        before = self.looks.get(path, Look(now.at, {}))
+        self.looks[path] = folder.since(before, now)
+        names = folder.settled(before, now, STILL_SECONDS)
+        return [(Path(path) / name, folder.source_of(name)) for name in names if self._is_new(path, name, now)]
+
+    def _is_new(self, path: str, name: str, now: Look) -> bool:
+        return self._key(path, name, now.files[name]) not in self.opened
+
+    def note(self, path: str, file: Path) -> None:
+        """Remember that a file was opened as it is now."""
+        name = file.relative_to(path).as_posix()
+        self.opened.add(self._key(path, name, self.looks[path].files[name]))
+
+    @staticmethod
+    def _key(path: str, name: str, seen: Sighting) -> tuple[str, int, int]:
+        return f"{path}/{name}", seen.size, seen.changed
+
+
+def settled_files(watcher: Watcher, folders: list[tuple[str, str]]) -> list[tuple[str, Path, str, bytes]]:
+    """Complete files of all folders: (folder, file, source, digest). No transaction is open: this reads the disk."""
+    found = []
+    for path, source in folders:
+        try:
+            for file, beneath in watcher.settled(path):
+                found.append((path, file, source or beneath or source_name(file), jsonl.file_digest(file)))
+        except DataError as error:
+            log.warning("%s", error)
+    return found
+
+
+def open_files(
+    connection: Connection, settings: Settings, watcher: Watcher, found: list[tuple[str, Path, str, bytes]]
+) -> int:
+    """Open each as an intake; returns how many were new to the database."""
+    new = 0
+    for path, file, source, digest in found:
+        intake = stage.open_file(connection, file, source, digest)
+        watcher.note(path, file)
+        new += intake.state == "reading"
+    return new
+
+
+def watch(connection: Connection, path: Path, source: str) -> None:
+    """Watch a folder from now on, in every process."""
+    examples.add_folder(connection, str(path.resolve()), source)
+
+
+def source_name(file: Path) -> str:
+    """The source a file speaks for when nobody says: its name without the endings."""
+    name = file.name
+    for suffix in SUFFIXES:
+        if name.endswith(suffix) and name != suffix:
+            return name.removesuffix(suffix)
+    return file.stem or name

@@ -1,0 +1,176 @@
+"""Compute gradients of arrivals, and their exact scores while the full gradient is within reach."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from sqlalchemy import Connection, Engine
+
+from curator.errors import CuratorError, DependencyDown, NonfiniteGradient, RecordUnusable, WorkloadBroken
+from curator.influence.attribution import Measured
+from curator.settings import Settings
+from curator.stages import instrument
+from curator.stages.instrument import Instrument, finite, states_of
+from curator.store import directions, examples, gradients, scores, vectors, work
+from curator.store.engine import read
+from curator.types import Counts, GradientState, Lease, Stage
+from curator.workloads import base
+
+log = logging.getLogger(__name__)
+
+STAGE = Stage.GRADIENTS
+
+SUSPICIOUS = 8
+"""If at least this many records of a batch fail, and more than half, the fault is the workload's and not theirs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Examples to measure under one recipe."""
+
+    lease: Lease
+    recipe_id: int
+    direction_set_id: int | None
+    records: Mapping[int, Mapping[str, object]]
+
+    @property
+    def tools(self) -> tuple[str, int, int]:
+        """One model with today's directions serves batch after batch."""
+        return "instrument", self.recipe_id, self.direction_set_id or 0
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured, and the records that could not be, with the reason."""
+
+    ids: Sequence[int]
+    measured: Measured | None
+    broken: Mapping[int, str]
+
+
+def claim(connection: Connection, settings: Settings) -> Batch | None:
+    """Lease a batch of examples of one recipe."""
+    lease = work.claim(connection, STAGE, settings.gradients.batch, settings.limits.lease_seconds)
+    if lease is None:
+        return None
+    set_id = directions.directions_in_use(connection, lease.recipe_id)
+    return Batch(lease, lease.recipe_id, set_id, examples.fetch(connection, lease.subjects))
+
+
+def load(engine: Engine, settings: Settings, batch: Batch) -> Instrument:
+    """The recipe's model with its attributor."""
+    with read(engine) as connection:
+        return instrument.load(connection, settings, batch.recipe_id, batch.direction_set_id)
+
+
+def compute(tools: Instrument, batch: Batch) -> Result:
+    """Measure; a record that cannot be measured is found by halving, and its neighbours are none the worse.
+
+    Raises:
+        WorkloadBroken: so many fail that the workload must be at fault; nothing is given up for that.
+    """
+    refused = {number: reason for number, r in batch.records.items() if (reason := _reason(tools, r))}
+    ids = [number for number in batch.records if number not in refused]
+    broken: dict[int, str] = {}
+    parts = _halving(tools, batch, ids, broken)
+    if len(broken) >= SUSPICIOUS and len(broken) > len(ids) / 2:
+        raise WorkloadBroken(n=len(broken), of=len(ids), reason=next(iter(broken.values())))
+    done = [number for number in ids if number not in broken]
+    return Result(done, Measured.join(parts) if parts else None, {**refused, **broken})
+
+
+def _reason(tools: Instrument, record: Mapping[str, object]) -> str | None:
+    """Why the workload refuses a record; a check that itself raises is a reason too."""
+    try:
+        return base.reason_against(tools.workload, record)
+    except CuratorError as error:
+        return str(error)
+
+
+def _halving(tools: Instrument, batch: Batch, ids: Sequence[int], broken: dict[int, str]) -> list[Measured]:
+    """Measure ``ids``; where that raises (a bad record, memory), measure the halves, down to the single record."""
+    if not ids:
+        return []
+    try:
+        return [tools.measure([batch.records[number] for number in ids])]
+    except DependencyDown:
+        raise
+    except Exception as error:  # noqa: BLE001 - the user's code may raise anything
+        if len(ids) == 1:
+            log.warning("example %d: %s", ids[0], error)
+            broken[ids[0]] = f"{type(error).__name__}: {error}"
+            return []
+        _forget_memory(error)
+    middle = len(ids) // 2
+    return _halving(tools, batch, ids[:middle], broken) + _halving(tools, batch, ids[middle:], broken)
+
+
+def _forget_memory(error: Exception) -> None:
+    """Give cached blocks back after running out of memory, or the halves would not fit either."""
+    if isinstance(error, torch.OutOfMemoryError):
+        torch.cuda.empty_cache()
+
+
+def record(connection: Connection, settings: Settings, batch: Batch, result: Result) -> Counts:
+    """Vectors by COPY, facts, refusals and the state of the work: one transaction.
+
+    A commit that the server forgets in a crash takes the state of the work with it, so the work is done again:
+    waiting for the disk would buy nothing.
+    """
+    connection.exec_driver_sql("SET LOCAL synchronous_commit = off")
+    held = work.finish(connection, batch.lease)
+    keep = [row for row, number in enumerate(result.ids) if number in held]
+    if result.measured is not None and keep:
+        _write(connection, batch, [result.ids[row] for row in keep], result.measured.rows(torch.tensor(keep)))
+    for number in held & result.broken.keys():
+        examples.quarantine_example(connection, number, RecordUnusable.code, result.broken[number])
+    _offer_verdicts(connection, batch, held)
+    return Counts(done=len(keep), refused=len(held & result.broken.keys()), lost=len(batch.lease) - len(held))
+
+
+def _write(connection: Connection, batch: Batch, ids: Sequence[int], measured: Measured) -> None:
+    states = states_of(measured)
+    facts = [_facts(measured, row, number, states[row]) for row, number in enumerate(ids)]
+    gradients.insert(connection, batch.recipe_id, batch.direction_set_id, facts)
+    usable = [row for row, state in enumerate(states) if state == GradientState.OK]
+    numbers = np.array([ids[row] for row in usable], np.int64)
+    vectors.write(connection, batch.recipe_id, numbers, measured.unit_BK[usable].numpy())
+    for row, state in enumerate(states):
+        if state == GradientState.NONFINITE:
+            detail = f"loss {float(measured.loss_B[row])}, gradient norm {float(measured.gradient_norm_B[row])}"
+            examples.quarantine_example(connection, ids[row], NonfiniteGradient.code, detail)
+    if numbers.size:
+        of = examples.batches_by_example(connection, numbers.tolist())
+        work.offer(
+            connection,
+            Stage.SCORES,
+            numbers.tolist(),
+            recipe_id=batch.recipe_id,
+            batch_ids=[of[number] for number in numbers.tolist()],
+        )
+
+
+def _facts(measured: Measured, row: int, number: int, state: GradientState) -> dict[str, Any]:
+    ok = state == GradientState.OK
+    exact = measured.exact_BS[row].tolist() if ok and measured.exact_BS is not None else None
+    return {
+        "id": number,
+        "state": state,
+        "loss": finite(float(measured.loss_B[row])),
+        "calibrated_loss": finite(float(measured.calibrated_loss_B[row])),
+        "gradient_norm": finite(float(measured.gradient_norm_B[row])),
+        "whitened_norm": float(measured.whitened_norm_B[row]) if ok else None,
+        "exact": exact,
+    }
+
+
+def _offer_verdicts(connection: Connection, batch: Batch, held: frozenset[int]) -> None:
+    """A batch whose last examples end here, without a score, can be judged."""
+    if batch.direction_set_id is not None and held:
+        touched = scores.batches_of(connection, list(held))
+        scores.offer_verdicts(connection, batch.recipe_id, batch.direction_set_id, touched)

@@ -1,0 +1,98 @@
+"""What scores vectors: the directions of the slices, the references, and the scale of harm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sqlalchemy import Connection
+from torch import Tensor
+
+from curator.influence import scoring
+from curator.influence.attribution import Measured
+from curator.influence.harm import Harm, evidence
+from curator.influence.scoring import Directions
+from curator.store import directions, tensors, vectors
+
+Key = tuple[int, str]
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores of B examples on S slices."""
+
+    influence_BS: Tensor
+    stderr_BS: Tensor
+    normalised_BS: Tensor
+    self_influence_B: Tensor
+    harm_BS: Floats
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """Everything frozen with a direction set.
+
+    ``whitened_VK`` are, by slice, the whitened gradients behind a direction: their spread is the standard error.
+    """
+
+    directions: Directions
+    harms: Sequence[Harm]
+    whitened_VK: Sequence[Tensor]
+
+    def score(self, unit_BK: Tensor, whitened_norm_B: Tensor, calibrated_loss_B: Tensor) -> Scored:
+        """Scores of measured or stored vectors."""
+        scores = scoring.score(unit_BK, whitened_norm_B, self.directions)
+        u, r_B = unit_BK.float(), whitened_norm_B.float()
+        stderr = [
+            scoring.standard_error(u @ w.T) * r_B if len(w) > 1 else torch.zeros_like(r_B) for w in self.whitened_VK
+        ]
+        harm = [
+            each(
+                evidence(scores.normalised_BS[:, s].numpy(), scores.self_influence_B.numpy(), calibrated_loss_B.numpy())
+            )
+            for s, each in enumerate(self.harms)
+        ]
+        return Scored(
+            scores.influence_BS,
+            torch.stack(stderr, dim=1),
+            scores.normalised_BS,
+            scores.self_influence_B,
+            np.stack(harm, axis=1).astype(np.float32).astype(np.float64),
+        )
+
+    def harm_arrays(self) -> dict[str, NDArray[np.float64]]:
+        """The scales of harm as named arrays, slices stacked."""
+        parts = [harm.arrays() for harm in self.harms]
+        return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+
+
+def fit(keys: Sequence[Key], rows: Mapping[Key, Tensor], measured: Measured, towards: Directions) -> Yardstick:
+    """The yardstick of directions that were just made, from the examples behind them."""
+    harms, whitened = [], []
+    for s, key in enumerate(keys):
+        m = measured.rows(rows[key])
+        own = scoring.leave_one_out(m.unit_BK @ towards.unit_SK[s], len(rows[key]))
+        harms.append(Harm.fit(evidence(own.numpy(), m.whitened_norm_B.square().numpy(), m.calibrated_loss_B.numpy())))
+        whitened.append(m.unit_BK * m.whitened_norm_B[:, None])
+    return Yardstick(towards, harms, whitened)
+
+
+def load(connection: Connection, recipe_id: int, set_id: int, dimension: int) -> Yardstick:
+    """The yardstick of a direction set, from the database."""
+    kept = tensors.fetch(connection, "direction_tensors", "direction_set_id", set_id)
+    names = directions.direction_names(connection, set_id)
+    means = {p.removeprefix("mean/"): torch.from_numpy(a.copy()) for p, a in kept.items() if p.startswith("mean/")}
+    harm = {p.removeprefix("harm/"): a for p, a in kept.items() if p.startswith("harm/")}
+    harms = [Harm.of({part: array[s] for part, array in harm.items()}) for s in range(len(names))]
+    rows = directions.measured_direction_examples(connection, recipe_id, set_id)
+    unit_VK = torch.from_numpy(vectors.read_validation(connection, recipe_id, [r.id for r in rows], dimension))
+    norm_V = torch.tensor([r.whitened_norm for r in rows])
+    whitened = [
+        (unit_VK * norm_V[:, None])[[n for n, r in enumerate(rows) if (r.validation_set_id, r.slice) == key]]
+        for key in names
+    ]
+    return Yardstick(Directions.of([f"{v}/{s}" for v, s in names], means), harms, whitened)

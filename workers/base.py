@@ -1,0 +1,90 @@
+"""What every task has: a runtime of its process, a turn, and what follows it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from functools import cached_property
+from typing import Any
+
+from celery import Task
+
+from curator import settings
+from curator.errors import DependencyDown
+from curator.runtime import Runtime
+from curator.stages.folders import Watcher
+from curator.stages.turn import StageModule, Turn
+from curator.store import migrate, work
+from curator.store.engine import read
+from curator.types import Counts
+
+log = logging.getLogger(__name__)
+
+stopping = threading.Event()
+"""Set when the process is asked to stop: the turn ends with its batch, and gives nothing half-done away."""
+
+
+class StageTask(Task):  # type: ignore[misc]
+    """A task over the stages. Celery keeps one instance of it for each task and process."""
+
+    abstract = True
+    ignore_result = True
+    # A message is a doorbell: if its worker dies, the scheduler rings again. Redelivering would only loop.
+    acks_late = False
+
+    @cached_property
+    def runtime(self) -> Runtime:
+        """The process's connections."""
+        return shared.runtime
+
+    def turn(self, stage: StageModule) -> str:
+        """Run a stage until the table is empty or the turn is over, then wake whoever has work now.
+
+        A database that is away is no error of the task: the scheduler rings again.
+        """
+        limits = self.runtime.settings.limits
+        try:
+            counts = shared.turn.run(stage, limits.turn_seconds)
+            with read(self.runtime.engine) as connection:
+                left = work.claimable(connection)
+        except DependencyDown as error:
+            log.warning("%s: %s", stage.STAGE, error)
+            return "dependency down"
+        if counts != Counts():
+            self.runtime.wake(*left)
+        return str(counts)
+
+
+class Process:
+    """What the tasks of one worker process share. Built when the first task runs, so a parent never holds it."""
+
+    @cached_property
+    def runtime(self) -> Runtime:
+        """Connections; the schema must be the one this code knows.
+
+        Raises:
+            SchemaBehind: another release of curator owns the schema now. The worker refuses and names the command.
+        """
+        runtime = Runtime(settings.load(), application="curator worker")
+        with read(runtime.engine) as connection:
+            migrate.require_revision(connection)
+        return runtime
+
+    @cached_property
+    def turn(self) -> Turn:
+        """The stages of this process, which keep a model between messages."""
+        return Turn(self.runtime.engine, self.runtime.settings, stopping.is_set)
+
+    @cached_property
+    def watcher(self) -> Watcher:
+        """What this process has seen of the watched folders."""
+        return Watcher()
+
+    def close(self) -> None:
+        """Let go of connections and servers, if there are any."""
+        built: dict[str, Any] = vars(self)
+        if "runtime" in built:
+            built["runtime"].close()
+
+
+shared = Process()

@@ -1,0 +1,72 @@
+"""``celery -A workers``: the app, its queues and its schedule. What a task does is in ``curator.stages``."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from celery import Celery
+from celery.signals import worker_shutdown, worker_shutting_down
+from kombu.entity import Queue
+
+from curator import settings
+from curator.runtime import MODEL_QUEUE, QUEUES, TABLE_QUEUE, WAKE_SECONDS, Runtime
+from curator.types import TASKS, UPKEEP_TASK, Stage
+from workers.base import shared, stopping
+
+FOLDERS_TASK = "curator.folders"
+
+
+def _schedule(chosen: settings.Schedule) -> dict[str, dict[str, Any]]:
+    """Every stage is rung now and then, so a lost message costs seconds."""
+    every = {TASKS[stage]: (chosen.stages, QUEUES[stage]) for stage in Stage}
+    every |= {FOLDERS_TASK: (chosen.folders, TABLE_QUEUE), UPKEEP_TASK: (chosen.upkeep, TABLE_QUEUE)}
+    return {
+        task: {
+            "task": task,
+            "schedule": seconds,
+            "options": {"queue": queue, "expires": min(seconds * 2, WAKE_SECONDS)},
+        }
+        for task, (seconds, queue) in every.items()
+    }
+
+
+def make_app() -> Celery:
+    """The app of the project in the working directory or CURATOR_PROJECT."""
+    chosen = settings.load()
+    runtime = Runtime(chosen)
+    app = Celery(
+        "workers",
+        broker=runtime.broker_url,
+        include=[f"workers.{name}" for name in (*Stage, "upkeep")],
+    )
+    app.conf.update(
+        task_ignore_result=True,
+        task_queues=[Queue(name) for name in (MODEL_QUEUE, TABLE_QUEUE)],  # type: ignore[no-untyped-call]
+        task_default_queue=TABLE_QUEUE,
+        worker_prefetch_multiplier=1,
+        worker_hijack_root_logger=False,
+        broker_connection_retry_on_startup=True,
+        # Doorbells only: a short timeout would deliver a long turn's message again, which does no harm and no good.
+        broker_transport_options={"visibility_timeout": 3600},
+        worker_cancel_long_running_tasks_on_connection_loss=False,
+        beat_schedule=_schedule(chosen.schedule),
+        beat_schedule_filename=os.fspath(chosen.home / "beat"),
+        task_serializer="json",
+        accept_content=["json"],
+        timezone="UTC",
+    )
+    return app
+
+
+@worker_shutting_down.connect  # type: ignore[untyped-decorator]
+def _stop(**_: object) -> None:
+    stopping.set()
+
+
+@worker_shutdown.connect  # type: ignore[untyped-decorator]
+def _close(**_: object) -> None:
+    shared.close()
+
+
+app = make_app()

@@ -1,0 +1,53 @@
+"""Reclaim, sweep, look into folders."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from celery import shared_task
+
+from curator.errors import DependencyDown
+from curator.stages import folders, upkeep
+from curator.store import examples, work
+from curator.store.engine import begin, read
+from curator.types import UPKEEP_TASK, Stage
+from workers.base import StageTask, shared
+
+log = logging.getLogger(__name__)
+
+
+@shared_task(base=StageTask, bind=True, name=UPKEEP_TASK)  # type: ignore[untyped-decorator]
+def run(self: StageTask) -> str:
+    """One round of upkeep, by whichever scheduler is first in its window; then ring for what is left."""
+    runtime = self.runtime
+    try:
+        with begin(runtime.engine) as connection:
+            if not work.take_window(connection, UPKEEP_TASK, runtime.settings.schedule.upkeep, f"{os.getpid()}"):
+                return "another scheduler was first"
+            mended = upkeep.run(connection, runtime.settings)
+            left = work.claimable(connection)
+    except DependencyDown as error:
+        log.warning("upkeep: %s", error)
+        return "dependency down"
+    runtime.wake(*left)
+    return str(mended)
+
+
+@shared_task(base=StageTask, bind=True, name="curator.folders")  # type: ignore[untyped-decorator]
+def look(self: StageTask) -> str:
+    """Open the files that are complete."""
+    runtime = self.runtime
+    try:
+        with read(runtime.engine) as connection:
+            watched = examples.folders(connection)
+        found = folders.settled_files(shared.watcher, watched)
+        if not found:
+            return "nothing new"
+        with begin(runtime.engine) as connection:
+            new = folders.open_files(connection, runtime.settings, shared.watcher, found)
+    except DependencyDown as error:
+        log.warning("folders: %s", error)
+        return "dependency down"
+    runtime.wake(Stage.EXAMPLES)
+    return f"{new} files"
