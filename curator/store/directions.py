@@ -234,8 +234,11 @@ def recipe_fitted(connection: Connection, recipe_id: int, dimension: int, blocks
 def ask_directions(connection: Connection, recipe_id: int, key: bytes, set_ids: Sequence[int]) -> int:
     """The direction set of that key; a new one is made by the worker. Returns its id."""
     connection.execute(
-        text("INSERT INTO curator.direction_sets (recipe_id, key) VALUES (:recipe_id, :key) ON CONFLICT DO NOTHING"),
-        {"recipe_id": recipe_id, "key": key},
+        text(
+            "INSERT INTO curator.direction_sets (recipe_id, key, validation_set_ids)"
+            " VALUES (:recipe_id, :key, :set_ids) ON CONFLICT DO NOTHING"
+        ),
+        {"recipe_id": recipe_id, "key": key, "set_ids": list(set_ids)},
     )
     number = connection.scalar(
         text("SELECT id FROM curator.direction_sets WHERE recipe_id = :recipe_id AND key = :key"),

@@ -34,7 +34,7 @@ def source_ids(connection: Connection, names: Iterable[str]) -> dict[str, int]:
         {"names": wanted},
     )
     rows = connection.execute(text("SELECT name, id FROM curator.sources WHERE name = ANY(:names)"), {"names": wanted})
-    return dict(rows)
+    return {row.name: row.id for row in rows}
 
 
 def open_intake(connection: Connection, source: str, origin: str, digest: bytes) -> Intake:
@@ -252,7 +252,7 @@ def fetch(connection: Connection, example_ids: Sequence[int]) -> dict[int, Mappi
     rows = connection.execute(
         text("SELECT id, record FROM curator.examples WHERE id = ANY(:ids)"), {"ids": list(example_ids)}
     )
-    return dict(rows)
+    return {row.id: row.record for row in rows}
 
 
 def batches_by_example(connection: Connection, example_ids: Sequence[int]) -> dict[int, int]:
