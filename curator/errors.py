@@ -494,7 +494,7 @@ class SelectionExists(UsageError):
 
 
 class UnknownSelection(UsageError):
-    """There is no selection {name!r}."""
+    """There is no selection {name}."""
 
     code = "CUR-SEL-003"
     hint = "`curator select --budget N` makes one; `curator valuable` shows the names of those there are."

@@ -123,7 +123,7 @@ def _selection(connection: Connection, name: str | None) -> dict[str, Any]:
     if name == STANDING:
         return {"name": STANDING}
     if (found := selections.find(connection, name)) is None:
-        raise UnknownSelection(name=name or "of any name")
+        raise UnknownSelection(name=repr(name) if name else "yet")
     return {"name": found.name, "budget": found.budget, "expected_gain": found.gain}
 
 
