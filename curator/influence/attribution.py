@@ -103,7 +103,8 @@ class Measured:
     def rows(self, index: Tensor) -> Measured:
         """Some of the examples, in the order of ``index``."""
         columns = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Measured(**{name: None if c is None else c[index] for name, c in columns.items()})
+        picked: dict[str, Any] = {name: None if c is None else c[index] for name, c in columns.items()}
+        return Measured(**picked)
 
     @classmethod
     def join(cls, parts: Sequence[Measured]) -> Measured:

@@ -33,7 +33,8 @@ def calibrated_loss(loss_B: ArrayLike, temperature: float) -> Floats:
     The margin stands for the logits, so this works for any loss that is minus a log-probability (arXiv:1706.04599
     scales the logits; for two classes both are the same).
     """
-    return np.logaddexp(0.0, -margin(loss_B) / temperature)
+    with np.errstate(invalid="ignore"):  # NaN is an answer here: the example's state says so
+        return np.logaddexp(0.0, -margin(loss_B) / temperature)
 
 
 def measurement_slope(loss_B: ArrayLike, measurement: str, temperature: float) -> Floats:

@@ -144,7 +144,8 @@ def _power(values: Tensor, least: Tensor) -> Tensor:
 
 
 def times(x: Tensor, root: Tensor) -> Tensor:
-    """The product with a symmetric matrix, or with a diagonal given as a vector."""
+    """The product with a symmetric matrix, or with a diagonal given as a vector, in the matrix's precision."""
+    x = x.to(root.dtype)
     return x * root if root.ndim == 1 else x @ root
 
 
@@ -221,7 +222,7 @@ class KroneckerRoots:
     def whiten(self, layer: Layer, a_BTI: Tensor, d_BTO: Tensor) -> tuple[Tensor, Tensor]:
         """A^-1/2 a and S^-1/2 d: the factors of the whitened full gradient."""
         A, S = self.inputs[layer.name], self.outputs[layer.name]
-        return times(a_BTI.to(A.dtype), A), times(d_BTO.to(S.dtype), S)
+        return times(a_BTI, A), times(d_BTO, S)
 
     def to(self, device: torch.device) -> KroneckerRoots:
         """The same matrices on ``device``."""

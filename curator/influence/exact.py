@@ -19,7 +19,6 @@ from torch import Tensor
 
 from curator.influence.capture import Layer, ghost_inner, ghost_products
 from curator.influence.curvature import KroneckerRoots
-from curator.influence.dropout import at_least_float32
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,6 @@ class DirectionSums:
         """Add one layer."""
         used = (self.weight_SB > 0).any(dim=0)
         a, d = self.roots.whiten(layer, a_BTI[used], d_BTO[used])
-        a_NI = at_least_float32(a).flatten(0, 1)
-        weighted = [at_least_float32(d) * weight_B[used, None, None] for weight_B in self.weight_SB]
-        total = torch.stack([d.flatten(0, 1).T @ a_NI for d in weighted])
+        weighted = [d * weight_B[used, None, None].to(d.dtype) for weight_B in self.weight_SB]
+        total = torch.stack([x.flatten(0, 1).T @ a.flatten(0, 1) for x in weighted])
         self.sums[layer.name] = self.sums[layer.name] + total if layer.name in self.sums else total

@@ -1,0 +1,167 @@
+"""The slow, obviously right twin of every fast path: one example at a time, float64, no hook that adds anything up.
+
+Scores here never take a square root of a matrix: with q(x, y) = x^T (F + damping)^-1 y by a linear solve,
+``influence = q``, ``normalised = q(x, y) / sqrt(q(x, x) q(y, y))``. So they check the whitening, not repeat it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
+
+from curator.influence.capture import Layer
+from curator.influence.dropout import LayerMask
+
+Floats = NDArray[np.float64]
+Loss = Callable[[], Tensor]
+"""The loss of one example, (1,) or scalar."""
+
+ByLayer = Mapping[str, Floats]
+
+
+# --- gradients of one example -------------------------------------------------------------------------------
+
+
+def gradients(loss: Loss, layers: Sequence[Layer]) -> dict[str, Floats]:
+    """G_OI of each layer from the weights' own gradient; with bias, the bias gradient is the last column."""
+    return {layer.name: _gradient(loss, layer) for layer in layers}
+
+
+def _gradient(loss: Loss, layer: Layer) -> Floats:
+    weight, bias = layer.module.get_parameter("weight"), layer.module._parameters.get("bias")
+    wanted = [weight] + ([bias] if layer.bias and bias is not None else [])
+    found = torch.autograd.grad(loss().sum(), wanted, allow_unused=True, materialize_grads=True)
+    G = found[0] if isinstance(layer.module, nn.Linear) else found[0].T
+    columns = [G, *(extra[:, None] for extra in found[1:])]
+    return np.asarray(torch.cat(columns, dim=1).double().numpy())
+
+
+def factors(loss: Loss, layer: Layer) -> tuple[Floats, Floats]:
+    """Inputs a_TI and output gradients d_TO of one example, over all calls of the layer."""
+    calls: list[tuple[Tensor, Tensor]] = []
+
+    def remember(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        calls.append((args[0], output))
+        return output.clone()  # what comes next may work in place
+
+    handle = layer.module.register_forward_hook(remember)
+    try:
+        value = loss().sum()
+    finally:
+        handle.remove()
+    d = torch.autograd.grad(value, [output for _, output in calls])
+    a_TI = np.concatenate([a.detach().double().numpy().reshape(-1, a.shape[-1]) for a, _ in calls])
+    d_TO = np.concatenate([x.double().numpy().reshape(-1, x.shape[-1]) for x in d])
+    return (np.hstack([a_TI, np.ones((len(a_TI), 1))]) if layer.bias else a_TI), d_TO
+
+
+def norm(G: ByLayer) -> float:
+    """Length of the full gradient."""
+    return float(np.sqrt(sum(float((g * g).sum()) for g in G.values())))
+
+
+# --- masks --------------------------------------------------------------------------------------------------
+
+
+def kept(G_OI: Floats, mask: LayerMask) -> Floats:
+    """The kept entries, picked from the full gradient one by one."""
+    rows, columns = mask.coordinates()
+    return np.array([mask.scale * G_OI[o, i] for o, i in zip(rows.tolist(), columns.tolist(), strict=True)])
+
+
+def shuffled(raw: Sequence[int], n: int) -> list[int]:
+    """Fisher-Yates over the whole list, from one raw 64-bit number a step; the first ``len(raw)`` places are drawn."""
+    items = list(range(n))
+    for i, x in enumerate(raw):
+        j = i + x * (n - i) // 2**64
+        items[i], items[j] = items[j], items[i]
+    return items[: len(raw)]
+
+
+# --- curvature ----------------------------------------------------------------------------------------------
+
+
+def fisher(rows: Sequence[Floats], angular: bool) -> Floats:
+    """Mean of g g^T, of g or of g scaled to length 1."""
+    total = np.zeros((len(rows[0]), len(rows[0])))
+    for g in rows:
+        length = np.sqrt(g @ g) if angular else 1.0
+        total += np.outer(g, g) / length**2 if length > 0 else 0.0
+    return total / len(rows)
+
+
+def damped(F: Floats, damping: float) -> Floats:
+    """F + damping * tr(F) / k * I."""
+    floor: Floats = damping * np.trace(F) / len(F) * np.eye(len(F))
+    return F + floor
+
+
+def kronecker(pairs: Sequence[tuple[Floats, Floats]], damping: float, angular: bool) -> Floats:
+    """The damped Kronecker Fisher of one layer as one (O I) x (O I) matrix, from each example's (a_TI, d_TO)."""
+    a_all = np.concatenate([a for a, _ in pairs])
+    A: Floats = a_all.T @ a_all / np.float64(len(a_all))
+    S: Floats = np.zeros((pairs[0][1].shape[1],) * 2)
+    for a, d in pairs:
+        square = float(((d.T @ a) ** 2).sum()) if angular else 1.0
+        S += d.T @ d / square if square > 0 else 0.0
+    whole: Floats = np.kron(damped(S / len(pairs), damping), damped(A, damping))
+    return whole
+
+
+# --- scores -------------------------------------------------------------------------------------------------
+
+
+def product(x: ByLayer, y: ByLayer, F: ByLayer) -> float:
+    """Sum over layers of x^T F^-1 y, F already damped; matrices are read row by row."""
+    return sum(float(x[n].ravel() @ np.linalg.solve(F[n], y[n].ravel())) for n in F)
+
+
+def influence(z: ByLayer, validation: Sequence[ByLayer], F: ByLayer, slopes: Sequence[float] | None = None) -> float:
+    """Mean over validation examples of slope_v g_v^T F^-1 g_z; positive helps (arXiv:1703.04730)."""
+    slopes = [1.0] * len(validation) if slopes is None else slopes
+    return sum(s * product(v, z, F) for s, v in zip(slopes, validation, strict=True)) / len(validation)
+
+
+def normalised_influence(z: ByLayer, validation: Sequence[ByLayer], F: ByLayer) -> float:
+    """Mean over validation examples of the cosine of F^-1/2 g_v and F^-1/2 g_z."""
+    return sum(cosine(v, z, F) for v in validation) / len(validation)
+
+
+def cosine(x: ByLayer, y: ByLayer, F: ByLayer) -> float:
+    """The cosine between two whitened gradients."""
+    return product(x, y, F) / float(np.sqrt(product(x, x, F) * product(y, y, F)))
+
+
+# --- confidence and evaluation ------------------------------------------------------------------------------
+
+
+def conformal_p(evidence_B: ArrayLike, reference_N: ArrayLike) -> Floats:
+    """By counting."""
+    references = np.asarray(reference_N, dtype=np.float64)
+    return np.array([(1 + sum(r >= e for r in references)) / (1 + len(references)) for e in np.asarray(evidence_B)])
+
+
+def benjamini_hochberg(p_B: ArrayLike) -> Floats:
+    """By definition: the smallest level at which an example would be rejected."""
+    p = np.asarray(p_B, dtype=np.float64)
+    levels = [float(min(x * len(p) / (p <= x).sum(), 1.0)) for x in p]
+    return np.array([min(q for q, x in zip(levels, p, strict=True) if x >= mine) for mine in p])
+
+
+def auc(evidence_N: ArrayLike, bad_N: ArrayLike) -> float:
+    """By all pairs."""
+    evidence, bad = np.asarray(evidence_N, dtype=np.float64), np.asarray(bad_N, dtype=bool)
+    wins = [(b > g) + 0.5 * (b == g) for b in evidence[bad] for g in evidence[~bad]]
+    return float(np.mean(wins))
+
+
+def temperature(loss_N: ArrayLike) -> float:
+    """By trying 4,000 temperatures between 1/20 and 20."""
+    m = [-np.log(np.expm1(x)) for x in np.asarray(loss_N, dtype=np.float64)]
+    tried = np.geomspace(0.05, 20, 4000)
+    return float(tried[np.argmin([np.mean([np.log1p(np.exp(-x / t)) for x in m]) for t in tried])])
