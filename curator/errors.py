@@ -646,7 +646,7 @@ class EmptyValidation(UsageError):
     """The validation set {name!r} has no usable record."""
 
     code = "CUR-VAL-001"
-    hint = "Give a file with one trusted JSON record on each line; `curator explain` of the codes shown says what was wrong."
+    hint = "Give a file with one trusted JSON record on each line."
 
 
 class MissingSliceField(UsageError):
@@ -673,13 +673,6 @@ class NotMeasurable(UsageError):
 # --- gradients --------------------------------------------------------------------------------------------
 
 
-class RecordUnusable(DataError):
-    """The workload cannot use the record: {reason}"""
-
-    code = "CUR-GRD-001"
-    hint = "Mend the record at its source, or the workload's `collate`; then `curator quarantine retry`."
-
-
 class NonfiniteGradient(DataError):
     """The record's loss or gradient is not finite: {reason}"""
 
@@ -699,3 +692,27 @@ class WorkerKilled(DataError):
 
     code = "CUR-GRD-004"
     hint = "The record may need more memory than there is; shorten it, or give the worker more, then retry it."
+
+
+# --- daemon and intake ------------------------------------------------------------------------------------
+
+
+class DaemonNotRunning(UsageError):
+    """No daemon runs in {project}."""
+
+    code = "CUR-UP-001"
+    hint = "`curator up` starts one; `curator status` says what runs."
+
+
+class NoSuchFile(UsageError):
+    """There is no file {path}."""
+
+    code = "CUR-FIL-010"
+    hint = "Name existing JSONL files, plain or gzip; `curator watch DIR` takes a whole folder."
+
+
+class NothingAccepted(UsageError):
+    """{path} holds no usable record."""
+
+    code = "CUR-VAL-005"
+    hint = "Give a file with one JSON record on each line; `curator explain CODE` says what was wrong with each."

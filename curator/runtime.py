@@ -23,6 +23,8 @@ from curator.types import TASKS, UPKEEP_TASK, Stage
 if TYPE_CHECKING:
     from celery import Celery
 
+    from curator.embedded.server import Server
+
 log = logging.getLogger(__name__)
 
 # A wake-up that nobody took in this time is worth nothing: the scheduler has rung again.
@@ -40,6 +42,7 @@ class Runtime:
     settings: Settings
     application: str = "curator"
     held: ExitStack = field(default_factory=ExitStack)
+    servers: list[Server] = field(default_factory=list)
 
     @cached_property
     def database_url(self) -> str:
@@ -48,10 +51,7 @@ class Runtime:
             return url
         from curator.embedded.postgres import EmbeddedPostgres
 
-        server = EmbeddedPostgres(self.settings.home)
-        url = server.acquire()
-        self.held.callback(server.release)
-        return url
+        return self._acquired(EmbeddedPostgres(self.settings.home))
 
     @cached_property
     def broker_url(self) -> str:
@@ -60,9 +60,12 @@ class Runtime:
             return url
         from curator.embedded.broker import EmbeddedBroker
 
-        server = EmbeddedBroker(self.settings.home)
+        return self._acquired(EmbeddedBroker(self.settings.home))
+
+    def _acquired(self, server: Server) -> str:
         url = server.acquire()
         self.held.callback(server.release)
+        self.servers.append(server)
         return url
 
     @cached_property
@@ -112,6 +115,13 @@ class Runtime:
         from kombu.utils.url import maybe_sanitize_url
 
         return str(maybe_sanitize_url(self.broker_url))
+
+    @property
+    def daemon_runs(self) -> bool:
+        """Whether a daemon of this project would hear a wake-up."""
+        from curator.embedded.supervisor import daemon_status
+
+        return bool(self.settings.broker.url) or daemon_status(self.settings.home) is not None
 
     def close(self) -> None:
         """Let go of connections and embedded servers."""

@@ -45,7 +45,6 @@ def make_app() -> Celery:
         task_queues=[Queue(name) for name in (MODEL_QUEUE, TABLE_QUEUE)],  # type: ignore[no-untyped-call]
         task_default_queue=TABLE_QUEUE,
         worker_prefetch_multiplier=1,
-        worker_hijack_root_logger=False,
         broker_connection_retry_on_startup=True,
         # Doorbells only: a short timeout would deliver a long turn's message again, which does no harm and no good.
         broker_transport_options={"visibility_timeout": 3600},

@@ -25,6 +25,13 @@ from curator.views.text import inert
 # name -> (where it is, its line in `curator --help`), in the order of the path. The only list of commands there is.
 COMMANDS: Final[Mapping[str, tuple[str, str]]] = {
     "init": ("curator.cli.project:init", "Make a directory a project: write its curator.toml."),
+    "up": ("curator.cli.daemon:up", "Run the daemon: database, broker, workers, scheduler."),
+    "down": ("curator.cli.daemon:down", "End the daemon."),
+    "drain": ("curator.cli.daemon:drain", "Do all pending work here, then exit."),
+    "checkpoint": ("curator.cli.measures:checkpoint", "Say which checkpoint gradients are taken at."),
+    "validation": ("curator.cli.measures:validation", "Say what good looks like: trusted examples."),
+    "ingest": ("curator.cli.intake:ingest", "Take records in from files."),
+    "watch": ("curator.cli.intake:watch", "Take in every file that appears in a folder."),
     "doctor": ("curator.cli.doctor:doctor", "Check the project and all it depends on."),
     "status": ("curator.cli.status:status", "Show where the work is."),
     "flagged": ("curator.cli.verdicts:flagged", "List the flags in force."),

@@ -55,7 +55,7 @@ class Harm:
         A distribution function would read 1.0 for everything beyond a few deviations and lose the order.
         """
         z = ((evidence_BC - self.centre_C) / self.spread_C).mean(axis=1)
-        return (1 + z / (1 + np.abs(z))) / 2
+        return np.asarray((1 + z / (1 + np.abs(z))) / 2, np.float64)
 
     def arrays(self) -> dict[str, Floats]:
         """As named arrays."""

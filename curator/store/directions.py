@@ -160,6 +160,24 @@ def validation_examples(connection: Connection, set_ids: Sequence[int]) -> list[
     return [ValidationExample(*row) for row in rows]
 
 
+def validation_summary(connection: Connection) -> list[Row[Any]]:
+    """Each validation set and slice: name, version, in_use, slice, direction, reference."""
+    return list(
+        connection.execute(
+            text(
+                """
+                SELECT s.name, s.version, s.in_use, e.slice,
+                       count(*) FILTER (WHERE e.role = 'direction') AS direction,
+                       count(*) FILTER (WHERE e.role = 'reference') AS reference
+                FROM curator.validation_sets s
+                JOIN curator.validation_examples e ON e.validation_set_id = s.id
+                GROUP BY s.id, e.slice ORDER BY s.name, s.version, e.slice
+                """
+            )
+        )
+    )
+
+
 def leaked(connection: Connection, set_id: int) -> int:
     """How many examples of a validation set have also arrived as training data."""
     n: int | None = connection.scalar(

@@ -21,6 +21,32 @@ class Intake:
     position: int
 
 
+@dataclass(frozen=True, slots=True)
+class IntakeCounts:
+    """How an intake stands."""
+
+    source: str
+    file: str
+    state: str
+    accepted: int
+    duplicates: int
+    refused: int
+    repaired: int
+    detail: str | None
+
+
+def intake_counts(connection: Connection, intake_ids: Sequence[int]) -> list[IntakeCounts]:
+    """How intakes stand, in the order of their numbers."""
+    rows = connection.execute(
+        text(
+            "SELECT s.name, i.origin, i.state, i.accepted, i.duplicates, i.refused, i.repaired, i.detail"
+            " FROM curator.intakes i JOIN curator.sources s ON s.id = i.source_id WHERE i.id = ANY(:ids) ORDER BY i.id"
+        ),
+        {"ids": list(intake_ids)},
+    )
+    return [IntakeCounts(*row) for row in rows]
+
+
 def source_id(connection: Connection, name: str) -> int:
     """The source of that name, made when it is new."""
     return source_ids(connection, [name])[name]

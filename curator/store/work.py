@@ -246,6 +246,22 @@ def waiting(connection: Connection) -> dict[Stage, int]:
     return {Stage(stage): n for stage, n in rows}
 
 
+def progress(connection: Connection) -> tuple[int, int]:
+    """(pieces of work that reached their end, all there are)."""
+    row = connection.execute(
+        text("SELECT count(*) FILTER (WHERE state IN ('done', 'quarantined')) AS done, count(*) AS n FROM curator.work")
+    ).one()
+    return row.done, row.n
+
+
+def blocked(connection: Connection) -> str | None:
+    """The error that work is waiting to have mended, if there is one."""
+    error: str | None = connection.scalar(
+        text("SELECT last_error FROM curator.work WHERE state = 'ready' AND last_error IS NOT NULL ORDER BY id LIMIT 1")
+    )
+    return error
+
+
 def claimable(connection: Connection) -> list[Stage]:
     """The stages that have work nobody holds."""
     rows = connection.scalars(

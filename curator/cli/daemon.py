@@ -1,0 +1,160 @@
+"""``curator up``, ``down`` and ``drain``: the daemon, and the same work without it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from curator.cli.invocation import Invocation, pass_invocation
+from curator.cli.output import say
+from curator.errors import DaemonNotRunning
+
+if TYPE_CHECKING:
+    from curator.embedded.children import Child
+    from curator.runtime import Runtime
+    from curator.settings import Settings
+
+GPUS = Path("/proc/driver/nvidia/gpus")
+
+
+@click.command()
+@click.option("--detach", is_flag=True, help="Go to the background once everything has started.")
+@pass_invocation
+def up(here: Invocation, detach: bool) -> None:
+    """Run the daemon: database, broker, workers, scheduler. Ctrl-C or `curator down` ends it."""
+    settings = here.settings()
+    if detach:
+        _detach(settings)
+        return
+    from curator import runtime
+    from curator.embedded.supervisor import Supervisor
+
+    with runtime.opened(settings, application="curator daemon") as opened:
+        children = _children(opened)
+        servers = opened.servers
+        say(f"curator is up in {settings.project}: {', '.join(child.name for child in children)}; Ctrl-C ends it")
+        raise click.exceptions.Exit(Supervisor(settings.home, children, servers).run())
+
+
+def _detach(settings: Settings) -> None:
+    from curator.embedded import supervisor
+
+    argv = [sys.executable, "-m", "curator", "--project", str(settings.project), "up"]
+    pid = supervisor.detach(settings.home, argv, cwd=settings.project)
+    say(f"curator is up in {settings.project} (process {pid}); `curator down` ends it")
+
+
+def _children(opened: Runtime) -> list[Child]:
+    """Workers of the model queue, one a device; one worker for all that is tables; one scheduler."""
+    from curator.embedded.children import Child
+    from curator.runtime import MODEL_QUEUE, TABLE_QUEUE
+
+    settings = opened.settings
+    env = worker_environment(opened)
+    workers = [
+        _worker(Child, f"model-{n}", MODEL_QUEUE, {**env, **device}, settings)
+        for n, device in enumerate(_devices(settings))
+    ]
+    tables = _worker(Child, "table", TABLE_QUEUE, {**env, "OMP_NUM_THREADS": "1"}, settings)
+    # beat keeps the time of its last run in a file: a new daemon starts afresh, and the ledger decides what runs
+    (settings.home / "beat").unlink(missing_ok=True)
+    beat = [sys.executable, "-m", "celery", "-A", "workers", "beat", "--loglevel=WARNING", "--pidfile="]
+    return [*workers, tables, Child("scheduler", beat, env, settings.project)]
+
+
+def _worker(kind: type[Child], name: str, queue: str, env: Mapping[str, str], settings: Settings) -> Child:
+    argv = [
+        *(sys.executable, "-m", "celery", "-A", "workers", "worker"),
+        *("--pool=solo", "--loglevel=INFO", f"--queues={queue}", f"--hostname={name}@%h"),
+        *("--without-gossip", "--without-mingle"),
+    ]
+    return kind(name, argv, env, settings.project)
+
+
+def worker_environment(opened: Runtime) -> dict[str, str]:
+    """What a worker of this project needs to know: where the project and its servers are."""
+    return {
+        **os.environ,
+        "CURATOR_PROJECT": str(opened.settings.project),
+        "CURATOR_DATABASE_URL": opened.database_url,
+        "CURATOR_BROKER_URL": opened.broker_url,
+        # Two cores with two pools of torch threads each do less than two with one.
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 2))),
+    }
+
+
+def _devices(settings: Settings) -> list[dict[str, str]]:
+    """An environment for each device: every GPU, unless the settings name one. Asks the driver, not torch."""
+    if settings.gradients.device != "auto":
+        return [{}]
+    gpus = sorted(GPUS.iterdir()) if GPUS.is_dir() else []
+    return [{"CURATOR_GRADIENTS_DEVICE": f"cuda:{n}"} for n in range(len(gpus))] or [{}]
+
+
+@click.command()
+@pass_invocation
+def down(here: Invocation) -> None:
+    """End the daemon of this project. Work in hand goes back to the ledger."""
+    from curator.embedded.supervisor import stop_daemon
+
+    settings = here.settings()
+    if not stop_daemon(settings.home, timeout=40.0):
+        raise DaemonNotRunning(project=settings.project)
+    say("curator is down")
+
+
+@click.command()
+@click.option("--timeout", type=float, default=None, help="Give up after this many seconds, with exit code 1.")
+@pass_invocation
+def drain(here: Invocation, timeout: float | None) -> None:
+    """Do all pending work here, then exit. Needs neither the daemon nor the broker."""
+    from curator import runtime
+
+    with runtime.opened(here.settings()) as opened:
+        # A process of its own, because it needs torch and this command line must not.
+        environment = {
+            **os.environ,
+            "CURATOR_PROJECT": str(opened.settings.project),
+            "CURATOR_DATABASE_URL": opened.database_url,
+        }
+        child = subprocess.Popen([sys.executable, "-m", "workers.drain"], env=environment, cwd=opened.settings.project)
+        code = _follow(opened, child, timeout)
+    if code:
+        raise click.exceptions.Exit(code)
+
+
+def _follow(opened: Runtime, child: subprocess.Popen[bytes], timeout: float | None) -> int:
+    """Show what is left until the child ends. Ctrl-C reaches the child by itself; it gives its work back."""
+    from tqdm import tqdm
+
+    end = None if timeout is None else time.monotonic() + timeout
+    with tqdm(unit=" steps", desc="draining", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
+        try:
+            while child.poll() is None:
+                _show_progress(opened, bar)
+                if end is not None and time.monotonic() > end:
+                    child.terminate()
+                    child.wait()
+                    return 1
+                time.sleep(0.2)
+        except KeyboardInterrupt:
+            child.wait()
+            raise
+        _show_progress(opened, bar)
+    return child.returncode
+
+
+def _show_progress(opened: Runtime, bar: object) -> None:
+    from curator.store import engine, work
+
+    with engine.read(opened.engine) as connection:
+        done, total = work.progress(connection)
+    bar.total, bar.n = total, done  # type: ignore[attr-defined]
+    bar.refresh()  # type: ignore[attr-defined]

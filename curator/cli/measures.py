@@ -1,0 +1,131 @@
+"""``curator checkpoint`` and ``curator validation``: what arrivals are measured with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from curator.cli.invocation import Invocation, pass_invocation
+from curator.cli.output import Form, rows_options, say, show
+from curator.errors import NothingAccepted
+
+if TYPE_CHECKING:
+    from curator.settings import Settings
+    from curator.types import Record
+
+
+@click.group()
+def checkpoint() -> None:
+    """Say which checkpoint gradients are taken at."""
+
+
+@checkpoint.command("add")
+@click.argument("name")
+@click.argument("path", type=click.Path(path_type=Path))
+@pass_invocation
+def add_checkpoint(here: Invocation, name: str, path: Path) -> None:
+    """Register the safetensors file or Hugging Face folder at PATH as NAME, and use it."""
+    from curator.stages import recipes
+    from curator.store import engine
+    from curator.workloads import checkpoints
+
+    place = checkpoints.weights_at(path.resolve())
+    digest = bytes.fromhex(checkpoints.digest(place))
+    with here.runtime() as opened, engine.begin(opened.engine) as connection:
+        recipes.add_checkpoint(connection, opened.settings, name, place, digest)
+        ready = recipes.ask(connection, opened.settings)
+    say(f"checkpoint {name} is in use ({digest.hex()[:12]})")
+    if ready is None:
+        say("next: curator validation add NAME FILE, a file of trusted examples")
+
+
+@checkpoint.command("list")
+@rows_options
+@pass_invocation
+def list_checkpoints(here: Invocation, form: Form) -> None:
+    """List the registered checkpoints."""
+    from curator.store import directions
+
+    with here.reading() as connection:
+        rows = [
+            {"name": c.name, "in_use": c.in_use, "digest": c.digest.hex()[:12], "path": c.path}
+            for c in directions.checkpoints(connection)
+        ]
+    show(rows, form)
+
+
+@checkpoint.command("use")
+@click.argument("name")
+@pass_invocation
+def use_checkpoint(here: Invocation, name: str) -> None:
+    """Measure new arrivals with the checkpoint NAME; old ones follow as back-fill."""
+    from curator.stages import recipes
+    from curator.store import engine
+
+    with here.runtime() as opened, engine.begin(opened.engine) as connection:
+        recipes.use_checkpoint(connection, opened.settings, name)
+    say(f"checkpoint {name} is in use")
+
+
+@click.group()
+def validation() -> None:
+    """Say what good looks like: trusted examples, never trained on."""
+
+
+@validation.command("add")
+@click.argument("name")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--slice", "field", default="", help="A field of the records that names their slice.")
+@pass_invocation
+def add_validation(here: Invocation, name: str, file: Path, field: str) -> None:
+    """Register the trusted examples of FILE as NAME.
+
+    Part of each slice gives the direction of influence; the rest is kept aside as references, which say how bad
+    something trusted may look.
+    """
+    from curator.stages import recipes
+    from curator.store import directions, engine
+
+    settings = here.settings()
+    records = list(_trusted(settings, file))
+    with here.runtime() as opened, engine.begin(opened.engine) as connection:
+        slices = recipes.add_validation(connection, settings, name, field, records)
+        sets = directions.validation_sets_in_use(connection)
+        leaks = sum(directions.leaked(connection, number) for number, _ in sets)
+        waiting = directions.checkpoint_in_use(connection) is None
+    for key, (behind, aside) in slices.items():
+        say(f"{name}/{key}: {behind} examples give the direction, {aside} are kept aside as references")
+    if leaks:
+        say(f"warning: {leaks} validation examples are also training data; their influence says nothing")
+    if waiting:
+        say("next: curator checkpoint add NAME PATH")
+
+
+def _trusted(settings: Settings, file: Path) -> list[Record]:
+    """The records of a trusted file; a line that cannot be read is said, not passed over."""
+    from curator.sources.jsonl import open_records
+    from curator.types import Record
+
+    records = []
+    for item in open_records(file, settings.limits, any_shape=settings.workload.kind == "torch"):
+        if isinstance(item, Record):
+            records.append(item)
+        else:
+            say(f"warning: line {item.position} is left out: {item.code} {item.detail}")
+    if not records:
+        raise NothingAccepted(path=file)
+    return records
+
+
+@validation.command("list")
+@rows_options
+@pass_invocation
+def list_validation(here: Invocation, form: Form) -> None:
+    """List the validation sets, their slices and how many examples each has."""
+    from curator.store import directions
+
+    with here.reading() as connection:
+        rows = directions.validation_summary(connection)
+    show((row._asdict() for row in rows), form)

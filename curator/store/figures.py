@@ -1,0 +1,165 @@
+"""Aggregates for the report: distributions, agreement of two scores, and what the controls say of the same flags."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import Connection, Row, text
+
+from curator.store.reads import Rows
+
+
+def slices(connection: Connection) -> Rows:
+    """The directions in use, in their order: (ordinal, validation_set, slice, n)."""
+    return list(
+        connection.execute(
+            text(
+                """
+                SELECT d.ordinal, s.name AS validation_set, d.slice, d.n
+                FROM curator.directions d
+                JOIN curator.direction_sets x ON x.id = d.direction_set_id AND x.in_use
+                JOIN curator.recipes r ON r.id = x.recipe_id AND r.in_use
+                JOIN curator.validation_sets s ON s.id = d.validation_set_id
+                ORDER BY d.ordinal
+                """
+            )
+        )
+    )
+
+
+# One column of the arrays under the recipe and directions in use, with whether a flag is in force.
+_SCORED = """
+    SELECT s.example_id, s.harm[:ordinal] AS harm, s.p_value[:ordinal] AS p_value,
+           s.normalised[:ordinal] AS compressed, f.verdict IS NOT DISTINCT FROM 'harmful' AS flagged,
+           CASE WHEN g.direction_set_id = s.direction_set_id THEN g.exact[:ordinal] END AS exact
+    FROM curator.scores s
+    JOIN curator.recipes r ON r.id = s.recipe_id AND r.in_use
+    JOIN curator.direction_sets d ON d.id = s.direction_set_id AND d.in_use
+    JOIN curator.gradients g ON g.recipe_id = s.recipe_id AND g.example_id = s.example_id
+    LEFT JOIN curator.verdicts_in_force f ON f.example_id = s.example_id
+"""
+
+
+def harm(connection: Connection, ordinal: int, bins: int) -> Rows:
+    """(bin from 1, n, flagged) of the harm on one slice."""
+    return list(
+        connection.execute(
+            text(
+                f"""
+                SELECT least(width_bucket(harm, 0, 1, :bins), :bins) AS bin, count(*) AS n,
+                       count(*) FILTER (WHERE flagged) AS flagged
+                FROM ({_SCORED}) t WHERE harm IS NOT NULL GROUP BY 1 ORDER BY 1
+                """  # noqa: S608 - the query above
+            ),
+            {"ordinal": ordinal, "bins": bins},
+        )
+    )
+
+
+def p_values(connection: Connection, ordinal: int) -> Rows:
+    """(p_value, n): they are ranks among the references, so there are few different ones."""
+    return list(
+        connection.execute(
+            text(
+                f"SELECT p_value, count(*) AS n FROM ({_SCORED}) t"  # noqa: S608
+                " WHERE p_value IS NOT NULL GROUP BY 1 ORDER BY 1"
+            ),
+            {"ordinal": ordinal},
+        )
+    )
+
+
+def agreement(connection: Connection, ordinal: int) -> Row[Any]:
+    """(n, spearman) of compressed and exact normalised influence; ties share their rank."""
+    return connection.execute(
+        text(
+            f"""
+            SELECT count(*) AS n, corr(compressed_rank, exact_rank) AS spearman
+            FROM (SELECT rank() OVER (ORDER BY compressed)
+                         + (count(*) OVER (PARTITION BY compressed) - 1) / 2.0::float8 AS compressed_rank,
+                         rank() OVER (ORDER BY exact)
+                         + (count(*) OVER (PARTITION BY exact) - 1) / 2.0::float8 AS exact_rank
+                  FROM ({_SCORED}) t WHERE exact IS NOT NULL) ranked
+            """  # noqa: S608
+        ),
+        {"ordinal": ordinal},
+    ).one()
+
+
+def pairs(connection: Connection, ordinal: int, limit: int) -> Rows:
+    """(compressed, exact, flagged) of some examples: always the same ones, whatever their order of arrival."""
+    return list(
+        connection.execute(
+            text(
+                f"SELECT compressed, exact, flagged FROM ({_SCORED}) t WHERE exact IS NOT NULL"  # noqa: S608
+                " ORDER BY hashint8(example_id), example_id LIMIT :limit"
+            ),
+            {"ordinal": ordinal, "limit": limit},
+        )
+    )
+
+
+def sources(connection: Connection) -> Rows:
+    """Each source and slice: influence with its interval, and the means of the controls. Worst first."""
+    return list(
+        connection.execute(
+            text(
+                """
+                SELECT s.source, s.slice, s.n, s.mean_influence, s.ci_low, s.ci_high, s.flagged, s.flagged_share,
+                       s.mean_harm, c.loss, c.gradient_norm
+                FROM curator.source_influence s
+                LEFT JOIN (SELECT source, slice, avg(loss) AS loss, avg(gradient_norm) AS gradient_norm
+                           FROM curator.influence_scores WHERE in_use GROUP BY source, slice) c USING (source, slice)
+                ORDER BY s.mean_influence, s.source, s.slice
+                """
+            )
+        )
+    )
+
+
+def overlap(connection: Connection) -> Row[Any]:
+    """Of F flags, how many are among the F highest of each control: what the control alone would have found."""
+    return connection.execute(
+        text(
+            """
+            WITH flags AS (SELECT example_id FROM curator.verdicts_in_force WHERE verdict = 'harmful'),
+                 ranked AS (SELECT g.example_id,
+                                   rank() OVER (ORDER BY g.loss DESC NULLS LAST, g.example_id) AS by_loss,
+                                   rank() OVER (ORDER BY g.gradient_norm DESC NULLS LAST, g.example_id) AS by_norm
+                            FROM curator.gradients g JOIN curator.recipes r ON r.id = g.recipe_id AND r.in_use
+                            WHERE g.state = 'ok')
+            SELECT count(*) AS flags,
+                   count(*) FILTER (WHERE by_loss <= (SELECT count(*) FROM flags)) AS by_loss,
+                   count(*) FILTER (WHERE by_norm <= (SELECT count(*) FROM flags)) AS by_norm,
+                   (SELECT count(*) FROM ranked) AS examples
+            FROM ranked JOIN flags USING (example_id)
+            """
+        )
+    ).one()
+
+
+def reviewed_flags(connection: Connection) -> Row[Any]:
+    """Of curator's own flags that a person has looked at: (n, upheld)."""
+    return connection.execute(
+        text(
+            """
+            SELECT count(*) AS n, count(*) FILTER (WHERE v.review IN ('drop', 'relabel')) AS upheld
+            FROM curator.verdicts_in_force f
+            JOIN curator.verdicts v ON v.id = f.verdict_id AND v.review IN ('keep', 'drop', 'relabel')
+            WHERE EXISTS (SELECT FROM curator.verdicts o
+                          WHERE o.example_id = f.example_id AND o.verdict = 'harmful' AND o.review IS NULL)
+            """
+        )
+    ).one()
+
+
+def leaked(connection: Connection) -> int:
+    """Arrivals that are also in a validation set in use: their influence is that of the answer on itself."""
+    n = connection.scalar(
+        text(
+            "SELECT count(DISTINCT e.id) FROM curator.validation_examples v"
+            " JOIN curator.validation_sets s ON s.id = v.validation_set_id AND s.in_use"
+            " JOIN curator.examples e ON e.digest = v.digest"
+        )
+    )
+    return int(n or 0)

@@ -1,0 +1,60 @@
+"""``python -m workers.drain``: all pending work in this process, then the end. No broker is needed."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import time
+
+from curator import settings
+from curator.errors import CuratorError
+from curator.runtime import Runtime
+from curator.stages import directions, examples, gradients, scores, upkeep, verdicts
+from curator.stages.turn import StageModule, Turn
+from curator.store import migrate, work
+from curator.store.engine import begin, read
+from curator.types import Counts
+from workers.base import stopping
+
+STAGES: tuple[StageModule, ...] = (examples, directions, gradients, scores, verdicts)
+PATIENCE_SECONDS = 0.5
+
+
+def drain(runtime: Runtime) -> bool:
+    """Run every stage until nothing is left. False when what is left waits for the operator, or for a lease to end."""
+    turn = Turn(runtime.engine, runtime.settings, stopping.is_set)
+    while not stopping.is_set():
+        with begin(runtime.engine) as connection:
+            upkeep.run(connection, runtime.settings)
+        lost = sum((turn.run(stage, runtime.settings.limits.turn_seconds) for stage in STAGES), Counts()).lost
+        with read(runtime.engine) as connection:
+            waiting, blocked = work.waiting(connection), work.blocked(connection)
+        if not waiting:
+            return True
+        if blocked and lost:
+            sys.stderr.write(f"{blocked}\nThe work waits; mend this and drain again.\n")
+            return False
+        time.sleep(PATIENCE_SECONDS)
+    return False
+
+
+def main() -> int:
+    """Exit codes as of the command line: 0 drained, 1 something waits, 2 or 3 by the error."""
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.set())
+    runtime = Runtime(settings.load(), application="curator drain")
+    try:
+        with read(runtime.engine) as connection:
+            migrate.require_revision(connection)
+        return 0 if drain(runtime) else 1
+    except CuratorError as error:
+        sys.stderr.write(f"error {error.code}: {error}\nfix: {error.fix}\n")
+        return error.exit_code
+    finally:
+        runtime.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
