@@ -1,0 +1,261 @@
+"""The facts of the report, and what they warn of. How they look is in ``page`` and ``plots``."""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, Row
+
+from curator import __version__
+from curator.store import figures, reads
+from curator.views import flags
+from curator.views.text import preview
+
+HARM_BINS = 40
+P_BINS = 20
+POINTS = 1_200
+FLAGS = 100
+REFUSALS = 30
+SLICES = 12
+
+# Half of the p-values: where harmless arrivals are nearly alone, so what is there should be uniform.
+BULK = 0.5
+# Kolmogorov-Smirnov, one in a hundred, two samples; and a distance too small to matter however sure it is.
+_KS, _KS_MATTERS = 1.63, 0.1
+BULK_AT_LEAST = 20
+# Below this the order of the compressed scores is mostly not that of the exact ones.
+SPEARMAN_AT_LEAST = 0.7
+
+
+@dataclass(frozen=True, slots=True)
+class Uniformity:
+    """Whether harmless arrivals look like the trusted references.
+
+    ``harmless_share`` is Storey's estimate: near 1 most arrivals look harmless, above 1 they look better than trusted.
+    """
+
+    n: int
+    bulk: int
+    distance: float
+    limit: float
+    harmless_share: float
+
+    @property
+    def holds(self) -> bool:
+        """False when the p-values of the bulk are visibly not uniform; True also when there are too few to say."""
+        return self.bulk < BULK_AT_LEAST or self.distance <= self.limit
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """How far compressed scores keep the order of the exact ones."""
+
+    n: int
+    spearman: float | None
+    points: tuple[tuple[float, float, bool], ...]
+
+    @property
+    def holds(self) -> bool:
+        """False when the order is lost; True also where nothing can be compared."""
+        return self.spearman is None or self.spearman >= SPEARMAN_AT_LEAST
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """One validation slice. Histograms: (all, flagged) of each bin."""
+
+    validation_set: str
+    slice: str
+    n: int
+    harm: tuple[tuple[int, int], ...]
+    p_values: tuple[int, ...]
+    uniformity: Uniformity
+    agreement: Agreement
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """Of the flags that a person has looked at, the share upheld, with Wilson's 95 % interval."""
+
+    n: int
+    upheld: int
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Everything the page shows."""
+
+    made_at: datetime.datetime
+    version: str
+    checkpoint: str | None
+    recipe: str | None
+    temperature: float | None
+    validation_sets: str | None
+    trusted: int
+    totals: Mapping[str, int]
+    warnings: tuple[str, ...]
+    slices: tuple[Slice, ...]
+    slices_in_all: int
+    sources: tuple[Mapping[str, Any], ...]
+    flags: tuple[flags.Flag, ...]
+    overlap: Mapping[str, int]
+    precision: Precision
+    refusals: tuple[Mapping[str, Any], ...]
+    latest_refusals: tuple[Mapping[str, Any], ...]
+
+
+def report(connection: Connection) -> Report:
+    """Read everything at one moment."""
+    footing, totals = reads.footing(connection), reads.totals(connection)
+    named = figures.slices(connection)
+    shown = tuple(_slice(connection, row, footing.trusted) for row in named[:SLICES])
+    return Report(
+        made_at=datetime.datetime.now(datetime.UTC),
+        version=__version__,
+        checkpoint=footing.checkpoint,
+        recipe=footing.recipe,
+        temperature=footing.temperature,
+        validation_sets=footing.validation_sets,
+        trusted=footing.trusted,
+        totals=dict(totals._mapping),
+        warnings=(*_of_footing(footing, figures.leaked(connection)), *_of_slices(shown)),
+        slices=shown,
+        slices_in_all=len(named),
+        sources=_rows(figures.sources(connection)),
+        flags=tuple(flags.flagged(connection, limit=FLAGS)),
+        overlap=dict(figures.overlap(connection)._mapping),
+        precision=_precision(figures.reviewed_flags(connection)),
+        refusals=_rows(reads.quarantine_counts(connection)),
+        latest_refusals=_rows(reads.quarantined(connection, None, None, REFUSALS)),
+    )
+
+
+def _rows(rows: Sequence[Row[Any]]) -> tuple[Mapping[str, Any], ...]:
+    return tuple(
+        {key: preview(value) if key == "detail" else value for key, value in row._mapping.items()} for row in rows
+    )
+
+
+def _slice(connection: Connection, row: Row[Any], trusted: int) -> Slice:
+    p_values = [(float(p.p_value), int(p.n)) for p in figures.p_values(connection, row.ordinal)]
+    agreed = figures.agreement(connection, row.ordinal)
+    points = figures.pairs(connection, row.ordinal, POINTS)
+    return Slice(
+        validation_set=row.validation_set,
+        slice=row.slice,
+        n=row.n,
+        harm=_harm(figures.harm(connection, row.ordinal, HARM_BINS)),
+        p_values=_p_histogram(p_values),
+        uniformity=uniformity(p_values, trusted),
+        agreement=Agreement(agreed.n, agreed.spearman, tuple((p.exact, p.compressed, p.flagged) for p in points)),
+    )
+
+
+def _harm(rows: Sequence[Row[Any]]) -> tuple[tuple[int, int], ...]:
+    counts = {row.bin: (row.n, row.flagged) for row in rows}
+    return tuple(counts.get(i, (0, 0)) for i in range(1, HARM_BINS + 1))
+
+
+def _p_histogram(p_values: Sequence[tuple[float, int]]) -> tuple[int, ...]:
+    counts = [0] * P_BINS
+    for p, n in p_values:
+        counts[min(int(p * P_BINS), P_BINS - 1)] += n
+    return tuple(counts)
+
+
+def uniformity(p_values: Sequence[tuple[float, int]], trusted: int) -> Uniformity:
+    """Compare the p-values above ``BULK`` with the uniform distribution there.
+
+    Args:
+        p_values: (value, how many), in order of the value.
+        trusted: references that the p-values are ranks among. They are a sample too, and the smaller one as a rule.
+    """
+    total = sum(n for _, n in p_values)
+    bulk = [(p, n) for p, n in p_values if p > BULK]
+    n = sum(count for _, count in bulk)
+    return Uniformity(
+        n=total,
+        bulk=n,
+        distance=_distance(bulk, n),
+        limit=_limit(n, trusted * (1 - BULK)),
+        harmless_share=n / (1 - BULK) / total if total else math.nan,
+    )
+
+
+def _distance(bulk: Sequence[tuple[float, int]], n: int) -> float:
+    """The largest distance between the cumulated share and the diagonal, at the values there are."""
+    below, largest = 0, 0.0
+    for p, count in bulk:
+        below += count
+        largest = max(largest, abs(below / n - (p - BULK) / (1 - BULK)))
+    return largest
+
+
+def _limit(n: int, references: float) -> float:
+    if not n or not references:
+        return math.inf
+    return max(_KS_MATTERS, _KS * math.sqrt(1 / n + 1 / references))
+
+
+def _precision(row: Row[Any]) -> Precision:
+    return Precision(row.n, row.upheld, *wilson(row.upheld, row.n))
+
+
+def wilson(k: int, n: int) -> tuple[float, float]:
+    """The 95 % interval of a share of ``k`` in ``n``."""
+    if not n:
+        return 0.0, 1.0
+    z = 1.96
+    middle = (k + z * z / 2) / (n + z * z)
+    half = z / (n + z * z) * math.sqrt(k * (n - k) / n + z * z / 4)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+# --- warnings ---------------------------------------------------------------------------------------------
+
+
+def _of_footing(footing: Row[Any], leaked: int) -> Iterator[str]:
+    if footing.checkpoint is None:
+        yield "No checkpoint is in use: nothing is scored."
+    if footing.directions_state == "failed":
+        yield f"The directions could not be computed: {footing.detail}"
+    if leaked:
+        yield (
+            f"{leaked} arrivals are also in a validation set: their influence is that of an answer on itself, and what "
+            "is measured on that set is too good."
+        )
+
+
+def _of_slices(slices: Sequence[Slice]) -> Iterator[str]:
+    for each in slices:
+        yield from _of_p_values(each.slice, each.uniformity)
+        yield from _of_agreement(each.slice, each.agreement)
+
+
+def _of_p_values(name: str, found: Uniformity) -> Iterator[str]:
+    if not found.holds:
+        yield (
+            f"Slice {name}: the p-values of the bulk are not uniform (distance {found.distance:.2f}, limit "
+            f"{found.limit:.2f}). Arrivals and trusted references come from different distributions, so the false "
+            "discovery rate that was asked for is not promised here."
+        )
+    elif found.bulk >= BULK_AT_LEAST and not 0.5 <= found.harmless_share <= 1.25:  # noqa: PLR2004
+        side = "more harmful" if found.harmless_share < 1 else "more harmless"
+        yield (
+            f"Slice {name}: most arrivals look {side} than the trusted references (estimated share of harmless "
+            f"arrivals {found.harmless_share:.2f}). Check that the references are of the same kind as the arrivals."
+        )
+
+
+def _of_agreement(name: str, found: Agreement) -> Iterator[str]:
+    if not found.holds:
+        yield (
+            f"Slice {name}: compressed and exact influence agree poorly (Spearman {found.spearman:.2f} over {found.n} "
+            "arrivals). Raise [gradients] dimension before trusting rankings of this slice."
+        )
