@@ -64,7 +64,8 @@ def _children(opened: Runtime) -> list[Child]:
     ]
     tables = _worker(Child, "table", TABLE_QUEUE, {**env, "OMP_NUM_THREADS": "1"}, settings)
     # beat keeps the time of its last run in a file: a new daemon starts afresh, and the ledger decides what runs
-    (settings.home / "beat").unlink(missing_ok=True)
+    for file in settings.home.glob("beat*"):
+        file.unlink()
     beat = [sys.executable, "-m", "celery", "-A", "workers", "beat", "--loglevel=WARNING", "--pidfile="]
     return [*workers, tables, Child("scheduler", beat, env, settings.project)]
 

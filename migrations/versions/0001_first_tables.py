@@ -629,7 +629,7 @@ def downgrade() -> None:
         DECLARE item record;
         BEGIN
             FOR item IN SELECT viewname FROM pg_views WHERE schemaname = 'curator' LOOP
-                EXECUTE format('DROP VIEW curator.%I CASCADE', item.viewname);
+                EXECUTE format('DROP VIEW IF EXISTS curator.%I CASCADE', item.viewname);
             END LOOP;
             FOR item IN SELECT tablename FROM pg_tables
                         WHERE schemaname = 'curator' AND tablename <> 'schema_version' LOOP

@@ -1,0 +1,106 @@
+"""A real PostgreSQL for every test that asks: one server a run, one database a test, copied from a migrated template."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+from sqlalchemy import Engine
+from sqlalchemy.engine import make_url
+
+from curator.embedded.postgres import EmbeddedPostgres
+from curator.settings import Settings, load
+from curator.store import migrate
+from curator.store.engine import make_engine
+from tests import digits
+
+# Two cores are shared by the test, the workers it starts and the servers.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("CURATOR_LIMITS_LEASE_SECONDS", "5")
+
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The url of an embedded server for the whole run."""
+    home = tmp_path_factory.mktemp("server") / ".curator"
+    postgres = EmbeddedPostgres(home)
+    url = postgres.acquire()
+    try:
+        yield url
+    finally:
+        postgres.release()
+
+
+def admin(url: str) -> psycopg.Connection[tuple[object, ...]]:
+    """A connection that may create and drop databases."""
+    plain = make_url(url).set(drivername="postgresql", database="postgres")
+    return psycopg.connect(plain.render_as_string(hide_password=False), autocommit=True)
+
+
+def sibling(url: str, name: str) -> str:
+    """The url of another database of the same server."""
+    return make_url(url).set(database=name).render_as_string(hide_password=False)
+
+
+@pytest.fixture(scope="session")
+def template(server: str) -> str:
+    """The name of a migrated database that others are copied from."""
+    engine = make_engine(server, pooled=False)
+    migrate.upgrade(engine)
+    engine.dispose()
+    return make_url(server).database or ""
+
+
+@pytest.fixture
+def empty_database_url(server: str) -> Iterator[str]:
+    """A database without any schema."""
+    yield from _database(server, "template1")
+
+
+@pytest.fixture
+def database_url(server: str, template: str) -> Iterator[str]:
+    """A migrated database without rows."""
+    yield from _database(server, template)
+
+
+def _database(server: str, template: str) -> Iterator[str]:
+    name = f"test_{os.getpid()}_{next(_numbers)}"
+    with admin(server) as connection:
+        connection.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
+    yield sibling(server, name)
+    with admin(server) as connection:
+        connection.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+
+
+@pytest.fixture
+def engine(database_url: str) -> Iterator[Engine]:
+    """Connections to a database of the test's own. A test must not leave a lease without an owner."""
+    engine = make_engine(database_url)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture(scope="session")
+def digits_files(tmp_path_factory: pytest.TempPathFactory) -> digits.Files:
+    """A small model trained on some digits, a validation file and a file of arrivals, a fifth of them mislabelled."""
+    return digits.write(tmp_path_factory.mktemp("digits"))
+
+
+@pytest.fixture
+def project(tmp_path: Path, digits_files: digits.Files, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project directory whose workload is the digits model; its database is embedded unless a url is set."""
+    for name in [name for name in os.environ if name.startswith(("CURATOR_DATABASE", "CURATOR_BROKER"))]:
+        monkeypatch.delenv(name)
+    return digits.make_project(tmp_path / "project", digits_files)
+
+
+@pytest.fixture
+def settings(project: Path, database_url: str) -> Settings:
+    """Settings of the project on the test's own database."""
+    return load(project, {**os.environ, "CURATOR_DATABASE_URL": database_url})
