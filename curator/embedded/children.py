@@ -51,8 +51,9 @@ class Guard:
         self._process = self._start()
 
     def _start(self) -> subprocess.Popen[str]:
+        """Told of the groups in its arguments: not for an instant does it live without knowing them."""
         return subprocess.Popen(
-            [sys.executable, "-I", guard.__file__, str(self._grace)],
+            [sys.executable, "-I", guard.__file__, str(self._grace), *map(str, self._groups)],
             stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             text=True, start_new_session=True,
         )  # fmt: skip
@@ -72,8 +73,6 @@ class Guard:
         if self._process.poll() is not None:
             self.close()
             self._process = self._start()
-            for group in self._groups:
-                self._tell(f"+{group}")
 
     def close(self) -> None:
         """End the stream, which ends the guard."""
@@ -84,7 +83,7 @@ class Guard:
             self._process.wait(timeout=1.0)
 
     def _tell(self, line: str) -> None:
-        with contextlib.suppress(BrokenPipeError):  # killed: renew() will tell the next one everything
+        with contextlib.suppress(BrokenPipeError):  # killed: the next one learns it from renew()
             self._pipe().write(f"{line}\n")
             self._pipe().flush()
 

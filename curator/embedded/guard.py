@@ -1,8 +1,8 @@
 """Run as a script: when the supervisor dies without a word, end the process groups it started.
 
-It reads ``+GROUP`` and ``-GROUP`` lines from the supervisor. The end of that stream is the supervisor's death, which
-no signal handler could report after ``kill -9``: whatever groups are left then get SIGTERM, and SIGKILL
-after a grace. Without it, a worker that hangs in a kernel of its GPU would hold the device for ever.
+``python -I guard.py GRACE GROUP...`` reads ``+GROUP`` and ``-GROUP`` lines from the supervisor. The end of that
+stream is the supervisor's death, which no handler could report after ``kill -9``: the groups left then get
+SIGTERM, and SIGKILL after a grace. Without it, a worker that hangs in a kernel of its GPU would hold the device for ever.
 """
 
 import contextlib
@@ -13,9 +13,9 @@ import time
 from collections.abc import Iterable
 
 
-def groups_left(lines: Iterable[str]) -> set[int]:
+def groups_left(known: Iterable[str], lines: Iterable[str]) -> set[int]:
     """The groups started and not ended, once the stream has."""
-    groups: set[int] = set()
+    groups = set(map(int, known))
     for line in lines:
         group = int(line[1:])
         if line.startswith("+"):
@@ -50,4 +50,4 @@ def _send(groups: set[int], number: signal.Signals) -> None:
 
 
 if __name__ == "__main__":
-    end(groups_left(sys.stdin), float(sys.argv[1]))
+    end(groups_left(sys.argv[2:], sys.stdin), float(sys.argv[1]))

@@ -99,8 +99,12 @@ def stop(server: Server) -> None:
 @pytest.fixture(scope="module")
 def initialised() -> Iterator[Path]:
     with project() as home:
-        with EmbeddedPostgres(home):
+        server = EmbeddedPostgres(home)
+        with server:
             pass
+        # Only a power cut could tell, and these tests cut none: a killed server's writes are with the kernel.
+        with (server.data / "postgresql.conf").open("a") as settings:
+            settings.write("fsync = off\n")
         yield home
 
 
@@ -110,6 +114,13 @@ def home(initialised) -> Iterator[Path]:
     with project() as path:
         subprocess.run(["cp", "-a", initialised, path], check=True)
         yield path
+
+
+@pytest.fixture
+def in_haste(monkeypatch) -> None:
+    """An initdb that does not wait for the disk."""
+    monkeypatch.setattr(postgres, "_INITDB", (*postgres._INITDB, "--no-sync"))
+    monkeypatch.setitem(postgres._DEFAULTS, "fsync", "off")
 
 
 @pytest.fixture
@@ -239,7 +250,7 @@ def test_a_start_that_was_cut_off_before_the_database_existed_is_completed(home)
             assert connection.execute("SELECT '[1]'::vector").fetchone() == ("[1]",)
 
 
-def test_half_an_initdb_is_never_taken_for_a_database(empty):
+def test_half_an_initdb_is_never_taken_for_a_database(empty, in_haste):
     server = EmbeddedPostgres(empty)
     half = directory.private(empty / "postgres", server.account) / "unfinished-1234"
     half.mkdir()
@@ -364,7 +375,7 @@ def as_user(account: Account, work: Callable[[], None]) -> str:
 
 
 @as_root
-def test_an_ordinary_user_runs_it_all_as_himself(empty):
+def test_an_ordinary_user_runs_it_all_as_himself(empty, in_haste):
     daemon = Account(1, 1)
     if not daemon.may("-x", binaries.postgres_programs(Account(0, 0)) / "initdb"):
         pytest.skip("this environment is closed to other users")
@@ -402,7 +413,7 @@ def elsewhere(tmp_path, monkeypatch) -> Iterator[Path]:
 
 
 @as_root
-def test_a_project_that_nobody_cannot_enter_keeps_its_data_elsewhere(tmp_path, elsewhere):
+def test_a_project_that_nobody_cannot_enter_keeps_its_data_elsewhere(tmp_path, elsewhere, in_haste):
     tmp_path.chmod(0o700)
     closed = tmp_path / ".curator"
     server = EmbeddedPostgres(closed)

@@ -69,6 +69,10 @@ class Daemon:
         status = daemon_status(self.home)
         return [child.pid for child in status.children if child.pid] if status else []
 
+    def guards(self) -> list[psutil.Process]:
+        children = psutil.Process(self.process.pid).children()
+        return [child for child in children if not process.gone(child) and is_guard(child)]
+
     def prints(self, what: str, child: int = 0) -> None:
         assert process.wait_until(lambda: what in self.log(child), 10.0), self.log(child)
 
@@ -80,6 +84,13 @@ class Daemon:
         self.process.send_signal(number)
         self.process.communicate(timeout=30)
         return self.process.returncode
+
+
+def is_guard(child: psutil.Process) -> bool:
+    try:
+        return "guard.py" in " ".join(child.cmdline())
+    except psutil.NoSuchProcess:
+        return False
 
 
 def all_gone(*pids: int) -> bool:
@@ -183,10 +194,9 @@ def test_a_killed_supervisor_leaves_no_child_not_even_a_stubborn_one(home):
 def test_a_killed_guard_is_replaced_and_knows_the_children(home):
     daemon = Daemon(home, STUBBORN, grace=0.5)
     daemon.prints("1")
-    guards = lambda: [p for p in psutil.Process(daemon.process.pid).children() if "guard.py" in str(p.cmdline())]  # noqa: E731
-    (guard,) = guards()
+    (guard,) = daemon.guards()
     guard.kill()
-    assert process.wait_until(lambda: bool(guards()) and guards() != [guard], 10.0)
+    assert process.wait_until(lambda: bool({*daemon.guards()} - {guard}), 10.0)
     pids = daemon.pids()
     daemon.end(signal.SIGKILL)
     assert all_gone(*pids)

@@ -168,7 +168,7 @@ def test_a_dead_child_waits_twice_as_long_each_time_up_to_a_limit():
 
 
 def test_the_guard_ends_what_was_started_and_not_ended():
-    assert groups_left(["+10\n", "+11\n", "-10\n", "+12\n"]) == {11, 12}
+    assert groups_left(["9", "10"], ["+11\n", "-10\n", "+12\n", "-9\n"]) == {11, 12}
 
 
 def test_a_process_is_gone_when_it_is_a_zombie():
