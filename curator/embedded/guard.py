@@ -2,7 +2,8 @@
 
 ``python -I guard.py GRACE GROUP...`` reads ``+GROUP`` and ``-GROUP`` lines from the supervisor. The end of that
 stream is the supervisor's death, which no handler could report after ``kill -9``: the groups left then get
-SIGTERM, and SIGKILL after a grace. Without it, a worker that hangs in a kernel of its GPU would hold the device for ever.
+SIGTERM, and SIGKILL after a grace. Without it, a worker that hangs in a kernel of its GPU would hold the
+device for ever.
 """
 
 import contextlib
