@@ -228,12 +228,11 @@ def test_a_background_start_that_is_never_ready_is_given_up_and_ended(home):
 
 
 def test_a_daemon_that_hangs_is_killed_at_the_timeout(home):
-    pid = detach(home, command(home, STUBBORN, grace=60.0))
+    pid = detach(home, command(home, STUBBORN, grace=1.0))
     (child,) = daemon_status(home).children
     assert process.wait_until((home / "log" / "child-0.log").read_text, 10.0)
     assert stop_daemon(home, timeout=0.3)
-    assert all_gone(pid)
-    os.killpg(child.pid, signal.SIGKILL)  # the guard would, after the grace
+    assert all_gone(pid, child.pid)
 
 
 def test_the_status_file_is_always_whole(home):
