@@ -31,6 +31,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     home = tmp_path_factory.mktemp("server") / ".curator"
     postgres = EmbeddedPostgres(home)
     url = postgres.acquire()
+    with admin(url) as connection:
+        # Safe only because this server is thrown away: what a crash does to data is tested on servers of their own.
+        connection.execute("ALTER SYSTEM SET fsync = off")
+        connection.execute("SELECT pg_reload_conf()")
     try:
         yield url
     finally:

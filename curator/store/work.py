@@ -174,8 +174,10 @@ def fail(connection: Connection, lease: Lease, error: str, *, counts: bool = Tru
     ).rowcount
 
 
-def reclaim(connection: Connection) -> int:
+def reclaim(connection: Connection, grace_seconds: float = 0.0) -> int:
     """Take back every lease that has ended. Returns how many.
+
+    After a restart of the server, living owners have ``grace_seconds`` to beat again before anything is taken.
 
     A lease that the server's own restart outlived is no evidence against the work: nobody could beat. The same
     holds for a lease that began in an earlier life of the server.
@@ -189,9 +191,10 @@ def reclaim(connection: Connection) -> int:
                 last_error = coalesce(last_error, 'the worker that held it stopped'),
                 lease_until = NULL
             WHERE state = 'leased' AND lease_until < clock_timestamp()
-              AND clock_timestamp() > pg_postmaster_start_time() + interval '2 seconds'
+              AND clock_timestamp() > pg_postmaster_start_time() + make_interval(secs => :grace)
             """
-        )
+        ),
+        {"grace": grace_seconds},
     ).rowcount
 
 
