@@ -624,21 +624,21 @@ class CheckpointForeign(DataError):
 class CheckpointNameTaken(UsageError):
     """The name {name!r} belongs to a checkpoint with other content."""
 
-    code = "CUR-CKP-001"
+    code = "CUR-CKP-005"
     hint = "Register the new one under a name of its own; scores of the old one stay readable under the old name."
 
 
 class NoSuchCheckpoint(UsageError):
     """There is no checkpoint {name!r}."""
 
-    code = "CUR-CKP-002"
+    code = "CUR-CKP-006"
     hint = "`curator checkpoint list` shows those there are; `curator checkpoint add NAME PATH` adds one."
 
 
 class CheckpointChanged(UsageError):
     """The checkpoint {name!r} at {path} is not the one that was added: its digest is {found}, not {wanted}."""
 
-    code = "CUR-CKP-003"
+    code = "CUR-CKP-007"
     hint = "Restore it, or add the new content under a new name: `curator checkpoint add NEW-NAME {path}`."
 
 

@@ -1,10 +1,12 @@
-"""A real PostgreSQL for every test that asks: one server a run, one database a test, copied from a migrated template."""
+"""A real PostgreSQL for every test that asks: one server a run, one database a test, from a migrated template."""
 
 from __future__ import annotations
 
 import itertools
 import os
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psycopg
@@ -25,10 +27,22 @@ os.environ.setdefault("CURATOR_LIMITS_LEASE_SECONDS", "5")
 _numbers = itertools.count(1)
 
 
+@contextmanager
+def open_folder() -> Iterator[Path]:
+    """A folder anybody may enter: root's servers run as nobody, and pytest's own folders are closed to it."""
+    with tempfile.TemporaryDirectory(prefix="curator-test-", ignore_cleanup_errors=True) as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def server() -> Iterator[str]:
     """The url of an embedded server for the whole run."""
-    home = tmp_path_factory.mktemp("server") / ".curator"
+    with open_folder() as folder:
+        yield from _server(folder / ".curator")
+
+
+def _server(home: Path) -> Iterator[str]:
     postgres = EmbeddedPostgres(home)
     url = postgres.acquire()
     with admin(url) as connection:
@@ -97,11 +111,12 @@ def digits_files(tmp_path_factory: pytest.TempPathFactory) -> digits.Files:
 
 
 @pytest.fixture
-def project(tmp_path: Path, digits_files: digits.Files, monkeypatch: pytest.MonkeyPatch) -> Path:
+def project(digits_files: digits.Files, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A project directory whose workload is the digits model; its database is embedded unless a url is set."""
     for name in [name for name in os.environ if name.startswith(("CURATOR_DATABASE", "CURATOR_BROKER"))]:
         monkeypatch.delenv(name)
-    return digits.make_project(tmp_path / "project", digits_files)
+    with open_folder() as folder:
+        yield digits.make_project(folder / "project", digits_files)
 
 
 @pytest.fixture
