@@ -54,9 +54,10 @@ def factors(loss: Loss, layer: Layer) -> tuple[Floats, Floats]:
         value = loss().sum()
     finally:
         handle.remove()
-    d = torch.autograd.grad(value, [output for _, output in calls])
-    a_TI = np.concatenate([a.detach().double().numpy().reshape(-1, a.shape[-1]) for a, _ in calls])
-    d_TO = np.concatenate([x.double().numpy().reshape(-1, x.shape[-1]) for x in d])
+    d = torch.autograd.grad(value, [output for _, output in calls], allow_unused=True)
+    used = [(a.detach(), x) for (a, _), x in zip(calls, d, strict=True) if x is not None]
+    a_TI = np.concatenate([a.double().numpy().reshape(-1, a.shape[-1]) for a, _ in used])
+    d_TO = np.concatenate([x.double().numpy().reshape(-1, x.shape[-1]) for _, x in used])
     return (np.hstack([a_TI, np.ones((len(a_TI), 1))]) if layer.bias else a_TI), d_TO
 
 
@@ -104,13 +105,15 @@ def damped(F: Floats, damping: float) -> Floats:
 def kronecker(pairs: Sequence[tuple[Floats, Floats]], damping: float, angular: bool) -> Floats:
     """The damped Kronecker Fisher of one layer as one (O I) x (O I) matrix, from each example's (a_TI, d_TO)."""
     a_all = np.concatenate([a for a, _ in pairs])
-    A: Floats = a_all.T @ a_all / np.float64(len(a_all))
-    S: Floats = np.zeros((pairs[0][1].shape[1],) * 2)
-    for a, d in pairs:
-        square = float(((d.T @ a) ** 2).sum()) if angular else 1.0
-        S += d.T @ d / square if square > 0 else 0.0
-    whole: Floats = np.kron(damped(S / len(pairs), damping), damped(A, damping))
+    A: Floats = np.mean([np.outer(a, a) for a in a_all], axis=0)
+    S: Floats = np.mean([_outer(a, d, angular) for a, d in pairs], axis=0)
+    whole: Floats = np.kron(damped(S, damping), damped(A, damping))
     return whole
+
+
+def _outer(a_TI: Floats, d_TO: Floats, angular: bool) -> Floats:
+    square = float(((d_TO.T @ a_TI) ** 2).sum()) if angular else 1.0
+    return d_TO.T @ d_TO / (square if square > 0 else 1.0)
 
 
 # --- scores -------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import case, one
 
 from curator.errors import LayersUnreached, NoCurvature, StateMismatch, UnknownMeasurement, UnknownRecipeField
 from curator.influence import naive, scoring
@@ -15,6 +14,7 @@ from curator.influence.attribution import Attributor, Measured, RecipeSpec, Sign
 from curator.influence.confidence import calibrated_loss, measurement_slope
 from curator.influence.exact import ExactDirections
 from curator.influence.scoring import Directions
+from tests.numerics.small_models import case, one
 
 DIMENSION = 24
 

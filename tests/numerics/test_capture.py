@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import case, one
 from torch import nn
 from torch.nn import functional as F
 
@@ -19,6 +18,7 @@ from curator.errors import (
 from curator.influence import naive
 from curator.influence.attribution import RecipeSpec, draw_masks
 from curator.influence.capture import KeptEntries, capture, find_layers, ghost_inner, ghost_products
+from tests.numerics.small_models import case, one
 
 kinds = st.sampled_from(["rows", "positions"])
 masks = st.sampled_from(["neuron", "coordinate"])

@@ -1,0 +1,101 @@
+"""The built-in text classifier: hashing, training, saving, and a Hugging Face folder in its place."""
+
+import json
+import zlib
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from curator.errors import CheckpointForeign, NotLoaded, RecordUnusable
+from curator.influence.attribution import Attributor, RecipeSpec
+from curator.workloads import base, registry
+from curator.workloads import text_classifier as text
+
+CPU = torch.device("cpu")
+RECORDS = [
+    {"text": "cheap pills now!", "label": "spam"},
+    {"text": "minutes of the meeting", "label": "ham"},
+    {"text": "win cheap money now", "label": "spam"},
+    {"text": "notes for the meeting", "label": "ham"},
+] * 4
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    config = text.TextConfig(("ham", "spam"), buckets=256, width=8, hidden=6)
+    model = text.fit(
+        [r["text"] for r in RECORDS], [r["label"] for r in RECORDS], config, seed=0, how=text.Training(epochs=40)
+    )
+    text.save(model, tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors"
+
+
+@pytest.fixture
+def workload(tmp_path):
+    return registry.build("text-classifier", tmp_path, {})
+
+
+def test_hashing_is_crc32_of_distinct_words_and_pairs():
+    assert text.words("Don't <URL> Été, e\u0301té!") == ["don", "t", "<url>", "été", "été", "!"]
+    assert text.hashed_ngrams("Hello, WORLD", 1 << 15) == GOLDEN
+    assert text.hashed_ngrams("a a", 1 << 15) == sorted(zlib.crc32(g) % (1 << 15) for g in (b"a", b"a a"))
+    assert text.hashed_ngrams("hello world", 1 << 15) == GOLDEN
+    assert text.hashed_ngrams("...", 99) == [0]
+
+
+GOLDEN = [4419, 4485, 9862]
+
+
+def test_training_is_repeatable_and_leaves_the_random_state_alone():
+    config = text.TextConfig(("ham", "spam"), buckets=64, width=4, hidden=3)
+    texts, labels = [r["text"] for r in RECORDS], [r["label"] for r in RECORDS]
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    first, again = (text.fit(texts, labels, config, seed=1) for _ in range(2))
+    assert torch.equal(torch.rand(1), expected)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+
+
+def test_a_saved_model_comes_back_and_has_learned(checkpoint, workload):
+    model = base.load_model(workload, checkpoint, CPU)
+    loss_B = base.losses_of(workload)(model, base.batch_of(workload, RECORDS, CPU))
+    assert loss_B.shape == (16,)
+    assert loss_B.max() < 0.5
+    assert base.layers_of(workload, model) == ("first", "second")
+    assert base.n_tokens_of(workload, RECORDS[0]) == 4
+
+
+def test_it_is_measured_by_the_default_recipe_and_an_empty_batch_too(checkpoint, workload):
+    model = base.load_model(workload, checkpoint, CPU)
+    batch = base.batch_of(workload, RECORDS, CPU)
+    a = Attributor.fit(model, base.losses_of(workload), [batch], RecipeSpec(dimension=40))
+    assert a.measure(batch, a.exact_directions({"all": [batch]})).ok_B.all()
+    assert len(a.measure(base.batch_of(workload, [], CPU)).loss_B) == 0
+
+
+def test_bad_records_are_told_why(checkpoint, workload):
+    assert workload.validate({"text": "x", "label": "anything"}) is None
+    workload.load(checkpoint, CPU)
+    assert workload.validate({"label": "spam"}) == "it has no text"
+    assert workload.validate({"text": "x"}) == "it has no label"
+    assert "no label 'eggs', only ham, spam" in workload.validate({"text": "x", "label": "eggs"})
+    with pytest.raises(RecordUnusable, match="eggs"):
+        base.batch_of(workload, [{"text": "x", "label": "eggs"}], CPU)
+
+
+def test_a_batch_before_a_checkpoint_and_a_foreign_file_are_refused(workload, tmp_path):
+    with pytest.raises(NotLoaded):
+        base.batch_of(workload, RECORDS, CPU)
+    save_file({"w": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointForeign, match="does not name the format"):
+        base.load_model(workload, tmp_path / "other.safetensors", CPU)
+
+
+def test_the_configuration_travels_in_the_file(checkpoint):
+    model = text.load(checkpoint, CPU)
+    assert model.config == text.TextConfig(("ham", "spam"), buckets=256, width=8, hidden=6)
+    with safe_open(checkpoint, framework="pt") as file:
+        assert json.loads(file.metadata()["config"])["labels"] == ["ham", "spam"]
