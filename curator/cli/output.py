@@ -67,9 +67,9 @@ def show(rows: Iterable[object], form: Form, columns: Sequence[str] = ()) -> Non
 
 
 def as_row(value: object) -> Row:
-    """A value with names, as a mapping."""
+    """A value with names, as a mapping that JSON knows: a row of the database is a mapping, but no dict."""
     if isinstance(value, Mapping):
-        return value
+        return dict(value)
     assert dataclasses.is_dataclass(value)
     return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
 

@@ -2,8 +2,8 @@
 
 No single score wins on every kind of harm (METHOD, section 6): influence finds relabelled topics that the loss does not
 see, the loss finds uniform flips, self-influence finds what is unlike anything trusted. Each is put on the scale
-of TRUSTED examples and they are averaged; what the average means is said by its conformal p-value, which is valid
-for any fixed combination.
+of TRUSTED examples and they are added; what the sum means is said by its conformal p-value, which is valid for any
+combination fixed without the references (arXiv:2104.08279).
 """
 
 from __future__ import annotations
@@ -14,21 +14,29 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from curator.influence.confidence import margin
+
 Floats = NDArray[np.float64]
 
 EVIDENCE = ("normalised_influence", "self_influence", "calibrated_loss")
 """Columns of evidence, C of them."""
 
+WEIGHTS = np.array([1.0, 0.5, 1.0])
+"""Self-influence counts half: it sees what is unusual, and not all that is unusual harms."""
+
 SMALLEST = 1e-12
+_NINTH_DECILE = 1.2815515655446004
+"""Of the standard normal: turns the distance from median to ninth decile into a standard deviation."""
 
 
 def evidence(normalised_B: ArrayLike, self_influence_B: ArrayLike, calibrated_loss_B: ArrayLike) -> Floats:
     """Evidence of B examples on one slice, (B, C), each column higher for worse.
 
-    Self-influence and loss are taken by their logarithm: both are positive and spread over orders of magnitude.
+    Self-influence is taken by its logarithm, as it spreads over orders of magnitude; the loss by its margin
+    log((1 - p) / p), which keeps an order where probabilities are all but 1.
     """
-    positive = [np.log(np.maximum(np.asarray(x, np.float64), SMALLEST)) for x in (self_influence_B, calibrated_loss_B)]
-    return np.stack([-np.asarray(normalised_B, np.float64), *positive], axis=1)
+    unusual = np.log(np.maximum(np.asarray(self_influence_B, np.float64), SMALLEST))
+    return np.stack([-np.asarray(normalised_B, np.float64), unusual, -margin(calibrated_loss_B)], axis=1)
 
 
 @dataclass(frozen=True)
@@ -40,21 +48,23 @@ class Harm:
 
     @classmethod
     def fit(cls, trusted_NC: Floats) -> Harm:
-        """From trusted examples that the references are not among, so that p-values stay exact.
+        """Median and upper spread, which the odd bad example among the trusted does not move.
 
         Args:
-            trusted_NC: evidence of the examples behind a direction; their influence without their own part in it
-                (``scoring.leave_one_out``), or each would look better than any arrival can.
+            trusted_NC: evidence of the examples behind a direction, which the references are not among, so that
+                p-values stay exact; their influence without their own part in it (``scoring.leave_one_out``), or
+                each would look better than any arrival can.
         """
-        spread = trusted_NC.std(axis=0)
-        return cls(trusted_NC.mean(axis=0), np.where(spread > SMALLEST, spread, 1.0))
+        centre_C = np.median(trusted_NC, axis=0)
+        spread_C = (np.quantile(trusted_NC, 0.9, axis=0) - centre_C) / _NINTH_DECILE
+        return cls(centre_C, np.where(spread_C > SMALLEST, spread_C, 1.0))
 
     def __call__(self, evidence_BC: Floats) -> Floats:
-        """Harm in (0, 1), (B,): the mean of the standardised evidence z, as (1 + z / (1 + |z|)) / 2.
+        """Harm in (0, 1), (B,): the weighted mean z of the standardised evidence, as (1 + z / (1 + |z|)) / 2.
 
         A distribution function would read 1.0 for everything beyond a few deviations and lose the order.
         """
-        z = ((evidence_BC - self.centre_C) / self.spread_C).mean(axis=1)
+        z = ((evidence_BC - self.centre_C) / self.spread_C) @ WEIGHTS / WEIGHTS.sum()
         return np.asarray((1 + z / (1 + np.abs(z))) / 2, np.float64)
 
     def arrays(self) -> dict[str, Floats]:

@@ -106,7 +106,7 @@ def flagged(connection: Connection, source: str | None, slice_: str | None, limi
 
 def flag_count(connection: Connection, source: str | None = None, slice_: str | None = None) -> int:
     """How many flags are in force."""
-    n = connection.scalar(text(f"SELECT count(*) {_FLAGS}"), {"source": source, "slice": slice_})  # noqa: S608
+    n = connection.scalar(text(f"SELECT count(*) {_FLAGS}"), {"source": source, "slice": slice_})
     return int(n or 0)
 
 

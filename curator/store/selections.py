@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import Connection, Row, text
@@ -55,7 +55,7 @@ def add(
     direction_set_id: int,
     budget: int,
     actor: str,
-    chosen: Iterable[tuple[int, float, str]],
+    chosen: Sequence[tuple[int, float, str]],
 ) -> None:
     """Write a selection: (example_id, gain, reason) in the order of choosing.
 
@@ -74,7 +74,7 @@ def add(
                 "recipe": recipe_id,
                 "directions": direction_set_id,
                 "budget": budget,
-                "gain": sum(float(row["gain"]) for row in ranked),
+                "gain": sum(gain for _, gain, _ in chosen),
                 "actor": actor,
             },
         )

@@ -109,8 +109,8 @@ def histogram(stacks: Sequence[tuple[int, int]], expected: float | None = None) 
 def forest(rows: Sequence[Mapping[str, Any]]) -> Forest:
     """Sources with their mean influence and interval; the worst when there are too many."""
     shown = rows[:SOURCES]
-    low = min([0.0, *(row["ci_low"] for row in shown)])
-    high = max([0.0, *(row["ci_high"] for row in shown)])
+    low = min([0.0, *(float(row["ci_low"]) for row in shown)])
+    high = max([0.0, *(float(row["ci_high"]) for row in shown)])
     margin = (high - low or 1) * 0.05
     low, high = low - margin, high + margin
     left, right = 190, WIDTH - 110

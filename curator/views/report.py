@@ -27,6 +27,7 @@ BULK = 0.5
 # Kolmogorov-Smirnov, one in a hundred, two samples; and a distance too small to matter however sure it is.
 _KS, _KS_MATTERS = 1.63, 0.1
 BULK_AT_LEAST = 20
+SHARES = (0.5, 1.25)
 # Below this the order of the compressed scores is mostly not that of the exact ones.
 SPEARMAN_AT_LEAST = 0.7
 
@@ -48,6 +49,11 @@ class Uniformity:
     def holds(self) -> bool:
         """False when the p-values of the bulk are visibly not uniform; True also when there are too few to say."""
         return self.bulk < BULK_AT_LEAST or self.distance <= self.limit
+
+    @property
+    def plausible(self) -> bool:
+        """False when hardly any arrival looks harmless, or more do than there are."""
+        return self.bulk < BULK_AT_LEAST or SHARES[0] <= self.harmless_share <= SHARES[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +251,7 @@ def _of_p_values(name: str, found: Uniformity) -> Iterator[str]:
             f"{found.limit:.2f}). Arrivals and trusted references come from different distributions, so the false "
             "discovery rate that was asked for is not promised here."
         )
-    elif found.bulk >= BULK_AT_LEAST and not 0.5 <= found.harmless_share <= 1.25:  # noqa: PLR2004
+    elif not found.plausible:
         side = "more harmful" if found.harmless_share < 1 else "more harmless"
         yield (
             f"Slice {name}: most arrivals look {side} than the trusted references (estimated share of harmless "

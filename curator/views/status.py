@@ -49,7 +49,7 @@ class Status:
 def status(connection: Connection) -> Status:
     """Read it."""
     footing, totals = reads.footing(connection), reads.totals(connection)
-    stages = tuple(StageState(*row) for row in reads.pipeline(connection))
+    stages = tuple(StageState(row.stage, row.state, row.n, row.oldest_seconds) for row in reads.pipeline(connection))
     return Status(
         checkpoint=footing.checkpoint,
         validation_sets=footing.validation_sets,

@@ -144,7 +144,8 @@ def _arrivals(connection: Connection, examples: int, bad: NDArray[np.bool_], ran
     )
     run(
         text(
-            "INSERT INTO curator.batches (intake_id, ordinal, closed) SELECT id, 0, true FROM curator.intakes ORDER BY id"
+            "INSERT INTO curator.batches (intake_id, ordinal, closed)"
+            " SELECT id, 0, true FROM curator.intakes ORDER BY id"
         )
     )
     rows = []
@@ -270,7 +271,8 @@ def _leftovers(connection: Connection) -> None:
     connection.execute(
         text(
             "INSERT INTO curator.quarantine (source_id, intake_id, position, code, detail, raw)"
-            " VALUES (1, 1, 7, 'CUR-TXT-002', :detail, :raw), (2, 2, 9, 'CUR-TXT-001', 'Byte 3 is not UTF-8.', '\\xff'),"
+            " VALUES (1, 1, 7, 'CUR-TXT-002', :detail, :raw),"
+            " (2, 2, 9, 'CUR-TXT-001', 'Byte 3 is not UTF-8.', '\\xff'),"
             " (2, 2, 10, 'CUR-TXT-001', 'Byte 4 is not UTF-8.', '\\xff')"
         ),
         {"detail": f"The record is not valid JSON: {EVIL}", "raw": b'{"text": \x1b[31m'},

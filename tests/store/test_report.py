@@ -1,0 +1,164 @@
+import os
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sqlalchemy import Connection, text
+
+from curator.store import figures
+from curator.store.engine import begin, make_engine, read
+from curator.views import page
+from curator.views.report import Report, report
+from tests.store.conftest import Curator
+from tests.store.read_world import EVIL_SOURCE, World
+
+
+class Page(HTMLParser):
+    """What a browser would see: the tags, and whether they close."""
+
+    def __init__(self, body: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.feed(body)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append(tag)
+        self.attributes += attrs
+        if tag not in {"meta", "br", "link"}:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def changed(curator: Curator, statement: str) -> Report:
+    engine = make_engine(curator.url, pooled=False)
+    with begin(engine) as connection:
+        connection.execute(text(statement))
+    with read(engine) as connection:
+        return report(connection)
+
+
+@pytest.fixture
+def body(connection: Connection) -> str:
+    return page.render(report(connection))
+
+
+def test_the_page_is_whole_and_shows_every_plot(body: str) -> None:
+    seen = Page(body)
+    assert seen.open == []
+    assert seen.seen.count("svg") == 2 * 4
+    for words in (
+        "Histogram of harm",
+        "Histogram of p-values",
+        "Mean influence of each source",
+        "Scatter of compressed",
+    ):
+        assert words in body
+
+
+def test_the_page_runs_nothing_and_fetches_nothing(body: str) -> None:
+    seen = Page(body)
+    assert not set(seen.seen) & {"script", "link", "img", "iframe", "object", "embed", "form", "base"}
+    assert not [name for name, _ in seen.attributes if name.startswith("on") or name in {"src", "href", "srcdoc"}]
+    assert "default-src 'none'" in body
+
+
+def test_a_hostile_record_is_text(body: str) -> None:
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in body
+    assert "<script" not in body
+    assert not set(body) & {"\x1b", "\u202e"}
+    assert r"\u202egnp.exe" in body
+
+
+def test_controls_stand_beside_the_flags(body: str, world: World) -> None:
+    assert f"of {len(world.flagged)} flags" in body
+    assert "highest loss" in body
+    assert "mean gradient norm" in body
+
+
+def test_a_sound_world_warns_of_nothing(connection: Connection) -> None:
+    assert report(connection).warnings == ()
+
+
+def test_p_values_that_are_not_uniform_raise_a_banner(curator: Curator) -> None:
+    found = changed(curator, "UPDATE curator.scores SET p_value = ARRAY[0.9, 0.9]::real[] WHERE p_value[1] > 0.5")
+    assert [warning for warning in found.warnings if "not uniform" in warning]
+    assert 'role="alert"' in page.render(found)
+
+
+def test_exact_and_compressed_scores_that_disagree_raise_a_banner(curator: Curator) -> None:
+    found = changed(curator, "UPDATE curator.gradients SET exact = ARRAY[-exact[1], exact[2]]")
+    [warning] = found.warnings
+    assert warning.startswith("Slice science: compressed and exact influence agree poorly (Spearman -")
+
+
+def test_an_arrival_that_is_also_trusted_raises_a_banner(curator: Curator) -> None:
+    found = changed(
+        curator,
+        "UPDATE curator.examples SET digest = (SELECT digest FROM curator.validation_examples LIMIT 1) WHERE id = 5",
+    )
+    assert found.warnings[0].startswith("1 arrivals are also in a validation set")
+
+
+def test_spearman_is_that_of_the_ranks(connection: Connection, world: World) -> None:
+    rows = connection.execute(
+        text("SELECT s.normalised[1], g.exact[1] FROM curator.scores s JOIN curator.gradients g USING (example_id)")
+    ).all()
+    ranks = [
+        np.array([sorted(column).index(x) + (column.count(x) - 1) / 2 for x in column])
+        for column in map(list, zip(*rows, strict=True))
+    ]
+    assert figures.agreement(connection, 1).spearman == pytest.approx(np.corrcoef(*ranks)[0, 1])
+
+
+def test_bins_hold_every_example(connection: Connection, world: World) -> None:
+    for each in report(connection).slices:
+        assert sum(n for n, _ in each.harm) == sum(each.p_values) == 600
+        assert sum(marked for _, marked in each.harm) == len(world.flagged)
+
+
+def test_what_loss_alone_would_have_found(connection: Connection, world: World) -> None:
+    loss_B = np.array(connection.scalars(text("SELECT loss FROM curator.gradients ORDER BY example_id")).all())
+    highest = set((np.argsort(-loss_B)[: len(world.flagged)] + 1).tolist())
+    assert figures.overlap(connection).by_loss == len(highest & set(world.flagged))
+
+
+def test_a_page_of_nothing_is_still_a_page(new_curator: Curator, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "r.html"
+    result = new_curator("report", "--out", str(out))
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{out}\n"
+    assert "No checkpoint is in use" in out.read_text()
+    assert Page(out.read_text()).open == []
+
+
+def test_the_worst_source_comes_first(connection: Connection) -> None:
+    found = report(connection)
+    assert found.sources[0]["source"] == EVIL_SOURCE
+    assert {row["source"] for row in found.sources} == {EVIL_SOURCE, "vendor-a", "vendor-b"}
+
+
+def test_a_report_that_cannot_be_written_leaves_the_former_one(
+    curator: Curator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "r.html"
+    out.write_text("former")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    result = curator("report", "--out", str(out))
+    assert result.exit_code == 2
+    assert re.search("CUR-OUT-001.*No space left", result.stderr)
+    assert out.read_text() == "former"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["curator.toml", "r.html"]
