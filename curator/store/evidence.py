@@ -48,27 +48,58 @@ def neighbours(connection: Connection, recipe_id: int, example_id: int, limit: i
 
     A row: example_id, external_id, source, cosine, verdict, record.
     """
+    query = _blocks(connection, recipe_id, example_id)
+    if not query:
+        return []
     return list(
         connection.execute(
             text(
-                """
+                f"""
                 SELECT n.example_id, nullif(e.external_id, '') AS external_id, s.name AS source, n.cosine, f.verdict,
                        e.record
-                FROM (SELECT b.example_id, sum(-(b.vector <#> q.vector)) AS cosine
-                      FROM curator.gradient_blocks b
-                      JOIN curator.gradient_blocks q
-                        ON q.recipe_id = :recipe AND q.example_id = :example AND q.block = b.block
-                      WHERE b.recipe_id = :recipe AND b.example_id <> :example
-                      GROUP BY b.example_id ORDER BY cosine DESC, b.example_id LIMIT :limit) n
+                FROM ({_cosines(list(query))} ORDER BY cosine DESC, example_id LIMIT :limit) n
                 JOIN curator.examples e ON e.id = n.example_id
                 JOIN curator.sources s ON s.id = e.source_id
                 LEFT JOIN curator.verdicts_in_force f ON f.example_id = n.example_id
                 ORDER BY n.cosine DESC, n.example_id
-                """
+                """  # noqa: S608 - block numbers of our own
             ),
-            {"recipe": recipe_id, "example": example_id, "limit": limit},
+            {
+                "recipe": recipe_id,
+                "example": example_id,
+                "limit": limit,
+                **{f"block_{block}": vector for block, vector in query.items()},
+            },
         )
     )
+
+
+def _blocks(connection: Connection, recipe_id: int, example_id: int) -> dict[int, str]:
+    """The blocks of one vector, as text."""
+    rows = connection.execute(
+        text(
+            "SELECT block, vector::text FROM curator.gradient_blocks"
+            " WHERE recipe_id = :recipe AND example_id = :example ORDER BY block"
+        ),
+        {"recipe": recipe_id, "example": example_id},
+    )
+    return {row.block: row.vector for row in rows}
+
+
+def _cosines(blocks: list[int]) -> str:
+    """(example_id, cosine) of every other example with the vector whose blocks are parameters.
+
+    The products are taken where the blocks are read: in a join, the planner sorts whole vectors to group them, 400 MB
+    on the disk for 100,000 examples.
+    """
+    products = [
+        f"SELECT example_id, -(vector <#> CAST(:block_{block} AS halfvec)) AS cosine FROM curator.gradient_blocks"  # noqa: S608
+        f" WHERE recipe_id = :recipe AND block = {block} AND example_id <> :example"
+        for block in blocks
+    ]
+    if len(products) == 1:
+        return products[0]
+    return f"SELECT example_id, sum(cosine) AS cosine FROM ({' UNION ALL '.join(products)}) p GROUP BY example_id"  # noqa: S608
 
 
 def controls(connection: Connection, recipe_id: int, example_id: int) -> Row[Any] | None:
