@@ -107,8 +107,7 @@ def kronecker(pairs: Sequence[tuple[Floats, Floats]], damping: float, angular: b
     a_all = np.concatenate([a for a, _ in pairs])
     A: Floats = np.mean([np.outer(a, a) for a in a_all], axis=0)
     S: Floats = np.mean([_outer(a, d, angular) for a, d in pairs], axis=0)
-    whole: Floats = np.kron(damped(S, damping), damped(A, damping))
-    return whole
+    return np.asarray(np.kron(damped(S, damping), damped(A, damping)), dtype=np.float64)
 
 
 def _outer(a_TI: Floats, d_TO: Floats, angular: bool) -> Floats:
