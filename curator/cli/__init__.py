@@ -24,6 +24,7 @@ from curator.views.text import inert
 
 # name -> (where it is, its line in `curator --help`), in the order of the path. The only list of commands there is.
 COMMANDS: Final[Mapping[str, tuple[str, str]]] = {
+    "demo": ("curator.demo.command:demo", "See the main job done on real mail, in a few minutes."),
     "init": ("curator.cli.project:init", "Make a directory a project: write its curator.toml."),
     "up": ("curator.cli.daemon:up", "Run the daemon: database, broker, workers, scheduler."),
     "down": ("curator.cli.daemon:down", "End the daemon."),
@@ -42,7 +43,7 @@ COMMANDS: Final[Mapping[str, tuple[str, str]]] = {
     "select": ("curator.cli.selections:select", "Choose the examples of the next training run."),
     "export": ("curator.cli.exports:export", "Write examples as JSONL with a manifest."),
     "report": ("curator.cli.exports:report", "Write one HTML page with plots, flags and sources."),
-    "quarantine": ("curator.cli.quarantine:quarantine", "Look at the records that were refused."),
+    "quarantine": ("curator.cli.quarantine:quarantine", "Look at the records that were refused, and try again."),
     "sql": ("curator.cli.sql:sql", "Query the public views."),
     "db": ("curator.cli.database:database", "Bring the schema up to date, or compare it."),
     "config": ("curator.cli.project:config", "Show the settings and where they came from."),

@@ -13,7 +13,7 @@ _COLUMNS = ("quarantine_id", "source", "origin", "position", "code", "detail")
 
 @click.group()
 def quarantine() -> None:
-    """Look at the records that were refused."""
+    """Look at the records that were refused, and try again."""
 
 
 @quarantine.command("list")
@@ -50,6 +50,29 @@ def show_(here: Invocation, number: int, form: Form) -> None:
         facts({**row, "explained": f"curator explain {found.code}"})
     else:
         show([row], form)
+
+
+@quarantine.command()
+@click.argument("numbers", type=int, nargs=-1)
+@click.option("--all", "everything", is_flag=True, help="All examples that were given up.")
+@click.option("--code", help="Only those with this code.")
+@pass_invocation
+def retry(here: Invocation, numbers: tuple[int, ...], everything: bool, code: str | None) -> None:
+    """Offer examples that were given up again, by their NUMBERS or all of them.
+
+    A line that was refused never became an example: mend its file and ingest it again.
+    """
+    if bool(numbers) == everything:
+        raise click.UsageError("Say which: NUMBERS of `curator quarantine list`, or --all.")
+    from curator.store import engine, retries
+    from curator.types import Stage
+
+    with here.runtime() as opened:
+        with engine.begin(opened.engine) as connection:
+            n = retries.retry(connection, numbers or None, code)
+        if n and opened.daemon_runs:
+            opened.wake(Stage.GRADIENTS, Stage.SCORES)
+    say(f"{n} examples are offered again" if n else "none of these is an example that was given up")
 
 
 def _readable(raw: bytes | None) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row
 
-from curator.store import health, reads
+from curator.store import health, reads, work
 
 # Ready work is claimed within seconds while the daemon runs; a minute without any claim means nobody is there.
 IDLE_SECONDS = 60.0
@@ -58,7 +58,7 @@ def status(connection: Connection) -> Status:
         directions=footing.directions_state,
         **totals._mapping,
         stages=stages,
-        notes=(*_missing(footing), *_stuck(stages), *_held(connection)),
+        notes=(*_missing(footing), *_blocked(connection), *_stuck(stages), *_held(connection)),
     )
 
 
@@ -69,6 +69,11 @@ def _missing(footing: Row[Any]) -> Iterator[str]:
         yield "no validation set is in use: `curator validation add NAME FILE`"
     if footing.directions_state == "failed":
         yield f"the directions could not be computed: {footing.detail}"
+
+
+def _blocked(connection: Connection) -> Iterator[str]:
+    if error := work.blocked(connection):
+        yield f"work waits until this is mended: {error}"
 
 
 def _stuck(stages: tuple[StageState, ...]) -> Iterator[str]:

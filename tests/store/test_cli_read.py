@@ -138,6 +138,35 @@ def test_quarantine_lists_by_code_and_shows_the_bytes(curator: Curator) -> None:
     assert curator("quarantine", "show", "99").exit_code == 2
 
 
+def test_retry_offers_a_given_up_example_again(curator: Curator) -> None:
+    with begin(make_engine(curator.url, pooled=False)) as connection:
+        connection.execute(text("UPDATE curator.work SET state = 'quarantined', attempts = 3 WHERE subject = 5"))
+        connection.execute(text("UPDATE curator.gradients SET state = 'nonfinite' WHERE example_id = 6"))
+        connection.execute(
+            text("INSERT INTO curator.quarantine (example_id, code, detail) VALUES (5, 'A', ''), (6, 'B', '')")
+        )
+    assert curator("quarantine", "retry").exit_code == 2
+    assert curator("quarantine", "retry", "1").stderr == "none of these is an example that was given up\n"
+    assert curator("quarantine", "retry", "--all").stderr == "2 examples are offered again\n"
+    waiting = (
+        "SELECT array_agg(subject ORDER BY subject) FROM curator.work WHERE stage = 'gradients' AND state = 'ready'"
+    )
+    with begin(make_engine(curator.url, pooled=False)) as connection:
+        assert connection.scalar(text(waiting)) == [5, 6]
+        assert connection.scalar(text("SELECT count(*) FROM curator.gradients WHERE example_id IN (5, 6)")) == 1
+        judged = (
+            "SELECT count(*) FROM curator.judged_batches JOIN curator.examples e USING (batch_id) WHERE e.id IN (5, 6)"
+        )
+        assert connection.scalar(text(judged)) == 0
+    assert len(curator.rows("quarantine", "list")) == 3
+
+
+def test_status_shows_the_error_that_work_waits_for(curator: Curator) -> None:
+    with begin(make_engine(curator.url, pooled=False)) as connection:
+        connection.execute(text("UPDATE curator.work SET last_error = 'the factory raises' WHERE state = 'ready'"))
+    assert "! work waits until this is mended: the factory raises" in curator("status").stdout
+
+
 # --- sql --------------------------------------------------------------------------------------------------
 
 
