@@ -716,3 +716,21 @@ class NothingAccepted(UsageError):
 
     code = "CUR-VAL-005"
     hint = "Give a file with one JSON record on each line; `curator explain CODE` says what was wrong with each."
+
+
+# --- demo -------------------------------------------------------------------------------------------------
+
+
+class NotADemo(UsageError):
+    """{path} is not empty and was not made by `curator demo`."""
+
+    code = "CUR-DEM-001"
+    hint = "Choose another folder with --dir; the demo removes nothing that it did not make."
+
+
+class DemoStuck(CuratorError):
+    """The demo cannot go on: {what}"""
+
+    code = "CUR-DEM-002"
+    exit_code = 1
+    hint = "The logs are in {folder}/.curator/log; `curator --project {folder} doctor` looks for the reason."

@@ -1,0 +1,67 @@
+"""The models of the demo: the checkpoint, and the same model trained again on what each way of filtering leaves."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from curator.demo.mails import LABELS, Mail
+from curator.workloads.text_classifier import HashedText, TextBatch, TextConfig, bags, fit
+
+CONFIG = TextConfig(labels=LABELS)
+
+Floats = NDArray[np.float64]
+
+
+def train(mails: Sequence[Mail], seed: int) -> HashedText:
+    """A model on mails with the labels they were delivered with."""
+    return fit([mail.text for mail in mails], [mail.label for mail in mails], CONFIG, seed)
+
+
+def accuracy(model: HashedText, mails: Sequence[Mail]) -> float:
+    """Share of mails whose true label the model gives."""
+    batch = _batch(mails, [mail.truth for mail in mails])
+    with torch.no_grad():
+        return float((model(batch).argmax(1) == batch.label_B).float().mean())
+
+
+def losses(model: HashedText, mails: Sequence[Mail]) -> Floats:
+    """Cross-entropy of the delivered label, (len(mails),)."""
+    batch = _batch(mails, [mail.label for mail in mails])
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(model(batch), batch.label_B, reduction="none")
+    return loss.double().numpy()
+
+
+def _batch(mails: Sequence[Mail], labels: Sequence[str]) -> TextBatch:
+    return bags([mail.text for mail in mails], [LABELS.index(label) for label in labels], CONFIG.buckets)
+
+
+def accuracies(
+    arms: Mapping[str, Sequence[Mail]], test: Sequence[Mail], seeds: Sequence[int]
+) -> dict[str, list[float]]:
+    """Accuracy on ``test`` of a model trained on each arm with each seed; one process a core."""
+    jobs = [(name, seed) for name in arms for seed in seeds]
+    workers = min(len(jobs), os.cpu_count() or 1)
+    # spawn: a forked child of a process that has run torch may hang in its thread pool
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
+        results = pool.map(_train_and_test, [(arms[name], test, seed) for name, seed in jobs])
+        found: dict[str, list[float]] = {name: [] for name in arms}
+        for (name, _), value in zip(jobs, results, strict=True):
+            found[name].append(value)
+    return found
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def _train_and_test(job: tuple[Sequence[Mail], Sequence[Mail], int]) -> float:
+    mails, test, seed = job
+    return accuracy(train(mails, seed), test)
