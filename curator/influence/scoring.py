@@ -18,7 +18,7 @@ overconfident checkpoint does not turn its sign, as it does the sign of the mean
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -119,8 +119,3 @@ def drivers(unit_K: Tensor, unit_VK: Tensor, top: int) -> tuple[Tensor, Tensor]:
     product_V = unit_VK.float() @ unit_K.float()
     order = product_V.abs().argsort(descending=True, stable=True)[:top]
     return product_V[order], order
-
-
-def stack(rows: Iterable[Tensor]) -> Tensor:
-    """Batches of rows as one tensor."""
-    return torch.cat(list(rows), dim=0)
