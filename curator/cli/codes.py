@@ -44,7 +44,7 @@ def _leaves(error: type[errors.CuratorError]) -> Iterator[type[errors.CuratorErr
 
 
 def _code(leaf: type[errors.CuratorError]) -> Code:
-    kind = next(words for branch, words in KINDS.items() if issubclass(leaf, branch))
+    kind = next((words for branch, words in KINDS.items() if issubclass(leaf, branch)), "one of a kind")
     return Code(leaf.code, leaf.template(), leaf.hint, leaf.exit_code, kind)
 
 

@@ -11,11 +11,11 @@ import dataclasses
 import datetime
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from decimal import Decimal
 from enum import StrEnum
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import click
 
@@ -23,6 +23,11 @@ from curator.views.text import inert, is_active
 
 F = TypeVar("F", bound=Callable[..., Any])
 Row = Mapping[str, object]
+
+# A column of words can be folded down to this.
+TEXT_WIDTH = 10
+# Between two columns.
+GAP = 2
 
 # What makes a spreadsheet take a cell for a formula; the wide forms are read as the narrow ones in some locales.
 _FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")  # noqa: RUF001
@@ -177,8 +182,7 @@ def _write_text(rows: Iterable[Row], columns: Sequence[str]) -> None:
     names = tuple(columns or first)
     lines = ([cell(row[name]) for name in names] for row in chain([first], iterator))
     if sys.stdout.isatty():
-        numeric = [isinstance(first[name], (int, float)) for name in names]
-        _write_table(names, numeric, lines)
+        _write_table(names, {name for name in names if isinstance(first[name], (int, float))}, list(lines))
     else:
         _write_tsv(names, lines)
 
@@ -189,16 +193,50 @@ def _write_tsv(names: Sequence[str], lines: Iterable[Sequence[str]]) -> None:
         click.echo("\t".join(line))
 
 
-def _write_table(names: Sequence[str], numeric: Sequence[bool], lines: Iterable[Sequence[str]]) -> None:
+def _write_table(names: Sequence[str], numeric: Set[str], lines: Sequence[Sequence[str]]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name, is_number in zip(names, numeric, strict=True):
-        table.add_column(name, justify="right" if is_number else "left", overflow="fold", no_wrap=is_number)
-    for line in lines:
+    console = Console(file=sys.stdout, highlight=False)
+    least = _least_widths(names, numeric, lines)
+    if sum(least) + GAP * len(least) > console.width:
+        _write_records(names, lines)
+        return
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name, width in zip(names, least, strict=True):
+        justify: Literal["right", "left"] = "right" if name in numeric else "left"
+        table.add_column(Text(name.replace("_", " ")), justify=justify, min_width=width, overflow="fold")
+    for line in _with_cut_previews(names, lines, console.width):
         # Text, not str: square brackets in a record are no markup.
         table.add_row(*map(Text, line))
-    Console(file=sys.stdout, highlight=False).print(table)
+    console.print(table)
+
+
+def _with_cut_previews(names: Sequence[str], lines: Sequence[Sequence[str]], width: int) -> Iterator[list[str]]:
+    """A preview takes the room that is left, so that a list is one line a row; all else is folded and stays whole."""
+    natural = {name: max(map(len, (name, *cells))) for name, cells in zip(names, zip(*lines, strict=True), strict=True)}
+    room = width - sum(natural[name] + GAP for name in names if name != "preview") - GAP
+    room = max(room, TEXT_WIDTH)
+    for line in lines:
+        yield [
+            text if name != "preview" or len(text) <= room else f"{text[: room - 1]}…"
+            for name, text in zip(names, line, strict=True)
+        ]
+
+
+def _least_widths(names: Sequence[str], numeric: Set[str], lines: Sequence[Sequence[str]]) -> list[int]:
+    """What each column needs to be read: numbers whole, words about a word wide, a title its longest word."""
+    longest = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        max(width if name in numeric else min(width, TEXT_WIDTH), *map(len, name.split("_")))
+        for name, width in zip(names, longest, strict=True)
+    ]
+
+
+def _write_records(names: Sequence[str], lines: Iterable[Sequence[str]]) -> None:
+    """One value a line, for a terminal that is too narrow for the table."""
+    for line in lines:
+        facts(dict(zip(names, line, strict=True)))
+        click.echo()

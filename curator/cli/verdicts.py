@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 EXIT_FINDINGS = 1
 _FLAG = (
     "example_id", "external_id", "source", "slice", "influence", "q_value", "loss",
-    "gradient_norm", "review", "preview",
+    "preview",
 )  # fmt: skip
 _CHOSEN = ("selection", "rank", "example_id", "external_id", "source", "gain", "reason", "preview")
 
@@ -33,7 +33,7 @@ _limit = click.option(
 @rows_options
 @pass_invocation
 def flagged(here: Invocation, source: str | None, slice_: str | None, limit: int, check: bool, form: Form) -> None:
-    """List the flags in force, surest first, with loss and gradient norm beside them.
+    """List the flags in force, surest first, with the loss beside them.
 
     q_value is the false discovery rate of the batch at which the example is just flagged.
     """

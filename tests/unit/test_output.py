@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -81,15 +82,36 @@ def test_json_is_the_same_value_and_inert(text: str) -> None:
     assert not set(line) & {"\x1b", "\u202e", "\u2066", "\x9b", "\x7f", "\u2028"}
 
 
-def test_a_table_on_a_terminal_takes_no_markup_from_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
+
+def on_terminal(monkeypatch: pytest.MonkeyPatch, width: int, rows: Sequence[object]) -> str:
     screen = Terminal()
     monkeypatch.setattr("sys.stdout", screen)
     monkeypatch.setenv("NO_COLOR", "1")
-    monkeypatch.setenv("COLUMNS", "120")
-    show([Thing("[red]x[/red] [/]", 1, 0.25)], Form.TEXT)
-    assert "[red]x[/red] [/]" in screen.getvalue()
-    assert "\x1b[3" not in screen.getvalue()
+    monkeypatch.setenv("COLUMNS", str(width))
+    show(rows, Form.TEXT)
+    return re.sub(r"\x1b\[[01]m", "", screen.getvalue())  # bold headings
+
+
+def test_a_table_on_a_terminal_takes_no_markup_from_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = on_terminal(monkeypatch, 120, [Thing("[red]x[/red] [/]", 1, 0.25)])
+    assert "[red]x[/red] [/]" in screen
+    assert "\x1b" not in screen
+
+
+@pytest.mark.parametrize("width", [20, 40, 80, 200])
+def test_no_line_is_wider_than_the_terminal_and_nothing_is_lost(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    rows = [{"identity": n, "what_it_is": "lorem ipsum " * 3, "score": -1.25, "origin": "somewhere"} for n in (7, 8)]
+    screen = on_terminal(monkeypatch, width, rows)
+    assert all(len(line.rstrip()) <= width for line in screen.splitlines()) or "identity  " in screen
+    for word in ("-1.25", "7", "8"):
+        assert word in screen
+
+
+def test_a_preview_is_cut_to_one_line_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = on_terminal(monkeypatch, 40, [{"n": n, "preview": "word " * 30} for n in (1, 2)])
+    assert len([line for line in screen.splitlines() if "word" in line]) == 2
+    assert "…" in screen
