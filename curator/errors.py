@@ -217,21 +217,23 @@ class LayersUnreached(UsageError):
     """The loss does not depend on these layers through their forward call: {layers}."""
 
     code = "CUR-MOD-004"
-    hint = "Leave them out (layers = [\"*\", \"!name\"]), or call the layer as a module: F.linear(x, layer.weight) cannot be seen."
+    hint = 'Leave them out (layers = ["*", "!name"]), or call the layer as a module: F.linear cannot be seen.'
 
 
 class RowsUnknown(UsageError):
-    """Layer {layer} saw a tensor {shape} where one row, or one block of rows, for each of the {batch} examples was expected."""
+    """Layer {layer} saw a tensor {shape}; a row, or a block of rows, for each of {batch} examples was expected."""
 
     code = "CUR-MOD-005"
-    hint = "Keep the batch as the first dimension through every captured layer, or leave the layer out ([gradients] layers)."
+    hint = "Keep the batch as the first dimension through every captured layer, or leave the layer out."
 
 
 class InputOverwritten(UsageError):
     """The model changed the input of layer {layer} in place before the backward pass, so its gradient is lost."""
 
     code = "CUR-MOD-006"
-    hint = "Replace the in-place operation after the layer's input (x += y, ReLU(inplace=True)), or leave the layer out."
+    hint = (
+        "Replace the in-place operation after the layer's input (x += y, ReLU(inplace=True)), or leave the layer out."
+    )
 
 
 class MaskTooLarge(UsageError):
@@ -266,7 +268,7 @@ class NoCurvature(UsageError):
     """No trusted example gave a finite, non-zero gradient, so there is nothing to compare with."""
 
     code = "CUR-NUM-004"
-    hint = "Check the validation records against the model (labels, tokenizer, truncation); `curator doctor` measures their losses."
+    hint = "Check the validation records against the model (labels, tokenizer, truncation) with `curator doctor`."
 
 
 class StateMismatch(UsageError):
@@ -615,7 +617,7 @@ class CheckpointForeign(DataError):
     """{path} does not hold a model of the {kind} workload: {reason}."""
 
     code = "CUR-CKP-004"
-    hint = "Use the [workload] kind the checkpoint was made for, or kind = \"torch\" with a factory of your own."
+    hint = 'Use the [workload] kind the checkpoint was made for, or kind = "torch" with a factory of your own.'
 
 
 # --- checkpoints and validation sets ----------------------------------------------------------------------
@@ -734,3 +736,13 @@ class DemoStuck(CuratorError):
     code = "CUR-DEM-002"
     exit_code = 1
     hint = "The logs are in {folder}/.curator/log; `curator --project {folder} doctor` looks for the reason."
+
+
+# --- checks -----------------------------------------------------------------------------------------------
+
+
+class BatchDependent(UsageError):
+    """The same record measures up to {worst} differently alone and in a batch; at most {limit} is rounding."""
+
+    code = "CUR-WRK-010"
+    hint = "Look for batch norm in training mode, losses averaged over the batch, or padding that is not masked."

@@ -64,7 +64,7 @@ class Gradients:
 class Scores:
     """How influence is computed."""
 
-    damping: float = field(default=1.0, metadata={"doc": "relative to the mean of the Fisher's diagonal"})
+    damping: float = field(default=0.1, metadata={"doc": "relative to the mean of the Fisher's diagonal"})
     references: float = field(
         default=0.5, metadata={"doc": "share of a validation set kept aside as trusted references"}
     )

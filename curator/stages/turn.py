@@ -27,8 +27,6 @@ from curator.types import Counts, Lease, Stage
 
 log = logging.getLogger(__name__)
 
-BEATS_PER_LEASE = 4
-
 
 class Batch(Protocol):
     """What a stage claims. ``tools`` names what ``load`` returns for it; the last of each first word is kept."""
@@ -117,7 +115,7 @@ def heartbeat(engine: Engine, lease: Lease, lease_seconds: float) -> Iterator[No
     done = threading.Event()
 
     def beat() -> None:
-        while not done.wait(lease_seconds / BEATS_PER_LEASE):
+        while not done.wait(lease_seconds / work.BEATS_PER_LEASE):
             try:
                 with begin(engine) as connection:
                     work.beat(connection, lease.owner, lease_seconds)

@@ -9,7 +9,6 @@ from sqlalchemy import Connection
 
 from curator.errors import WorkerKilled
 from curator.settings import Settings
-from curator.stages.turn import BEATS_PER_LEASE
 from curator.store import directions, examples, scores, work
 from curator.store.work import WornOut
 from curator.types import PRIORITY_BACKFILL, PRIORITY_FRESH, Stage
@@ -28,7 +27,7 @@ class Mended:
 
 def run(connection: Connection, settings: Settings) -> Mended:
     """One round, in one transaction."""
-    reclaimed = work.reclaim(connection, settings.limits.lease_seconds / BEATS_PER_LEASE * 2)
+    reclaimed = work.reclaim(connection, settings.limits.lease_seconds / work.BEATS_PER_LEASE * 2)
     worn = work.worn_out(connection, settings.limits.attempts)
     for item in worn:
         _give_up(connection, item, settings.limits.attempts)

@@ -91,14 +91,17 @@ _FLAGS = """
 
 
 def flagged(connection: Connection, source: str | None, slice_: str | None, limit: int | None) -> Iterator[Row[Any]]:
-    """The flags in force, surest first, with what loss and gradient norm say of the same examples."""
+    """The flags in force, surest first, with what loss and gradient norm say of the same examples.
+
+    Conformal p-values are ranks, so the surest share the lowest one: among equals the harm decides.
+    """
     query = f"""
         SELECT f.*, s.harm, s.normalised_influence, s.loss, s.gradient_norm
-        FROM (SELECT f.* {_FLAGS} ORDER BY f.q_value, f.p_value, f.influence, f.example_id LIMIT :limit) f
+        FROM (SELECT f.* {_FLAGS}) f
         LEFT JOIN curator.influence_scores s
                ON s.example_id = f.example_id AND s.checkpoint = f.checkpoint
               AND s.validation_set = f.validation_set AND s.slice = f.slice AND s.in_use
-        ORDER BY f.q_value, f.p_value, f.influence, f.example_id
+        ORDER BY f.q_value, f.p_value, s.harm DESC NULLS LAST, f.example_id LIMIT :limit
     """  # noqa: S608 - the condition above
     chunked = connection.execution_options(yield_per=_CHUNK)
     return iter(chunked.execute(text(query), {"source": source, "slice": slice_, "limit": limit}))

@@ -21,6 +21,9 @@ from curator.types import PRIORITY_FRESH, Lease, Stage
 
 BACKOFF_SECONDS = 2.0
 
+BEATS_PER_LEASE = 4
+"""How often an owner says that it lives before its lease would end."""
+
 
 def offer(
     connection: Connection,

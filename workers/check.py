@@ -1,0 +1,81 @@
+"""``python -m workers.check``: does the workload load and measure? A line on stdout, or an error as commands print it.
+
+``curator doctor`` runs this in a process of its own, because it needs torch and runs the user's code.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from curator import settings
+from curator.errors import BatchDependent, CuratorError
+from curator.runtime import Runtime
+from curator.stages import instrument
+from curator.stages.instrument import Instrument
+from curator.store import directions
+from curator.store.engine import read
+
+SAMPLE = 8
+TOLERANCE = 1e-3
+"""Relative difference of a loss or gradient norm alone and in a batch: padding in float32 stays well below."""
+
+OVERCONFIDENT = 1.3
+
+
+def main() -> int:
+    """Exit code 0 with a sentence, or that of the error."""
+    runtime = Runtime(settings.load(), application="curator check")
+    try:
+        sys.stdout.write(check(runtime) + "\n")
+        return 0
+    except CuratorError as error:
+        sys.stderr.write(f"error {error.code}: {error}\nfix: {error.fix}\n")
+        return error.exit_code
+    finally:
+        runtime.close()
+
+
+def check(runtime: Runtime) -> str:
+    """What the workload did with a few trusted records.
+
+    Raises:
+        BatchDependent: an example is measured differently alone and among others.
+        CuratorError: whatever stands in the way of measuring, with its fix.
+    """
+    with read(runtime.engine) as connection:
+        recipe = directions.recipe_in_use(connection)
+        if recipe is None:
+            return "nothing to load yet: there is no checkpoint with a validation set"
+        sets = [number for number, _ in directions.validation_sets_in_use(connection)]
+        records = [example.record for example in directions.validation_examples(connection, sets)[:SAMPLE]]
+        tools = instrument.load(connection, runtime.settings, recipe.id, None)
+    if tools.attributor is None:
+        return f"the model loads on {tools.device}; its recipe is not fitted yet"
+    worst = batch_dependence(tools, records)
+    if worst > TOLERANCE:
+        raise BatchDependent(worst=f"{worst:.1%}", limit=f"{TOLERANCE:.1%}")
+    return f"the model loads and measures on {tools.device}; temperature {recipe.temperature:.2f}{_meaning(recipe)}"
+
+
+def batch_dependence(tools: Instrument, records: list[Mapping[str, Any]]) -> float:
+    """The largest relative difference between measuring records together and one at a time."""
+    together = tools.measure(records)
+    worst = 0.0
+    for row, record in enumerate(records):
+        alone = tools.measure([record])
+        for name in ("loss_B", "gradient_norm_B"):
+            one, many = float(getattr(alone, name)[0]), float(getattr(together, name)[row])
+            worst = max(worst, abs(one - many) / max(abs(one), abs(many), 1e-6))
+    return worst
+
+
+def _meaning(recipe: directions.Recipe) -> str:
+    if recipe.temperature <= OVERCONFIDENT:
+        return ""
+    return " (overconfident: rank by normalised influence; the plain influence of its loss would mislead)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
