@@ -117,7 +117,7 @@ def test_spearman_is_that_of_the_ranks(connection: Connection, world: World) -> 
         np.array([sorted(column).index(x) + (column.count(x) - 1) / 2 for x in column])
         for column in map(list, zip(*rows, strict=True))
     ]
-    assert figures.agreement(connection, 1).spearman == pytest.approx(np.corrcoef(*ranks)[0, 1])
+    assert figures.agreement(connection, 1).spearman == pytest.approx(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
 def test_bins_hold_every_example(connection: Connection, world: World) -> None:

@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -10,13 +12,14 @@ from tests.store.read_world import World
 Floats = NDArray[np.float32]
 
 
-def pool_of(unit_BK: Floats, normalised_BS: Floats) -> Pool:
+def pool_of(unit_BK: Floats, normalised_BS: NDArray[Any]) -> Pool:
     return Pool(1, 1, unit_BK.shape[1], np.arange(len(unit_BK)), normalised_BS.astype(np.float32))
 
 
 def unit(random: np.random.Generator, *shape: int) -> Floats:
     x = random.normal(size=shape)
-    return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
+    rows: Floats = (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
+    return rows
 
 
 def naive(pool: Pool, unit_BK: Floats, budget: int, similarity: float) -> list[int]:
