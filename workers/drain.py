@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import signal
 import sys
-import time
 
 from curator import settings
 from curator.errors import CuratorError
@@ -14,7 +13,6 @@ from curator.stages import directions, examples, gradients, scores, upkeep, verd
 from curator.stages.turn import StageModule, Turn
 from curator.store import migrate, work
 from curator.store.engine import begin, read
-from curator.types import Counts
 from workers.base import stopping
 
 STAGES: tuple[StageModule, ...] = (examples, directions, gradients, scores, verdicts)
@@ -22,25 +20,26 @@ PATIENCE_SECONDS = 0.5
 
 
 def drain(runtime: Runtime) -> bool:
-    """Run every stage until nothing is left. False when what is left waits for the operator, or for a lease to end."""
-    turn = Turn(runtime.engine, runtime.settings, stopping.is_set)
+    """Run every stage until nothing is left. False when asked to stop before that.
+
+    Raises:
+        UsageError: the operator has to mend something; the work waits for it.
+    """
+    turn = Turn(runtime.engine, runtime.settings, stopping.is_set, strict=True)
     while not stopping.is_set():
         with begin(runtime.engine) as connection:
             upkeep.run(connection, runtime.settings)
-        lost = sum((turn.run(stage, runtime.settings.limits.turn_seconds) for stage in STAGES), Counts()).lost
+        for stage in STAGES:
+            turn.run(stage, runtime.settings.limits.turn_seconds)
         with read(runtime.engine) as connection:
-            waiting, blocked = work.waiting(connection), work.blocked(connection)
-        if not waiting:
-            return True
-        if blocked and lost:
-            sys.stderr.write(f"{blocked}\nThe work waits; mend this and drain again.\n")
-            return False
-        time.sleep(PATIENCE_SECONDS)
+            if not work.waiting(connection):
+                return True
+        stopping.wait(PATIENCE_SECONDS)
     return False
 
 
 def main() -> int:
-    """Exit codes as of the command line: 0 drained, 1 something waits, 2 or 3 by the error."""
+    """Exit codes as of the command line: 0 drained, 1 stopped before that, 2 or 3 by the error."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())

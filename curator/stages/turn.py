@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from sqlalchemy import Connection, Engine
 
-from curator.errors import DependencyDown, UsageError
+from curator.errors import CuratorError, DependencyDown, UsageError
 from curator.settings import Settings
 from curator.store import work
 from curator.store.engine import begin
@@ -50,11 +50,15 @@ class StageModule(Protocol):
 
 @dataclass
 class Turn:
-    """A process's way of running stages; keeps the last tools of each, since a model is slow to load."""
+    """A process's way of running stages; keeps the last tools of each, since a model is slow to load.
+
+    ``strict``: raise what the operator has to mend, after the work went back. A command wants that; a daemon goes on.
+    """
 
     engine: Engine
     settings: Settings
     stopping: Callable[[], bool] = lambda: False
+    strict: bool = False
     kept: dict[Hashable, tuple[Hashable, Any]] = field(default_factory=dict)
 
     def run(self, stage: StageModule, seconds: float) -> Counts:
@@ -100,10 +104,17 @@ class Turn:
                 work.give_back(connection, lease)
             raise error
         operator = isinstance(error, UsageError)
-        log.error("%s: %s", lease.stage, error, exc_info=None if operator else error)
         with begin(self.engine) as connection:
-            work.fail(connection, lease, f"{type(error).__name__}: {error}", counts=not operator)
+            work.fail(connection, lease, _described(error), counts=not operator)
+        if operator and self.strict:
+            raise error
+        log.error("%s: %s", lease.stage, _described(error), exc_info=None if operator else error)
         return Counts(lost=len(lease))
+
+
+def _described(error: Exception) -> str:
+    """What ``status`` shows while the work waits; a code can be looked up."""
+    return f"{error.code}: {error}" if isinstance(error, CuratorError) else f"{type(error).__name__}: {error}"
 
 
 @contextmanager

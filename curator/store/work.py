@@ -20,6 +20,8 @@ from sqlalchemy import Connection, text
 from curator.types import PRIORITY_FRESH, Lease, Stage
 
 BACKOFF_SECONDS = 2.0
+MENDING_SECONDS = 10.0
+"""How long work waits that the operator has to mend something for: it is tried again without being asked."""
 
 BEATS_PER_LEASE = 4
 """How often an owner says that it lives before its lease would end."""
@@ -164,7 +166,7 @@ def fail(connection: Connection, lease: Lease, error: str, *, counts: bool = Tru
         text(
             "UPDATE curator.work SET state = 'ready', owner = NULL, lease_until = NULL,"
             " attempts = attempts + CASE WHEN :counts THEN 1 ELSE 0 END, last_error = :error,"
-            " not_before = clock_timestamp() + make_interval(secs => :backoff * power(2, attempts))"
+            " not_before = clock_timestamp() + make_interval(secs => CAST(:backoff AS float8) * power(2, attempts))"
             " WHERE id = ANY(:ids) AND owner = :owner AND state = 'leased'"
         ),
         {
@@ -172,7 +174,7 @@ def fail(connection: Connection, lease: Lease, error: str, *, counts: bool = Tru
             "owner": lease.owner,
             "error": error[:2000],
             "counts": counts,
-            "backoff": BACKOFF_SECONDS,
+            "backoff": BACKOFF_SECONDS if counts else MENDING_SECONDS,
         },
     ).rowcount
 
