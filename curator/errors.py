@@ -730,7 +730,7 @@ class NotADemo(UsageError):
     hint = "Choose another folder with --dir; the demo removes nothing that it did not make."
 
 
-class DemoStuck(CuratorError):
+class DemoStuck(UsageError):
     """The demo cannot go on: {what}"""
 
     code = "CUR-DEM-002"
