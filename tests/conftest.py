@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("CURATOR_LIMITS_LEASE_SECONDS", "5")
 # What is tested is what is installed, in the processes that tests start too: not the checkout they start in.
 os.environ.setdefault("PYTHONSAFEPATH", "1")
+# A shell starts what runs in the background with Ctrl-C ignored, and every process after it would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _numbers = itertools.count(1)
 
