@@ -191,7 +191,8 @@ class Story:
             "echo": "100 mails, six edited copies each",
         }
         for row in figures.by_vendor(made.split.vendors, flags(opened)):
-            self.say(f"{_figures(row)}    {planted.get(row.vendor, '')}")
+            self.say(f"{_figures(row)}    {planted.get(row.vendor, '')}".rstrip())
+        self.say("The level is for the average over draws, not for each; and copies of one mail are flagged together.")
         self.say("")
         self.say("ranking all arrivals by ...                 AUC for wrong labels")
         ranked = figures.rankings(made, scores(opened), seed)
