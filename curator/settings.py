@@ -65,6 +65,10 @@ class Scores:
     """How influence is computed."""
 
     damping: float = field(default=0.1, metadata={"doc": "relative to the mean of the Fisher's diagonal"})
+    measurement: Literal["auto", "margin", "calibrated", "loss"] = field(
+        default="auto",
+        metadata={"doc": "what un-normalised influence is on; auto: margin of a classifier, loss of a language model"},
+    )
     references: float = field(
         default=0.5, metadata={"doc": "share of a validation set kept aside as trusted references"}
     )

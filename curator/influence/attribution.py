@@ -171,7 +171,9 @@ class Attributor:
             fisher.add(kept.g_BK(loss_B))
             losses_N.append(loss_B.float().cpu())
         _check_fit(fisher, reached)
-        temperature = fit_temperature(torch.cat(losses_N).double().numpy())
+        # Without a margin there is nothing to be calibrated: the mean loss of many tokens is no one decision's.
+        calibrates = spec.measurement != "loss"
+        temperature = fit_temperature(torch.cat(losses_N).double().numpy()) if calibrates else 1.0
         roots = kronecker.factors(spec.damping) if spec.exact else None
         return cls(model, losses, spec, fisher.whitening(spec.damping), roots, temperature)
 

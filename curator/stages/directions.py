@@ -143,9 +143,8 @@ def _states(examples: Sequence[ValidationExample], measured: Measured, key: Key)
 
 
 def _directions(rows: Mapping[Key, Tensor], measured: Measured) -> Directions:
-    return scoring.directions(
-        {f"{v}/{s}": (measured.unit_BK[r], measured.whitened_norm_B[r]) for (v, s), r in rows.items()}
-    )
+    length_B = measured.whitened_norm_B * measured.measurement_B
+    return scoring.directions({f"{v}/{s}": (measured.unit_BK[r], length_B[r]) for (v, s), r in rows.items()})
 
 
 def _exact(

@@ -161,9 +161,18 @@ def spec(settings: Settings) -> dict[str, Any]:
             "dimension": asked.dimension,
             "seed": asked.seed,
             "damping": settings.scores.damping,
+            "measurement": _measurement(settings),
             "exact": asked.exact,
         },
     }
+
+
+def _measurement(settings: Settings) -> str:
+    """A margin is of one decision; the mean loss of many tokens has none."""
+    asked = settings.scores.measurement
+    if asked != "auto":
+        return asked
+    return "loss" if settings.workload.kind == "causal-lm" else "margin"
 
 
 def _digest(value: object) -> bytes:

@@ -19,6 +19,7 @@ from curator.settings import Settings
 from curator.stages import yardstick
 from curator.stages.yardstick import Scored, Yardstick
 from curator.store import directions, gradients, scores, vectors, work
+from curator.store.directions import Recipe
 from curator.store.engine import read
 from curator.types import Counts, Lease, Stage
 
@@ -31,9 +32,8 @@ class Batch:
     """Vectors to score: ``unit_BK`` with their whitened norms and calibrated losses, in the order of ``ids``."""
 
     lease: Lease
-    recipe_id: int
+    recipe: Recipe
     direction_set_id: int
-    dimension: int
     ids: Sequence[int]
     unit_BK: NDArray[np.float32]
     facts_B2: NDArray[np.float64]
@@ -74,13 +74,13 @@ def claim(connection: Connection, settings: Settings) -> Batch | None:
     set_id = directions.directions_in_use(connection, recipe.id)
     assert set_id is not None, "scores are offered only once there are directions"
     table = np.array([facts[number] for number in ids], np.float64).reshape(-1, 2)
-    return Batch(lease, recipe.id, set_id, recipe.dimension, ids, unit_BK, table)
+    return Batch(lease, recipe, set_id, ids, unit_BK, table)
 
 
 def load(engine: Engine, settings: Settings, batch: Batch) -> Tools:
     """What the directions in use were frozen with."""
     with read(engine) as connection:
-        stick = yardstick.load(connection, batch.recipe_id, batch.direction_set_id, batch.dimension)
+        stick = yardstick.load(connection, batch.recipe, batch.direction_set_id)
         rows = directions.references(connection, batch.direction_set_id)
     width = len(stick.harms)
     normalised = np.array([row.normalised for row in rows], np.float64).reshape(-1, width)
@@ -107,9 +107,9 @@ def record(connection: Connection, settings: Settings, batch: Batch, result: Res
     """Scores and the state of the work in one transaction; then see which batches are through."""
     held = work.finish(connection, batch.lease)
     rows = [_row(result, row, number) for row, number in enumerate(batch.ids) if number in held]
-    scores.upsert(connection, batch.recipe_id, batch.direction_set_id, rows)
+    scores.upsert(connection, batch.recipe.id, batch.direction_set_id, rows)
     touched = scores.batches_of(connection, list(held))
-    scores.offer_verdicts(connection, batch.recipe_id, batch.direction_set_id, touched)
+    scores.offer_verdicts(connection, batch.recipe.id, batch.direction_set_id, touched)
     return Counts(done=len(rows), lost=len(batch.lease) - len(held))
 
 

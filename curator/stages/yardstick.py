@@ -13,9 +13,11 @@ from torch import Tensor
 
 from curator.influence import scoring
 from curator.influence.attribution import Measured
+from curator.influence.confidence import measurement_slope
 from curator.influence.harm import Harm, evidence
 from curator.influence.scoring import Directions
 from curator.store import directions, tensors, vectors
+from curator.store.directions import Recipe
 
 Key = tuple[int, str]
 Floats = NDArray[np.float64]
@@ -36,7 +38,8 @@ class Scored:
 class Yardstick:
     """Everything frozen with a direction set.
 
-    ``whitened_VK`` are, by slice, the whitened gradients behind a direction: their spread is the standard error.
+    ``whitened_VK`` are, by slice, the whitened gradients of the measurement behind a direction: the spread of an
+    example's products with them is the standard error of its influence.
     """
 
     directions: Directions
@@ -77,20 +80,22 @@ def fit(keys: Sequence[Key], rows: Mapping[Key, Tensor], measured: Measured, tow
         m = measured.rows(rows[key])
         own = scoring.leave_one_out(m.unit_BK @ towards.unit_SK[s], len(rows[key]))
         harms.append(Harm.fit(evidence(own.numpy(), m.whitened_norm_B.square().numpy(), m.calibrated_loss_B.numpy())))
-        whitened.append(m.unit_BK * m.whitened_norm_B[:, None])
+        whitened.append(m.unit_BK * (m.whitened_norm_B * m.measurement_B)[:, None])
     return Yardstick(towards, harms, whitened)
 
 
-def load(connection: Connection, recipe_id: int, set_id: int, dimension: int) -> Yardstick:
+def load(connection: Connection, recipe: Recipe, set_id: int) -> Yardstick:
     """The yardstick of a direction set, from the database."""
     kept = tensors.fetch(connection, "direction_tensors", "direction_set_id", set_id)
     names = directions.direction_names(connection, set_id)
     means = {p.removeprefix("mean/"): torch.from_numpy(a.copy()) for p, a in kept.items() if p.startswith("mean/")}
     harm = {p.removeprefix("harm/"): a for p, a in kept.items() if p.startswith("harm/")}
     harms = [Harm.of({part: array[s] for part, array in harm.items()}) for s in range(len(names))]
-    rows = directions.measured_direction_examples(connection, recipe_id, set_id)
-    unit_VK = torch.from_numpy(vectors.read_validation(connection, recipe_id, [r.id for r in rows], dimension))
-    norm_V = torch.tensor([r.whitened_norm for r in rows])
+    rows = directions.measured_direction_examples(connection, recipe.id, set_id)
+    unit_VK = torch.from_numpy(vectors.read_validation(connection, recipe.id, [r.id for r in rows], recipe.dimension))
+    measurement = recipe.spec["gradients"]["measurement"]
+    slope_V = measurement_slope([r.loss for r in rows], measurement, recipe.temperature)
+    norm_V = torch.tensor([r.whitened_norm for r in rows]) * torch.from_numpy(slope_V).float()
     whitened = [
         (unit_VK * norm_V[:, None])[[n for n, r in enumerate(rows) if (r.validation_set_id, r.slice) == key]]
         for key in names

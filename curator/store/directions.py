@@ -368,12 +368,12 @@ def record_references(connection: Connection, set_id: int, rows: Sequence[Mappin
 
 
 def measured_direction_examples(connection: Connection, recipe_id: int, set_id: int) -> list[Row[Any]]:
-    """(validation example, its set, its slice, whitened norm) of those behind the directions of a set."""
+    """(id, validation_set_id, slice, whitened_norm, loss) of the examples behind the directions of a set."""
     return list(
         connection.execute(
             text(
                 """
-                SELECT v.id, v.validation_set_id, v.slice, g.whitened_norm
+                SELECT v.id, v.validation_set_id, v.slice, g.whitened_norm, g.loss
                 FROM curator.direction_sets d
                 JOIN curator.validation_examples v ON v.validation_set_id = ANY(d.validation_set_ids)
                 JOIN curator.validation_gradients g ON g.validation_example_id = v.id AND g.recipe_id = :recipe_id
