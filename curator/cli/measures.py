@@ -97,10 +97,22 @@ def add_validation(here: Invocation, name: str, file: Path, field: str) -> None:
         waiting = directions.checkpoint_in_use(connection) is None
     for key, (behind, aside) in slices.items():
         say(f"{name}/{key}: {behind} examples give the direction, {aside} are kept aside as references")
+    say(_reach(sum(aside for _, aside in slices.values()), settings.verdicts.fdr, len(slices)))
     if leaks:
         say(f"warning: {leaks} validation examples are also training data; their influence says nothing")
     if waiting:
         say("next: curator checkpoint add NAME PATH")
+
+
+def _reach(references: int, fdr: float, slices: int) -> str:
+    from curator.influence.confidence import smallest_share
+
+    share = smallest_share(references, fdr / slices)  # each slice is looked at: Bonferroni
+    if share > 1:
+        return f"warning: {references} references are too few to flag anything at fdr {fdr:g}: add trusted examples"
+    return (
+        f"with {references} references, flags at fdr {fdr:g} need {share:.1%} of a batch to look worse than all of them"
+    )
 
 
 def _trusted(settings: Settings, file: Path) -> list[Record]:

@@ -104,6 +104,15 @@ def benjamini_hochberg(p_B: ArrayLike) -> Floats:
     return q
 
 
+def smallest_share(references: int, level: float) -> float:
+    """The share of a batch that has to look worse than every reference before anything in it can be flagged.
+
+    No p-value is below 1 / (N + 1), so Benjamini-Hochberg at ``level`` flags k of m only if k / m reaches
+    1 / (level (N + 1)). Above 1, nothing can ever be flagged: more references are needed.
+    """
+    return 1 / (level * (references + 1))
+
+
 def standard_error(values_BN: ArrayLike) -> Floats:
     """Standard error of the mean along the last axis; NaN for fewer than two values."""
     values = np.asarray(values_BN, dtype=np.float64)
