@@ -512,13 +512,6 @@ class UnknownRefusal(UsageError):
 # --- examples and verdicts --------------------------------------------------------------------------------
 
 
-class NoSuchExample(UsageError):
-    """There is no example {example!r}."""
-
-    code = "CUR-EX-001"
-    hint = "Use the number of the first column of `curator flagged`, or the record's own id."
-
-
 class NothingToUndo(UsageError):
     """Nobody has reviewed example {example}."""
 
@@ -709,7 +702,7 @@ class DaemonNotRunning(UsageError):
 class NoSuchFile(UsageError):
     """There is no file {path}."""
 
-    code = "CUR-FIL-010"
+    code = "CUR-INP-001"
     hint = "Name existing JSONL files, plain or gzip; `curator watch DIR` takes a whole folder."
 
 

@@ -34,6 +34,7 @@ def _schedule(chosen: settings.Schedule) -> dict[str, dict[str, Any]]:
 def make_app() -> Celery:
     """The app of the project in the working directory or CURATOR_PROJECT."""
     chosen = settings.load()
+    chosen.home.mkdir(parents=True, exist_ok=True)  # beat keeps its time there, also where no server is ours
     runtime = Runtime(chosen)
     app = Celery(
         "workers",

@@ -44,14 +44,14 @@ def _batch(mails: Sequence[Mail], labels: Sequence[str]) -> TextBatch:
 
 
 def accuracies(
-    arms: Mapping[str, Sequence[Mail]], test: Sequence[Mail], seeds: Sequence[int]
+    arms: Mapping[str, tuple[Sequence[Mail], Sequence[int]]], test: Sequence[Mail]
 ) -> dict[str, list[float]]:
-    """Accuracy on ``test`` of a model trained on each arm with each seed; one process a core."""
-    jobs = [(name, seed) for name in arms for seed in seeds]
+    """Accuracy on ``test`` of a model trained on each arm's mails with each of its seeds; one process a core."""
+    jobs = [(name, seed) for name, (_, seeds) in arms.items() for seed in seeds]
     workers = min(len(jobs), os.cpu_count() or 1)
     # spawn: a forked child of a process that has run torch may hang in its thread pool
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
-        results = pool.map(_train_and_test, [(arms[name], test, seed) for name, seed in jobs])
+        results = pool.map(_train_and_test, [(arms[name][0], test, seed) for name, seed in jobs])
         found: dict[str, list[float]] = {name: [] for name in arms}
         for (name, _), value in zip(jobs, results, strict=True):
             found[name].append(value)

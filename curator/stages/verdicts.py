@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import Connection, Engine, Row
 
-from curator.errors import NoSuchExample, NothingToUndo
+from curator.errors import NothingToUndo, UnknownExample
 from curator.influence.confidence import benjamini_hochberg
 from curator.settings import Settings
 from curator.store import directions, verdicts, work
@@ -159,11 +159,11 @@ def review(connection: Connection, example_id: int, said: Review, *, actor: str,
     """Append a person's word on an example and return the verdict now in force.
 
     Raises:
-        NoSuchExample: no example has that number.
+        UnknownExample: no example has that number.
         NothingToUndo: nobody has reviewed it.
     """
     if not verdicts.resolve(connection, str(example_id)):
-        raise NoSuchExample(example=example_id)
+        raise UnknownExample(given=example_id)
     former = verdicts.in_force(connection, example_id)
     if said is Review.UNDO:
         row = _undone(connection, example_id, former, actor, note)
