@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from curator.demo import training
 from curator.influence.attribution import RecipeSpec
@@ -21,6 +22,7 @@ from tests.benchmarks.machine import described
 
 SEEDS = range(8)
 LEVELS = (0.05, 0.10, 0.20)
+CHOSEN = 300
 SPEC = RecipeSpec(mask="coordinate", dimension=1984, damping=0.1)
 RESULTS = Path(__file__).parent / "results" / "mail.md"
 
@@ -78,19 +80,56 @@ def retrained(judged: mail.Judged, seed: int) -> dict[str, float]:
     }
 
 
+def selected(judged: mail.Judged, seed: int) -> dict[str, float]:
+    """Accuracy on unseen mail of a model trained on the base and 300 chosen arrivals, or on the base alone."""
+    arrivals, flags = judged.split.arrivals, judged.flags(0.10)
+    unflagged = np.flatnonzero(~flags)
+    best = unflagged[np.argsort(-judged.normalised[unflagged], kind="stable")]
+    rng = np.random.default_rng(seed)
+    choices = {
+        "**highest influence, unflagged, no near-duplicates**": _apart(judged, best, 0.9)[:CHOSEN],
+        "highest influence, unflagged": best[:CHOSEN],
+        "control: random, unflagged": rng.permutation(unflagged)[:CHOSEN],
+        "control: random": rng.permutation(len(arrivals))[:CHOSEN],
+        "control: base alone": best[:0],
+    }
+    return {
+        name: training.accuracy(
+            training.train([*judged.split.base, *(arrivals[row] for row in rows.tolist())], seed), judged.split.test
+        )
+        for name, rows in choices.items()
+    }
+
+
+def _apart(judged: mail.Judged, order: NDArray[np.int64], most: float) -> NDArray[np.int64]:
+    """The first of ``order`` that are no more similar than ``most`` to one taken before."""
+    unit_BK = judged.arrivals.unit_BK.numpy()
+    taken: list[int] = []
+    for row in order.tolist():
+        if not taken or float((unit_BK[taken] @ unit_BK[row]).max()) <= most:
+            taken.append(row)
+        if len(taken) == CHOSEN:
+            break
+    return np.array(taken)
+
+
 @pytest.mark.benchmark
 @pytest.mark.timeout(1800)
 def test_flags_on_mail_are_what_the_demo_says() -> None:
     torch.set_num_threads(1)
     mails, topics = mail.everything()
-    tables: tuple[list[dict[str, float]], ...] = ([], [], [])
+    tables: tuple[list[dict[str, float]], ...] = ([], [], [], [])
     for seed in SEEDS:
         judged = mail.judge(mails, topics, seed, SPEC)
-        for table, row in zip(
-            tables, (rankings(judged, seed), discoveries(judged), retrained(judged, seed)), strict=True
-        ):
+        rows = (rankings(judged, seed), discoveries(judged), retrained(judged, seed), selected(judged, seed))
+        for table, row in zip(tables, rows, strict=True):
             table.append(row)
-    titles = ("AUC for wrong labels", "false discoveries", "accuracy on unseen mail")
+    titles = (
+        "AUC for wrong labels",
+        "false discoveries",
+        "accuracy on unseen mail, trained on base and what is left of 3,000 arrivals",
+        f"accuracy on unseen mail, trained on base and {CHOSEN} chosen arrivals",
+    )
     text = "\n".join(_table(title, table) for title, table in zip(titles, tables, strict=True))
     RESULTS.write_text(f"{described(__doc__ or '')}\n{text}", encoding="utf-8")
     mean = {name: float(np.mean([row[name] for row in tables[1]])) for name in tables[1][0]}
