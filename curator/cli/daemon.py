@@ -138,13 +138,12 @@ def _follow(opened: Runtime, child: subprocess.Popen[bytes], timeout: float | No
     end = None if timeout is None else time.monotonic() + timeout
     with tqdm(unit=" steps", desc="draining", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
         try:
-            while child.poll() is None:
+            while not _ended(child, 1.0):
                 _show_progress(opened, bar)
                 if end is not None and time.monotonic() > end:
                     child.terminate()
                     child.wait()
                     return 1
-                time.sleep(0.2)
         except KeyboardInterrupt:
             child.wait()
             raise
@@ -152,7 +151,17 @@ def _follow(opened: Runtime, child: subprocess.Popen[bytes], timeout: float | No
     return child.returncode
 
 
+def _ended(child: subprocess.Popen[bytes], seconds: float) -> bool:
+    try:
+        return child.wait(seconds) is not None
+    except subprocess.TimeoutExpired:
+        return False
+
+
 def _show_progress(opened: Runtime, bar: object) -> None:
+    """Counts the whole ledger, so only where somebody looks."""
+    if bar.disable:  # type: ignore[attr-defined]
+        return
     from curator.store import engine, work
 
     with engine.read(opened.engine) as connection:

@@ -485,7 +485,11 @@ work = Table(
     Column("last_error", Text),
     UniqueConstraint("stage", "kind", "recipe_id", "subject", comment="Offered twice, it is one piece of work."),
     _one_of("state", "ready", "leased", "done", "quarantined"),
-    Index("work_claimable", "stage", "priority", "attempts", "id", postgresql_where=text("state = 'ready'")),
+    Index(
+        "work_claimable",
+        *("stage", "kind", "priority", "attempts", text("recipe_id DESC"), "id"),
+        postgresql_where=text("state = 'ready'"),
+    ),
     Index("work_leased", "lease_until", postgresql_where=text("state = 'leased'")),
     Index("work_open_of_batch", "batch_id", "recipe_id", postgresql_where=text("state IN ('ready', 'leased')")),
     comment="The ledger. The database decides what is left; a Celery message only says there is some.",

@@ -76,39 +76,46 @@ def offer_again(connection: Connection, stage: Stage, subjects: Sequence[int], *
 def claim(connection: Connection, stage: Stage, limit: int, lease_seconds: float, *, kind: str = "") -> Lease | None:
     """Lease up to ``limit`` pieces of work of one recipe, or None when there is nothing.
 
+    The latest recipe goes first: what a former one has left over must not keep the GPU from the one in use.
     Work that a worker has died on is claimed in ever smaller groups (a sixteenth, then one at a time), so that a
     record that kills its worker ends up alone and its neighbours go on: a bisection in three deaths.
     """
+    head = connection.execute(_HEAD, {"stage": stage, "kind": kind}).one_or_none()
+    if head is None:
+        return None
+    group = {0: limit, 1: max(1, limit // 16)}.get(head.attempts, 1)
     owner = uuid.uuid4().hex
     rows = connection.execute(
         _CLAIM,
-        {"stage": stage, "kind": kind, "owner": owner, "limit": limit, "lease": lease_seconds},
+        {"stage": stage, "kind": kind, **head._mapping, "owner": owner, "limit": group, "lease": lease_seconds},
     ).all()
-    if not rows:
-        return None
     rows = sorted(rows, key=lambda row: row.id)
-    return Lease(owner, stage, rows[0].recipe_id, tuple(r.id for r in rows), tuple(r.subject for r in rows))
+    return Lease(owner, stage, head.recipe_id, tuple(r.id for r in rows), tuple(r.subject for r in rows))
 
+
+# Two statements, each a walk along the index ``work_claimable``. In one, joined to its own head, the planner reads the
+# ledger from its beginning for every claim. The head is locked, so that there is something left to pick.
+_HEAD = text(
+    """
+    SELECT recipe_id, priority, attempts FROM curator.work
+    WHERE stage = :stage AND kind = :kind AND state = 'ready' AND not_before <= clock_timestamp()
+    ORDER BY priority, attempts, recipe_id DESC, id LIMIT 1 FOR UPDATE SKIP LOCKED
+    """
+)
 
 _CLAIM = text(
     """
-    WITH head AS (
-        SELECT recipe_id, priority, attempts FROM curator.work
+    WITH picked AS (
+        SELECT id FROM curator.work
         WHERE stage = :stage AND kind = :kind AND state = 'ready' AND not_before <= clock_timestamp()
-        ORDER BY priority, attempts, id LIMIT 1
-    ), picked AS (
-        SELECT w.id FROM curator.work w, head
-        WHERE w.stage = :stage AND w.kind = :kind AND w.state = 'ready' AND w.not_before <= clock_timestamp()
-          AND w.recipe_id = head.recipe_id AND w.priority = head.priority AND w.attempts = head.attempts
-        ORDER BY w.id
-        LIMIT (SELECT CASE attempts WHEN 0 THEN :limit WHEN 1 THEN greatest(1, :limit / 16) ELSE 1 END FROM head)
-        FOR UPDATE OF w SKIP LOCKED
+          AND recipe_id = :recipe_id AND priority = :priority AND attempts = :attempts
+        ORDER BY id LIMIT :limit FOR UPDATE SKIP LOCKED
     )
     UPDATE curator.work w
     SET state = 'leased', owner = :owner, leased_at = clock_timestamp(),
         lease_until = clock_timestamp() + make_interval(secs => :lease)
     FROM picked WHERE w.id = picked.id
-    RETURNING w.id, w.subject, w.recipe_id
+    RETURNING w.id, w.subject
     """
 )
 
@@ -271,9 +278,13 @@ def blocked(connection: Connection) -> str | None:
 
 
 def claimable(connection: Connection) -> list[Stage]:
-    """The stages that have work nobody holds."""
+    """The stages that have work nobody holds. One look into the index for each: a count would read all that waits."""
     rows = connection.scalars(
-        text("SELECT DISTINCT stage FROM curator.work WHERE state = 'ready' AND not_before <= clock_timestamp()")
+        text(
+            "SELECT stage FROM unnest(CAST(:stages AS text[])) stage WHERE EXISTS (SELECT FROM curator.work w"
+            " WHERE w.stage = stage AND w.state = 'ready' AND w.not_before <= clock_timestamp())"
+        ),
+        {"stages": list(Stage)},
     )
     return [Stage(stage) for stage in rows]
 

@@ -141,7 +141,7 @@ def upgrade() -> None:
     op.create_index(
         "work_claimable",
         "work",
-        ["stage", "priority", "attempts", "id"],
+        ["stage", "kind", "priority", "attempts", sa.text("recipe_id DESC"), "id"],
         unique=False,
         schema="curator",
         postgresql_where=sa.text("state = 'ready'"),
