@@ -93,8 +93,8 @@ def claim(connection: Connection, stage: Stage, limit: int, lease_seconds: float
     return Lease(owner, stage, head.recipe_id, tuple(r.id for r in rows), tuple(r.subject for r in rows))
 
 
-# Two statements, each a walk along the index ``work_claimable``. In one, joined to its own head, the planner reads the
-# ledger from its beginning for every claim. The head is locked, so that there is something left to pick.
+# Two statements, each a walk along ``work_claimable``. In one, joined to its own head, the planner reads the ledger from
+# its beginning for every claim. The head is locked, so that there is something left to pick.
 _HEAD = text(
     """
     SELECT recipe_id, priority, attempts FROM curator.work
@@ -105,17 +105,16 @@ _HEAD = text(
 
 _CLAIM = text(
     """
-    WITH picked AS (
+    UPDATE curator.work
+    SET state = 'leased', owner = :owner, leased_at = clock_timestamp(),
+        lease_until = clock_timestamp() + make_interval(secs => :lease)
+    WHERE id = ANY(ARRAY(
         SELECT id FROM curator.work
         WHERE stage = :stage AND kind = :kind AND state = 'ready' AND not_before <= clock_timestamp()
           AND recipe_id = :recipe_id AND priority = :priority AND attempts = :attempts
         ORDER BY id LIMIT :limit FOR UPDATE SKIP LOCKED
-    )
-    UPDATE curator.work w
-    SET state = 'leased', owner = :owner, leased_at = clock_timestamp(),
-        lease_until = clock_timestamp() + make_interval(secs => :lease)
-    FROM picked WHERE w.id = picked.id
-    RETURNING w.id, w.subject
+    ))
+    RETURNING id, subject
     """
 )
 
@@ -278,11 +277,20 @@ def blocked(connection: Connection) -> str | None:
 
 
 def claimable(connection: Connection) -> list[Stage]:
-    """The stages that have work nobody holds. One look into the index for each: a count would read all that waits."""
+    """The stages that have work nobody holds.
+
+    One look into ``work_claimable`` for each. Without an order to be kept, the planner reads the table in the hope of
+    meeting some soon.
+    """
     rows = connection.scalars(
         text(
-            "SELECT stage FROM unnest(CAST(:stages AS text[])) stage WHERE EXISTS (SELECT FROM curator.work w"
-            " WHERE w.stage = stage AND w.state = 'ready' AND w.not_before <= clock_timestamp())"
+            """
+            SELECT s FROM unnest(CAST(:stages AS text[])) s CROSS JOIN LATERAL (
+                SELECT FROM curator.work w
+                WHERE w.stage = s AND w.state = 'ready' AND w.not_before <= clock_timestamp()
+                ORDER BY w.kind, w.priority, w.attempts, w.recipe_id DESC, w.id LIMIT 1
+            ) first
+            """
         ),
         {"stages": list(Stage)},
     )
