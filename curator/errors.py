@@ -95,6 +95,13 @@ class DatabaseDown(DependencyDown):
     hint = "Start it, or correct [database] url (`curator doctor` checks it). With an empty url curator runs its own."
 
 
+class BadDatabaseUrl(UsageError):
+    """[database] url is not an address of a PostgreSQL database: {reason}"""
+
+    code = "CUR-DB-004"
+    hint = "Write it as postgresql://USER:PASSWORD@HOST:PORT/DATABASE, or leave it empty for the embedded one."
+
+
 class SchemaBehind(UsageError):
     """The database schema is at revision {found}, this curator needs {needed}."""
 
@@ -642,6 +649,20 @@ class EmptyValidation(UsageError):
 
     code = "CUR-VAL-001"
     hint = "Give a file with one trusted JSON record on each line."
+
+
+class BrokenTrusted(UsageError):
+    """{n} lines of {path} cannot be read; the first is line {position}: {code} {detail}"""
+
+    code = "CUR-VAL-006"
+    hint = "Mend or remove them: what everything is measured against should not be half a file."
+
+
+class NoSuchValidationSet(UsageError):
+    """There is no validation set {name!r}{version}."""
+
+    code = "CUR-VAL-007"
+    hint = "`curator validation list` shows the sets there are, with their versions."
 
 
 class MissingSliceField(UsageError):

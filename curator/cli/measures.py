@@ -9,7 +9,7 @@ import click
 
 from curator.cli.invocation import Invocation, pass_invocation
 from curator.cli.output import Form, rows_options, say, show
-from curator.errors import NothingAccepted
+from curator.errors import BrokenTrusted, NothingAccepted
 
 if TYPE_CHECKING:
     from curator.settings import Settings
@@ -116,19 +116,45 @@ def _reach(references: int, fdr: float, slices: int) -> str:
 
 
 def _trusted(settings: Settings, file: Path) -> list[Record]:
-    """The records of a trusted file; a line that cannot be read is said, not passed over."""
+    """The records of a trusted file, all of them or none."""
     from curator.sources.jsonl import open_records
-    from curator.types import Record
+    from curator.types import Record, Refusal
 
-    records = []
-    for item in open_records(file, settings.limits, any_shape=settings.workload.kind == "torch"):
-        if isinstance(item, Record):
-            records.append(item)
-        else:
-            say(f"warning: line {item.position} is left out: {item.code} {item.detail}")
-    if not records:
+    items = list(open_records(file, settings.limits, any_shape=settings.workload.kind == "torch"))
+    refused = [item for item in items if isinstance(item, Refusal)]
+    if refused:
+        worst = refused[0]
+        raise BrokenTrusted(n=len(refused), path=file, position=worst.position, code=worst.code, detail=worst.detail)
+    if not items:
         raise NothingAccepted(path=file)
-    return records
+    return [item for item in items if isinstance(item, Record)]
+
+
+@validation.command("remove")
+@click.argument("name")
+@pass_invocation
+def remove_validation(here: Invocation, name: str) -> None:
+    """Stop measuring against NAME; its scores stay readable, and `use` brings it back."""
+    from curator.stages import recipes
+    from curator.store import engine
+
+    with here.runtime() as opened, engine.begin(opened.engine) as connection:
+        recipes.remove_validation(connection, opened.settings, name)
+    say(f"validation set {name} is no longer in use")
+
+
+@validation.command("use")
+@click.argument("name")
+@click.argument("version", type=int)
+@pass_invocation
+def use_validation(here: Invocation, name: str, version: int) -> None:
+    """Measure against VERSION of NAME again; `list` shows the versions."""
+    from curator.stages import recipes
+    from curator.store import engine
+
+    with here.runtime() as opened, engine.begin(opened.engine) as connection:
+        recipes.use_validation(connection, opened.settings, name, version)
+    say(f"version {version} of validation set {name} is in use")
 
 
 @validation.command("list")

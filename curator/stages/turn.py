@@ -108,7 +108,8 @@ class Turn:
             work.fail(connection, lease, _described(error), counts=not operator)
         if operator and self.strict:
             raise error
-        log.error("%s: %s", lease.stage, _described(error), exc_info=None if operator else error)
+        known = isinstance(error, CuratorError)
+        log.error("%s: %s", lease.stage, _described(error), exc_info=None if known else error)
         return Counts(lost=len(lease))
 
 

@@ -53,7 +53,11 @@ def earlier_p_values(
 def reference_count(connection: Connection, set_id: int) -> int:
     """How many trusted references the p-values are ranks among."""
     n: int | None = connection.scalar(
-        text("SELECT count(*) FROM curator.reference_scores WHERE direction_set_id = :id"), {"id": set_id}
+        text(
+            "SELECT count(DISTINCT v.digest) FROM curator.reference_scores r"
+            " JOIN curator.validation_examples v ON v.id = r.validation_example_id WHERE r.direction_set_id = :id"
+        ),
+        {"id": set_id},
     )
     return n or 0
 
