@@ -45,9 +45,11 @@ def look(self: StageTask) -> str:
         if not found:
             return "nothing new"
         with begin(runtime.engine) as connection:
-            new = folders.open_files(connection, runtime.settings, shared.watcher, found)
+            new = folders.open_files(connection, found)
     except DependencyDown as error:
         log.warning("folders: %s", error)
         return "dependency down"
+    for folder, file, _, _ in found:
+        shared.watcher.note(folder, file)
     runtime.wake(Stage.EXAMPLES)
     return f"{new} files"

@@ -144,7 +144,7 @@ def record(connection: Connection, settings: Settings, batch: Batch, result: Res
     if result.ended:
         _end(connection, settings, batch, result)
     else:
-        work.give_back(connection, batch.lease)
+        work.go_on(connection, batch.lease)
     return counts
 
 
@@ -199,7 +199,8 @@ def _record_inbox(connection: Connection, settings: Settings, batch: Batch, resu
     """Rows of the inbox by source; each source's rows of one chunk are a batch of their own."""
     total = Counts()
     for source in sorted({name for name, _ in [*result.records, *result.refusals]}):
-        intake = examples.open_intake(connection, source, INBOX, b"")
+        # Locked: another process may be taking in rows of the same source.
+        intake = examples.intake(connection, examples.open_intake(connection, source, INBOX, b"").id)
         records = [r for name, r in result.records if name == source]
         refusals = [r for name, r in result.refusals if name == source]
         counts = _write(connection, settings, intake, records, refusals)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from sqlalchemy import Connection
 
 from curator.errors import DataError
-from curator.settings import Settings
 from curator.sources import folder, jsonl
 from curator.sources.folder import Look, Sighting
 from curator.stages import examples as stage
@@ -41,7 +42,7 @@ class Watcher:
         return self._key(path, name, now.files[name]) not in self.opened
 
     def note(self, path: str, file: Path) -> None:
-        """Remember that a file was opened as it is now."""
+        """Remember, once that is committed, that a file was opened as it is now."""
         name = file.relative_to(path).as_posix()
         self.opened.add(self._key(path, name, self.looks[path].files[name]))
 
@@ -54,24 +55,26 @@ def settled_files(watcher: Watcher, folders: list[tuple[str, str]]) -> list[tupl
     """Complete files of all folders: (folder, file, source, digest). No transaction is open: this reads the disk."""
     found = []
     for path, source in folders:
-        try:
+        with _warned():
             for file, beneath in watcher.settled(path):
-                found.append((path, file, source or beneath or source_name(file), jsonl.file_digest(file)))
-        except DataError as error:
-            log.warning("%s", error)
+                with _warned():
+                    found.append((path, file, source or beneath or source_name(file), jsonl.file_digest(file)))
     return found
 
 
-def open_files(
-    connection: Connection, settings: Settings, watcher: Watcher, found: list[tuple[str, Path, str, bytes]]
-) -> int:
+@contextmanager
+def _warned() -> Iterator[None]:
+    """A folder or file that cannot be read is no matter to its neighbours, and is looked at again."""
+    try:
+        yield
+    except DataError as error:
+        log.warning("%s", error)
+
+
+def open_files(connection: Connection, found: list[tuple[str, Path, str, bytes]]) -> int:
     """Open each as an intake; returns how many were new to the database."""
-    new = 0
-    for path, file, source, digest in found:
-        intake = stage.open_file(connection, file, source, digest)
-        watcher.note(path, file)
-        new += intake.state == "reading"
-    return new
+    intakes = [stage.open_file(connection, file, source, digest) for _, file, source, digest in found]
+    return sum(intake.state == "reading" for intake in intakes)
 
 
 def watch(connection: Connection, path: Path, source: str) -> None:

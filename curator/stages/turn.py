@@ -4,6 +4,8 @@ What an exception means is decided here, for all stages:
 
 * DependencyDown: nobody's fault. The lease goes back (or ends by itself) and the caller tries again later.
 * UsageError: the operator has to mend something. The work waits, with the message where ``status`` shows it.
+* anything that ``load`` raises: no record has been looked at yet. A checkpoint that cannot be read, or a device without
+  memory, is for the operator to mend too.
 * anything else: the work is suspected, returned, and tried again in a smaller group (``store.work.claim``).
 """
 
@@ -76,18 +78,21 @@ class Turn:
         return total
 
     def once(self, stage: StageModule) -> Counts | None:
-        """One batch; None when there was nothing to claim."""
+        """One batch; None when there was nothing to claim, or nothing can be done before the operator mends it."""
         with begin(self.engine) as connection:
             batch = stage.claim(connection, self.settings)
         if batch is None:
             return None
-        with heartbeat(self.engine, batch.lease, self.settings.limits.lease_seconds):
-            try:
-                result = stage.compute(self._tools(stage, batch), batch)
-            except Exception as error:  # noqa: BLE001 - whatever it is, the lease goes back; see above
-                return self._returned(batch.lease, error)
-        with begin(self.engine) as connection:
-            return stage.record(connection, self.settings, batch, result)
+        loaded = False
+        try:
+            with heartbeat(self.engine, batch.lease, self.settings.limits.lease_seconds):
+                tools = self._tools(stage, batch)
+                loaded = True
+                result = stage.compute(tools, batch)
+            with begin(self.engine) as connection:
+                return stage.record(connection, self.settings, batch, result)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the lease goes back; see above
+            return self._returned(batch.lease, error, suspected=loaded and not isinstance(error, UsageError))
 
     def _tools(self, stage: StageModule, batch: Batch) -> Any:
         kind = batch.tools[0]
@@ -98,19 +103,17 @@ class Turn:
             self.kept[kind] = batch.tools, tools
         return tools
 
-    def _returned(self, lease: Lease, error: Exception) -> Counts:
+    def _returned(self, lease: Lease, error: Exception, suspected: bool) -> Counts | None:
         if isinstance(error, DependencyDown):
             with begin(self.engine) as connection:
                 work.give_back(connection, lease)
             raise error
-        operator = isinstance(error, UsageError)
         with begin(self.engine) as connection:
-            work.fail(connection, lease, _described(error), counts=not operator)
-        if operator and self.strict:
+            work.fail(connection, lease, _described(error), counts=suspected)
+        if self.strict and not suspected:
             raise error
-        known = isinstance(error, CuratorError)
-        log.error("%s: %s", lease.stage, _described(error), exc_info=None if known else error)
-        return Counts(lost=len(lease))
+        log.error("%s: %s", lease.stage, _described(error), exc_info=None if isinstance(error, CuratorError) else error)
+        return Counts(lost=len(lease)) if suspected else None
 
 
 def _described(error: Exception) -> str:

@@ -149,8 +149,8 @@ def open_batch(connection: Connection, intake_id: int, limit: int) -> int:
         return found
     made = connection.scalar(
         text(
-            "INSERT INTO curator.batches (intake_id, ordinal) SELECT :id, count(*) FROM curator.batches"
-            " WHERE intake_id = :id RETURNING id"
+            "INSERT INTO curator.batches (intake_id, ordinal) SELECT :id, coalesce(max(ordinal) + 1, 0)"
+            " FROM curator.batches WHERE intake_id = :id RETURNING id"
         ),
         {"id": intake_id},
     )

@@ -115,6 +115,8 @@ batches = Table(
     Column("closed", Boolean, nullable=False, server_default=text("false")),
     _now("opened_at"),
     UniqueConstraint("intake_id", "ordinal"),
+    # One batch of an intake is open at a time; an inbox has as many closed ones as it has had deliveries.
+    Index("batches_one_open", "intake_id", unique=True, postgresql_where=text("NOT closed")),
     comment="Examples of one intake that are judged together: the family of the false discovery rate.",
 )
 

@@ -93,8 +93,8 @@ def claim(connection: Connection, stage: Stage, limit: int, lease_seconds: float
     return Lease(owner, stage, head.recipe_id, tuple(r.id for r in rows), tuple(r.subject for r in rows))
 
 
-# Two statements, each a walk along ``work_claimable``. In one, joined to its own head, the planner reads the ledger from
-# its beginning for every claim. The head is locked, so that there is something left to pick.
+# Two statements, each a walk along ``work_claimable``. In one, joined to its own head, the planner reads the ledger
+# from its beginning for every claim. The head is locked, so that there is something left to pick.
 _HEAD = text(
     """
     SELECT recipe_id, priority, attempts FROM curator.work
@@ -156,6 +156,17 @@ def give_back(connection: Connection, lease: Lease) -> int:
         ),
         {"ids": list(lease.work_ids), "owner": lease.owner},
     ).rowcount
+
+
+def go_on(connection: Connection, lease: Lease) -> None:
+    """Return a lease after part of its work was done and recorded: earlier deaths are forgiven.
+
+    A long file is one piece of work. Else three deaths in as many days would end it, however far it has come.
+    """
+    connection.execute(
+        text("UPDATE curator.work SET attempts = 0, last_error = NULL WHERE id = ANY(:ids)"), {"ids": [*lease.work_ids]}
+    )
+    give_back(connection, lease)
 
 
 def fail(connection: Connection, lease: Lease, error: str, *, counts: bool = True) -> int:

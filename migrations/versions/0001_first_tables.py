@@ -255,6 +255,14 @@ def upgrade() -> None:
         schema="curator",
         comment="Examples of one intake that are judged together: the family of the false discovery rate.",
     )
+    op.create_index(
+        "batches_one_open",
+        "batches",
+        ["intake_id"],
+        unique=True,
+        schema="curator",
+        postgresql_where=sa.text("NOT closed"),
+    )
     op.create_table(
         "curvatures",
         sa.Column("recipe_id", sa.BigInteger(), nullable=False),
