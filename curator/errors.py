@@ -509,11 +509,32 @@ class UnknownSelection(UsageError):
     hint = "`curator select --budget N` makes one; `curator valuable` shows the names of those there are."
 
 
+class NoSuchSource(UsageError):
+    """Nothing has come from a source {name!r}.{suggestion}"""
+
+    code = "CUR-SRC-001"
+    hint = "`curator sql 'SELECT DISTINCT source FROM curator.source_influence'` lists those with scores."
+
+
+class NoSuchSlice(UsageError):
+    """No validation set has a slice {name!r}.{suggestion}"""
+
+    code = "CUR-VAL-008"
+    hint = "`curator sql 'SELECT DISTINCT slice FROM curator.source_influence'` lists those with scores."
+
+
 class UnknownRefusal(UsageError):
     """There is no refused record {given}."""
 
     code = "CUR-QRN-001"
     hint = "`curator quarantine list` prints their numbers."
+
+
+class NothingToRetry(UsageError):
+    """Nothing was offered again: {reason}."""
+
+    code = "CUR-QRN-002"
+    hint = "A line that was refused never became an example: mend its file and ingest it again."
 
 
 # --- examples and verdicts --------------------------------------------------------------------------------
@@ -554,7 +575,7 @@ class FactoryFailed(UsageError):
     """The factory {factory!r} raised at {where}"""
 
     code = "CUR-WRK-004"
-    hint = "Correct the line named in the message; --debug prints the whole traceback."
+    hint = "Correct the line named in the message; a running daemon reads it after `curator down` and `curator up`."
 
 
 class WorkloadIncomplete(UsageError):
@@ -568,7 +589,7 @@ class WorkloadFailed(DataError):
     """The workload's `{step}` raised at {where}"""
 
     code = "CUR-WRK-006"
-    hint = "Correct the line named in the message; --debug prints the whole traceback."
+    hint = "Correct the line named in the message; a running daemon reads it after `curator down` and `curator up`."
 
 
 class RecordUnusable(DataError):
@@ -725,6 +746,13 @@ class NoSuchFile(UsageError):
 
     code = "CUR-INP-001"
     hint = "Name existing JSONL files, plain or gzip; `curator watch DIR` takes a whole folder."
+
+
+class IsADirectory(UsageError):
+    """{path} is a directory."""
+
+    code = "CUR-INP-002"
+    hint = "`curator watch {path}` takes in every file that appears there; `curator ingest` takes the files themselves."
 
 
 class NothingAccepted(UsageError):

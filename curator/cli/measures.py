@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,8 +81,9 @@ def validation() -> None:
 @click.argument("name")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--slice", "field", default="", help="A field of the records that names their slice.")
+@click.option("--check/--no-check", default=True, show_default=True, help="Try the model on a few of the records.")
 @pass_invocation
-def add_validation(here: Invocation, name: str, file: Path, field: str) -> None:
+def add_validation(here: Invocation, name: str, file: Path, field: str, check: bool) -> None:
     """Register the trusted examples of FILE as NAME.
 
     Part of each slice gives the direction of influence; the rest is kept aside as references, which say how bad
@@ -102,6 +106,20 @@ def add_validation(here: Invocation, name: str, file: Path, field: str) -> None:
         say(f"warning: {leaks} validation examples are also training data; their influence says nothing")
     if waiting:
         say("next: curator checkpoint add NAME PATH")
+    elif check:
+        _try(settings)
+
+
+def _try(settings: Settings) -> None:
+    """Run the user's model on a few trusted records now, while whoever wrote it is looking.
+
+    In a process of its own: it needs torch, and this command line must not. The set is registered either way.
+    """
+    environment = {**os.environ, "CURATOR_PROJECT": str(settings.project)}
+    done = subprocess.run([sys.executable, "-m", "workers.check"], env=environment, cwd=settings.project, check=False)
+    if done.returncode:
+        say("the validation set is registered; mend this, then `curator doctor` tries again")
+        raise click.exceptions.Exit(done.returncode)
 
 
 def _reach(references: int, fdr: float, slices: int) -> str:

@@ -15,11 +15,12 @@ def scores_of_batch(connection: Connection, batch_id: int, recipe_id: int, set_i
             text(
                 """
                 SELECT e.id, s.p_value, s.normalised, s.influence, s.stderr, f.verdict AS former,
-                       coalesce(v.review <> 'undo', false) AS reviewed
+                       coalesce(v.review, 'undo') <> 'undo' OR coalesce(r.review, 'undo') <> 'undo' AS reviewed
                 FROM curator.examples e
                 JOIN curator.scores s ON s.example_id = e.id AND s.recipe_id = :recipe_id
                 LEFT JOIN curator.verdicts_in_force f ON f.example_id = e.id
                 LEFT JOIN curator.verdicts v ON v.id = f.verdict_id
+                LEFT JOIN curator.verdicts r ON r.id = v.restores
                 WHERE e.batch_id = :batch_id AND s.direction_set_id = :set_id
                 ORDER BY e.id
                 """
@@ -65,7 +66,7 @@ def reference_count(connection: Connection, set_id: int) -> int:
 def append(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> int:
     """Append verdicts and put them in force. A delivery that repeats one changes nothing.
 
-    A row has: example_id, verdict, reason, review, note, actor, policy, recipe_id, direction_set_id, ordinal,
+    A row has: example_id, verdict, reason, review, restores, note, actor, policy, recipe_id, direction_set_id, ordinal,
     influence, stderr, p_value, q_value. ``previous`` is read here, in the same statement.
     """
     return sum(_append_one(connection, row) for row in rows)
@@ -78,10 +79,10 @@ def _append_one(connection: Connection, row: Mapping[str, Any]) -> int:
 _APPEND = text(
     """
     WITH spoken AS (
-        INSERT INTO curator.verdicts (example_id, verdict, previous, reason, review, note, actor, policy, recipe_id,
-                                      direction_set_id, ordinal, influence, stderr, p_value, q_value)
+        INSERT INTO curator.verdicts (example_id, verdict, previous, reason, review, restores, note, actor, policy,
+                                      recipe_id, direction_set_id, ordinal, influence, stderr, p_value, q_value)
         SELECT :example_id, :verdict, (SELECT verdict FROM curator.verdicts_in_force WHERE example_id = :example_id),
-               :reason, :review, :note, :actor, :policy, :recipe_id, :direction_set_id, :ordinal,
+               :reason, :review, :restores, :note, :actor, :policy, :recipe_id, :direction_set_id, :ordinal,
                :influence, :stderr, :p_value, :q_value
         ON CONFLICT DO NOTHING
         RETURNING id, example_id, verdict
@@ -115,21 +116,37 @@ def note_judged(
 
 
 def in_force(connection: Connection, example_id: int) -> Row[Any] | None:
-    """The verdict in force on an example, locked, with its columns."""
-    return connection.execute(
+    """The verdict in force on an example: where it was an undo, the one that undo restored. None: there is none.
+
+    The example stays locked until the transaction ends, so two reviews take turns.
+    """
+    row = connection.execute(
         text(
-            "SELECT v.* FROM curator.verdicts_in_force f JOIN curator.verdicts v ON v.id = f.verdict_id"
-            " WHERE f.example_id = :id FOR UPDATE OF f"
+            "SELECT v.id, v.review, v.restores FROM curator.verdicts_in_force f"
+            " JOIN curator.verdicts v ON v.id = f.verdict_id WHERE f.example_id = :id FOR UPDATE OF f"
         ),
         {"id": example_id},
     ).one_or_none()
+    return None if row is None else _meant(connection, row.id)
 
 
-def said_before(connection: Connection, example_id: int, verdict_id: int) -> Row[Any] | None:
-    """The verdict that was in force before another one."""
+def in_force_before(connection: Connection, verdict: Row[Any]) -> Row[Any] | None:
+    """What was in force when a verdict was given."""
+    number = connection.scalar(
+        text("SELECT max(id) FROM curator.verdicts WHERE example_id = :example AND id < :id"),
+        {"example": verdict.example_id, "id": verdict.id},
+    )
+    return None if number is None else _meant(connection, number)
+
+
+def _meant(connection: Connection, verdict_id: int) -> Row[Any] | None:
+    """A verdict, or the one it restores; an undo never restores another undo, so one step is enough."""
     return connection.execute(
-        text("SELECT * FROM curator.verdicts WHERE example_id = :id AND id < :before ORDER BY id DESC LIMIT 1"),
-        {"id": example_id, "before": verdict_id},
+        text(
+            "SELECT * FROM curator.verdicts WHERE id ="
+            " (SELECT CASE review WHEN 'undo' THEN restores ELSE id END FROM curator.verdicts WHERE id = :id)"
+        ),
+        {"id": verdict_id},
     ).one_or_none()
 
 
