@@ -72,7 +72,9 @@ def norm(G: ByLayer) -> float:
 def kept(G_OI: Floats, mask: LayerMask) -> Floats:
     """The kept entries, picked from the full gradient one by one."""
     rows, columns = mask.coordinates()
-    return np.array([mask.scale * G_OI[o, i] for o, i in zip(rows.tolist(), columns.tolist(), strict=True)])
+    scale_k = np.broadcast_to(np.asarray(mask.scale, np.float64), len(rows))
+    cells = zip(rows.tolist(), columns.tolist(), scale_k.tolist(), strict=True)
+    return np.array([scale * G_OI[o, i] for o, i, scale in cells])
 
 
 def shuffled(raw: Sequence[int], n: int) -> list[int]:
@@ -82,6 +84,19 @@ def shuffled(raw: Sequence[int], n: int) -> list[int]:
         j = i + x * (n - i) // 2**64
         items[i], items[j] = items[j], items[i]
     return items[: len(raw)]
+
+
+def priority_sample(u: Sequence[float], weight: Sequence[float], m: int) -> tuple[list[int], list[float]]:
+    """The m smallest u/w, one candidate at a time, and min(1, w tau) with tau the next."""
+    keys = sorted((x / w, j) for j, (x, w) in enumerate(zip(u, weight, strict=True)))
+    tau = keys[m][0] if m < len(keys) else np.inf
+    return [j for _, j in keys[:m]], [min(1.0, weight[j] * tau) for _, j in keys[:m]]
+
+
+def energy(gradients_N: Sequence[Floats]) -> Floats:
+    """Mean of the squared entries of one layer's gradients, each scaled to length 1."""
+    squares = [g**2 / (g**2).sum() if np.any(g) else np.zeros_like(g) for g in gradients_N]
+    return np.asarray(np.mean(squares, axis=0))
 
 
 # --- curvature ----------------------------------------------------------------------------------------------
