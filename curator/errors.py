@@ -236,6 +236,30 @@ class InputOverwritten(UsageError):
     )
 
 
+class LayerUnsupported(UsageError):
+    """Layer {layer} cannot be captured: {reason}."""
+
+    code = "CUR-MOD-007"
+    hint = 'Leave it out ([gradients] layers = ["*", "!{layer}"]); its weight then counts as frozen.'
+
+
+class CalledWithoutGradient(UsageError):
+    """These layers ran, but only under torch.no_grad, so no gradient reached them: {layers}."""
+
+    code = "CUR-MOD-008"
+    hint = (
+        "Checkpointing with use_reentrant=True does this where a segment's inputs need no gradient: use "
+        "use_reentrant=False or model.enable_input_require_grads(). Else leave the layers out."
+    )
+
+
+class BadRowIndex(UsageError):
+    """The index of rows must hold an example from -1 (none) to {last} for each row; it is {found}."""
+
+    code = "CUR-MOD-009"
+    hint = "`examples_of_rows` takes one integer a row of the tensors that the layers see, in their order."
+
+
 class MaskTooLarge(UsageError):
     """Layer {layer} cannot keep {kept} entries: its gradient has {entries}."""
 
