@@ -21,6 +21,7 @@ layer, under the first one's name.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -39,7 +40,7 @@ from curator.errors import ExamplesCoupled, LayerNotFound, LayerUnsupported
 MOST_GROUPS = 8
 """A convolution of more groups is not captured: every group's output gradients carry the other groups' zeros."""
 
-COMPILED = "_orig_mod."
+COMPILED = re.compile(r"(^|\.)_orig_mod\b")
 """What torch.compile puts into the names of the modules it wraps."""
 
 
@@ -140,7 +141,8 @@ def find_layers(model: nn.Module, patterns: Sequence[str] = ("*",), bias: bool =
         LayerNotFound: a pattern matches nothing, or nothing is left.
         LayerUnsupported: a pattern names a module that cannot be captured.
     """
-    named = {name.replace(COMPILED, ""): m for name, m in model.named_modules(remove_duplicate=False)}
+    # A wrapper comes before what it wraps, which takes its place.
+    named = {COMPILED.sub("", name).lstrip("."): m for name, m in model.named_modules(remove_duplicate=False)}
     spelled = {pattern for pattern in patterns if pattern in named}
     for name in spelled:
         if reason := refusal(named[name]):
