@@ -281,6 +281,20 @@ class UnknownCurvature(UsageError):
     hint = "Set the curvature to one of: {known}."
 
 
+class UnknownCompression(UsageError):
+    """There is no code of kind {kind!r}; known: {known}."""
+
+    code = "CUR-NUM-030"
+    hint = "Set the recipe's code to one of: {known}."
+
+
+class CodeTooWide(UsageError):
+    """A code cannot hold {width} numbers: the mask keeps {entries} entries."""
+
+    code = "CUR-NUM-031"
+    hint = "Set code_dimension between 1 and {entries}, or keep more entries."
+
+
 class UnknownMeasurement(UsageError):
     """There is no measurement {measurement!r}; known: {known}."""
 

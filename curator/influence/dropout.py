@@ -185,7 +185,7 @@ def priority_sample(name: str, weight_N: Floats, m: int) -> tuple[NDArray[np.int
 
     Duffield, Lund & Thorup, JACM 54 (2007), section 1.1; see the head of this module. Takes O(N) time and memory.
     """
-    x_N = np.random.Philox(key=_key(name), counter=0).random_raw(len(weight_N))
+    x_N = stream(name, len(weight_N))
     key_N = ((x_N >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53 / weight_N
     order = np.argsort(key_N, kind="stable")
     kept = order[:m].astype(np.int64)
@@ -193,8 +193,10 @@ def priority_sample(name: str, weight_N: Floats, m: int) -> tuple[NDArray[np.int
     return kept, np.minimum(weight_N[kept] * tau, 1.0)
 
 
-def _key(name: str) -> int:
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:16], "little")
+def stream(name: str, count: int) -> NDArray[np.uint64]:
+    """The first ``count`` raw 64-bit numbers of a name: steps 1 and 2 of the head of this module."""
+    key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:16], "little")
+    return np.asarray(np.random.Philox(key=key, counter=0).random_raw(count), dtype=np.uint64)
 
 
 def _grid(n_out: int, n_in: int, kept: int) -> tuple[int, int]:
@@ -209,7 +211,7 @@ def _grid(n_out: int, n_in: int, kept: int) -> tuple[int, int]:
 
 def shuffled_prefix(name: str, n: int, m: int) -> NDArray[np.int64]:
     """The first m of a shuffle of 0 .. n-1, in O(m) time and memory (a layer may have 10^8 entries)."""
-    raw = np.random.Philox(key=_key(name), counter=0).random_raw(m).tolist()
+    raw = stream(name, m).tolist()
     moved: dict[int, int] = {}
     prefix = np.empty(m, dtype=np.int64)
     for i, x in enumerate(raw):

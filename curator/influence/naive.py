@@ -130,6 +130,42 @@ def _outer(a_TI: Floats, d_TO: Floats, angular: bool) -> Floats:
     return d_TO.T @ d_TO / (square if square > 0 else 1.0)
 
 
+# --- codes --------------------------------------------------------------------------------------------------
+
+
+def sjlt(bucket_sK: ArrayLike, sign_sK: ArrayLike, width: int) -> Floats:
+    """The transform as an explicit (C, K) matrix."""
+    bucket, sign = np.asarray(bucket_sK), np.asarray(sign_sK, np.float64)
+    S = np.zeros((width, bucket.shape[1]))
+    for r, j in np.ndindex(*bucket.shape):
+        S[bucket[r, j], j] += sign[r, j] / np.sqrt(len(bucket))
+    return S
+
+
+def principal_projector(rows: Sequence[Floats], width: int) -> Floats:
+    """The projector onto the leading directions of a sample, by a singular value decomposition."""
+    _, _, v = np.linalg.svd(np.stack(rows), full_matrices=False)
+    return np.asarray(v[:width].T @ v[:width])
+
+
+def rank_one(G: Floats) -> Floats:
+    """The nearest matrix of rank one."""
+    u, s, v = np.linalg.svd(G)
+    return np.asarray(s[0] * np.outer(u[:, 0], v[0]))
+
+
+def signs(y: Floats) -> Floats:
+    """One number at a time."""
+    scale = float(np.mean(np.abs(y)))
+    return np.array([scale if value >= 0 else -scale for value in y])
+
+
+def inverse_root(F: Floats, damping: float) -> Floats:
+    """(F + damping tr(F)/k)^-1/2."""
+    values, vectors = np.linalg.eigh(damped(F, damping))
+    return np.asarray((vectors / np.sqrt(values)) @ vectors.T)
+
+
 # --- scores -------------------------------------------------------------------------------------------------
 
 
@@ -182,3 +218,17 @@ def temperature(loss_N: ArrayLike) -> float:
     m = [-np.log(np.expm1(x)) for x in np.asarray(loss_N, dtype=np.float64)]
     tried = np.geomspace(0.05, 20, 4000)
     return float(tried[np.argmin([np.mean([np.log1p(np.exp(-x / t)) for x in m]) for t in tried])])
+
+
+def linear_datamodelling(score_NV: Floats, kept_MN: Floats, outcome_MV: Floats) -> Floats:
+    """One query and one subset at a time."""
+    found = []
+    for v in range(score_NV.shape[1]):
+        predicted = [sum(score_NV[n, v] for n in np.flatnonzero(kept)) for kept in kept_MN]
+        x, y = _rank(predicted), _rank(list(outcome_MV[:, v]))
+        found.append(np.corrcoef(x, y)[0, 1])
+    return np.array(found)
+
+
+def _rank(values: Sequence[float]) -> Floats:
+    return np.array([sum(b < a for b in values) + (1 + sum(b == a for b in values)) / 2 for a in values])

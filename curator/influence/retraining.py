@@ -45,13 +45,6 @@ def half_subsets(count: int, n: int, seed: int, share: float = 0.5) -> Bools:
     return np.asarray(order < round(share * n), dtype=np.bool_)
 
 
-def dropped(order_N: NDArray[np.int64], share: float) -> Bools:
-    """The subset without the first ``share`` of ``order_N``, (N,)."""
-    kept = np.ones(len(order_N), dtype=np.bool_)
-    kept[order_N[: round(share * len(order_N))]] = False
-    return kept
-
-
 def retrain(
     make: Callable[[], nn.Module], losses: Losses, data: tuple[Tensor, Tensor], kept_MN: Bools, how: Training, seed: int
 ) -> list[Stacked]:

@@ -13,13 +13,13 @@ from curator.influence import naive
 from curator.influence.dropout import (
     MASK_KINDS,
     LayerMask,
-    _key,
     budgets,
     draw,
     priority_sample,
     shuffled_prefix,
     split,
     split_by,
+    stream,
 )
 from curator.influence.energy import EnergySums
 
@@ -257,7 +257,7 @@ def test_the_weighted_stream_is_the_documented_one_on_every_machine():
 def test_priority_sampling_equals_one_candidate_at_a_time(n, data):
     m = data.draw(st.integers(0, n))
     weights = data.draw(st.lists(st.floats(0.1, 10), min_size=n, max_size=n))
-    raw = np.random.Philox(key=_key("any"), counter=0).random_raw(n).tolist()
+    raw = stream("any", n).tolist()
     u = [((x >> 11) + 0.5) / 2**53 for x in raw]
     kept, p = priority_sample("any", np.array(weights), m)
     expected_kept, expected_p = naive.priority_sample(u, weights, m)
