@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from curator.errors import CodeTooWide, UnknownCompression
-from curator.influence.curvature import Chunks, principal
+from curator.influence.curvature import Chunks, Whitening, principal
 from curator.influence.dropout import at_least_float32, stream
 
 CodeKind = Literal["none", "sjlt", "pca"]
@@ -172,6 +172,37 @@ def fit_code(kind: str, chunks: Chunks, width: int, seed: int) -> Code | None:
     if not 1 <= width <= entries:
         raise CodeTooWide(width=width, entries=entries)
     return Sjlt.draw(f"{seed}", entries, width)
+
+
+@dataclass(frozen=True)
+class FoldedCode:
+    """Whitening and a linear code as the one matrix they are, (K, C): what a recipe with a code applies and keeps."""
+
+    encoder_KC: Tensor
+
+    @classmethod
+    def fold(cls, whitening: Whitening, code: Code, entries: int) -> FoldedCode:
+        """Encode each kept entry's unit vector."""
+        device = next(iter(whitening.roots.values())).device
+        rows = torch.split(torch.eye(entries, device=device), GAUSSIAN_ROWS)
+        return cls(torch.cat([code.encode(whitening.apply(part)) for part in rows]))
+
+    @property
+    def width(self) -> int:
+        """C."""
+        return self.encoder_KC.shape[1]
+
+    def apply(self, g_BK: Tensor) -> Tensor:
+        """y_BC of kept gradients."""
+        return g_BK.to(self.encoder_KC.dtype) @ self.encoder_KC
+
+    def to(self, device: torch.device) -> FoldedCode:
+        """The same matrix on ``device``."""
+        return FoldedCode(self.encoder_KC.to(device))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As named tensors."""
+        return {"code": self.encoder_KC}
 
 
 def code_of(tensors: Mapping[str, Tensor]) -> Code:

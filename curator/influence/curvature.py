@@ -116,6 +116,10 @@ class Whitening:
         """w_BK = F^-1/2 g."""
         return torch.cat([times(g_BK[:, c], self.roots[n]) for n, c in self.slices.items()], dim=1)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """As named tensors."""
+        return {f"root/{n}": root for n, root in self.roots.items()}
+
     def to(self, device: torch.device) -> Whitening:
         """The same matrices on ``device``."""
         return Whitening(self.slices, {n: root.to(device) for n, root in self.roots.items()})
