@@ -17,13 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from curator.errors import LayersUnreached, NoCurvature, StateMismatch, UnknownRecipeField
+from curator.errors import LayersUnreached, NoCurvature, StateMismatch, UnknownCurvature, UnknownRecipeField
 from curator.influence import scoring
 from curator.influence.capture import KeptEntries, Layer, Reader, capture, each, find_layers
 from curator.influence.codes import FoldedCode, fit_code
 from curator.influence.confidence import calibrated_loss, fit_temperature, measurement_slope
 from curator.influence.curvature import Chunks, FisherSums, KroneckerRoots, KroneckerSums, Whitening
 from curator.influence.dropout import LayerMask, budgets, draw
+from curator.influence.ekfac import EigenvalueSums, bases
 from curator.influence.energy import EnergySums
 from curator.influence.exact import DirectionSums, ExactDirections, ExactScores
 from curator.influence.scoring import Directions
@@ -48,7 +49,8 @@ class RecipeSpec:
     ``kept`` fixes the budget of single layers. ``damping`` is relative to each block's mean eigenvalue.
     ``measurement`` is what the plain influence is an influence on: the ``margin`` of the validation examples, their
     ``calibrated`` loss, or their ``loss``; the normalised influence is the same for all three. ``exact`` fits the
-    Kronecker factors of the full layers too.
+    Kronecker factors of the full layers too; their ``exact_curvature`` is ``kfac``, or ``ekfac``, which takes one more
+    pass over the trusted data.
 
     ``importance`` draws the mask by measured gradients (``rms``) instead of evenly (``none``), ``budget`` shares
     ``dimension`` over the layers evenly (``uniform``) or by their part of the gradient's ``energy``; both take one
@@ -66,6 +68,7 @@ class RecipeSpec:
     measurement: str = "margin"
     bias: bool = False
     exact: bool = True
+    exact_curvature: str = "kfac"
     importance: str = "none"
     budget: str = "uniform"
     code: str = "none"
@@ -162,7 +165,7 @@ class Attributor:
 
     @classmethod
     def fit(cls, model: nn.Module, losses: Losses, trusted: Iterable[Any], spec: RecipeSpec) -> Attributor:
-        """Fit curvature and temperature on batches of TRUSTED data; one pass over them, unless the recipe asks for more.
+        """Fit curvature and temperature on batches of TRUSTED data: one pass, unless the recipe asks for more.
 
         Curvature of the arrivals themselves is the tempting wrong way: wrong labels dominate it, and preconditioning
         then hides them (METHOD, "The overconfidence trap": AUC .42-.55 against .97).
@@ -174,7 +177,7 @@ class Attributor:
             CodeTooWide: its code is wider than its mask.
         """
         layers = find_layers(model, spec.layers, spec.bias)
-        trusted = list(trusted) if _measures_energy(spec) or spec.code != "none" else trusted
+        trusted = list(trusted) if _takes_passes(spec) else trusted
         energy = _energy(model, layers, losses, trusted) if _measures_energy(spec) else None
         masks = {n: mask.to(_device_of(model)) for n, mask in draw_masks(layers, spec, energy).items()}
         fisher = FisherSums(_slices(masks), spec.curvature)
@@ -190,7 +193,7 @@ class Attributor:
             losses_N.append(loss_B.float().cpu())
         _check_fit(fisher, reached)
         temperature = fit_temperature(torch.cat(losses_N).double().numpy())
-        roots = kronecker.factors(spec.damping) if spec.exact else None
+        roots = _roots(model, layers, losses, trusted, kronecker, spec) if spec.exact else None
         whitening = fisher.whitening(spec.damping)
         code = fit_code(spec.code, _whitened(model, layers, losses, trusted, masks, whitening), *_of_code(spec))
         folded = FoldedCode.fold(whitening, code, sum(mask.kept for mask in masks.values())) if code else whitening
@@ -322,6 +325,28 @@ def draw_masks(layers: Sequence[Layer], spec: RecipeSpec, energy: EnergySums | N
 
 def _measures_energy(spec: RecipeSpec) -> bool:
     return spec.importance == "rms" or spec.budget == "energy"
+
+
+def _takes_passes(spec: RecipeSpec) -> bool:
+    return _measures_energy(spec) or spec.code != "none" or spec.exact_curvature != "kfac"
+
+
+def _roots(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    losses: Losses,
+    trusted: Iterable[Any],
+    kronecker: KroneckerSums,
+    spec: RecipeSpec,
+) -> KroneckerRoots:
+    if spec.exact_curvature == "kfac":
+        return kronecker.factors(spec.damping)
+    if spec.exact_curvature != "ekfac":
+        raise UnknownCurvature(kind=spec.exact_curvature, known="kfac, ekfac")
+    sums = EigenvalueSums(bases(kronecker), kronecker.angular)
+    for batch in trusted:
+        capture(model, layers, lambda batch=batch: losses(model, batch), sums)  # type: ignore[misc]
+    return sums.roots(spec.damping)
 
 
 def _of_code(spec: RecipeSpec) -> tuple[int, int]:

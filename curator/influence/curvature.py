@@ -325,30 +325,51 @@ class KroneckerSums:
 
 @dataclass(frozen=True)
 class KroneckerRoots:
-    """A^-1/2 (I, I) and S^-1/2 (O, O) by layer; a vector is a diagonal."""
+    """A^-1/2 (I, I) and S^-1/2 (O, O) by layer; a vector is a diagonal.
+
+    Or, with ``corrections`` R (O, I), their eigenvectors: then W = R o (Q_S^T G Q_A) (``curator.influence.ekfac``).
+    """
 
     inputs: Mapping[str, Tensor]
     outputs: Mapping[str, Tensor]
+    corrections: Mapping[str, Tensor] = field(default_factory=dict)
 
     def whiten(self, layer: Layer, a_BTI: Tensor, d_BTO: Tensor) -> tuple[Tensor, Tensor]:
         """A^-1/2 a and S^-1/2 d: the factors of the whitened full gradient."""
         A, S = self.inputs[layer.name], self.outputs[layer.name]
         return times(a_BTI, A), times(d_BTO, S)
 
+    def square_B(self, layer: Layer, a_BTI: Tensor, d_BTO: Tensor) -> Tensor:
+        """|W|^2 of each example, (B,), from the factors that ``whiten`` gives."""
+        if (R_OI := self.corrections.get(layer.name)) is None:
+            return ghost_inner(a_BTI, d_BTO)
+        if a_BTI.shape[1] == 1:
+            return ((d_BTO[:, 0].square() @ R_OI.square()) * a_BTI[:, 0].square()).sum(dim=1)
+        # A weight on each entry has no ghost: the rotated gradient is formed, one example at a time.
+        norms = [((d.T @ a) * R_OI).square().sum() for a, d in zip(a_BTI, d_BTO, strict=True)]
+        return torch.stack(norms) if norms else a_BTI.new_zeros(0)
+
+    def corrected(self, layer: Layer, U: Tensor) -> Tensor:
+        """R o U: makes <U, W> a product with the rotated gradient, and a sum of rotated gradients one of W."""
+        return U * self.corrections[layer.name].to(U.dtype) if layer.name in self.corrections else U
+
     def to(self, device: torch.device) -> KroneckerRoots:
         """The same matrices on ``device``."""
         return KroneckerRoots(
-            {n: t.to(device) for n, t in self.inputs.items()}, {n: t.to(device) for n, t in self.outputs.items()}
+            {n: t.to(device) for n, t in self.inputs.items()},
+            {n: t.to(device) for n, t in self.outputs.items()},
+            {n: t.to(device) for n, t in self.corrections.items()},
         )
 
     def tensors(self) -> dict[str, Tensor]:
         """As named tensors."""
-        return {f"in/{n}": t for n, t in self.inputs.items()} | {f"out/{n}": t for n, t in self.outputs.items()}
+        named = {"in": self.inputs, "out": self.outputs, "correction": self.corrections}
+        return {f"{part}/{n}": t for part, by_layer in named.items() for n, t in by_layer.items()}
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> KroneckerRoots:
         """Back from ``tensors``."""
-        return cls(_under("in/", tensors), _under("out/", tensors))
+        return cls(*(_under(part, tensors) for part in ("in/", "out/", "correction/")))
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

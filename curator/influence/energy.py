@@ -37,7 +37,7 @@ class EnergySums:
         fine_B = square_B.isfinite() & (square_B > 0)
         a, d = at_least_float32(a_BTI[fine_B]), at_least_float32(d_BTO[fine_B])
         d = d / square_B[fine_B].sqrt()[:, None, None].to(d.dtype)
-        self.entries[layer.name] = self.entries.get(layer.name, 0) + _squares(a, d)
+        self.entries[layer.name] = self.entries.get(layer.name, 0) + squares(a, d)
 
     def close(self) -> None:
         """End a batch."""
@@ -58,8 +58,8 @@ def _plus(left: Mapping[str, Any], right: Mapping[str, Any]) -> dict[str, Any]:
     return {**left, **right, **both}
 
 
-def _squares(a_BTI: Tensor, d_BTO: Tensor) -> Tensor:
-    """Sum over examples of (sum_t d_t a_t^T)^2, entry by entry; with one position, a product of squares."""
+def squares(a_BTI: Tensor, d_BTO: Tensor) -> Tensor:
+    """Sum over examples, (O, I), of (sum_t d_t a_t^T)^2, entry by entry; with one position, a product of squares."""
     if a_BTI.shape[1] == 1:
         return d_BTO[:, 0].double().square().T @ a_BTI[:, 0].double().square()
     total = torch.zeros(d_BTO.shape[2], a_BTI.shape[2], dtype=torch.float64, device=a_BTI.device)

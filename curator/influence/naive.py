@@ -125,6 +125,18 @@ def kronecker(pairs: Sequence[tuple[Floats, Floats]], damping: float, angular: b
     return np.asarray(np.kron(damped(S, damping), damped(A, damping)), dtype=np.float64)
 
 
+def corrected_kronecker(
+    pairs: Sequence[tuple[Floats, Floats]], gradients_N: Sequence[Floats], damping: float, angular: bool
+) -> Floats:
+    """EK-FAC of one layer as one (O I) x (O I) matrix: KFAC's eigenvectors, second moments along each of them."""
+    A = np.mean([np.outer(a, a) for a in np.concatenate([a for a, _ in pairs])], axis=0)
+    S = np.mean([_outer(a, d, angular) for a, d in pairs], axis=0)
+    Q = np.kron(np.linalg.eigh(S)[1], np.linalg.eigh(A)[1])
+    rows = [g.ravel() / (np.linalg.norm(g) if angular and np.any(g) else 1.0) for g in gradients_N]
+    values = np.mean([(Q.T @ g) ** 2 for g in rows], axis=0)
+    return np.asarray(Q @ np.diag(values + damping * values.mean()) @ Q.T)
+
+
 def _outer(a_TI: Floats, d_TO: Floats, angular: bool) -> Floats:
     square = float(((d_TO.T @ a_TI) ** 2).sum()) if angular else 1.0
     return d_TO.T @ d_TO / (square if square > 0 else 1.0)
