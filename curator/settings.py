@@ -153,7 +153,7 @@ def find_project(start: Path, environ: Mapping[str, str]) -> Path:
         NoProject: there is none.
     """
     if named := environ.get("CURATOR_PROJECT"):
-        start = Path(named)
+        start = Path(named).parent if Path(named).name == FILE_NAME else Path(named)
         candidates = [start]
     else:
         candidates = [start, *start.resolve().parents]
@@ -209,6 +209,7 @@ def _from_toml(path: Path) -> Iterator[tuple[str, tuple[object, str]]]:
 
 
 def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, tuple[object, str]]]:
+    _refuse_misspelt(environ)
     for section, key, _ in known():
         name = f"CURATOR_{section}_{key}".upper()
         if name in environ:
@@ -221,6 +222,16 @@ def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, tuple[o
                 raise BadSetting(
                     key=f"{section}.{key}", value=str(path), origin=f"{name}_FILE", expected="a readable file"
                 ) from None
+
+
+def _refuse_misspelt(environ: Mapping[str, str]) -> None:
+    """A variable that begins like a setting and is none would be passed over in silence."""
+    names = [f"CURATOR_{section}_{key}".upper() for section, key, _ in known()]
+    for name in environ:
+        plain = name.removesuffix("_FILE")
+        begins = plain.startswith(tuple(f"CURATOR_{section}_".upper() for section in SECTIONS))
+        if plain not in names and (begins or difflib.get_close_matches(plain, names, n=1, cutoff=0.9)):
+            raise UnknownSetting(where="The environment", key=name, suggestion=_nearest(plain, names))
 
 
 def _nearest(word: str, choices: typing.Iterable[str]) -> str:

@@ -20,7 +20,7 @@ import click
 from curator import __version__
 from curator.cli.invocation import Invocation
 from curator.errors import CuratorError
-from curator.views.text import inert
+from curator.views.text import inert, nearest
 
 # name -> (where it is, its line in `curator --help`), in the order of the path. The only list of commands there is.
 COMMANDS: Final[Mapping[str, tuple[str, str]]] = {
@@ -136,17 +136,15 @@ def _leave_pipe() -> None:
 
 
 def _nearest(word: str) -> str:
-    import difflib
-
-    match = difflib.get_close_matches(word, COMMANDS, n=1)
-    return f" Did you mean {match[0]!r}?" if match else ""
+    match = nearest(word, COMMANDS)
+    return f" Did you mean {match!r}?" if match else ""
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--project",
     type=click.Path(path_type=Path),
-    help="Directory of curator.toml. [default: $CURATOR_PROJECT, else the nearest upward]",
+    help="Directory of curator.toml, or that file. [default: $CURATOR_PROJECT, else the nearest upward]",
 )
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 @click.version_option(__version__, prog_name="curator")
@@ -154,7 +152,7 @@ def _nearest(word: str) -> str:
 def main(ctx: click.Context, project: Path | None, debug: bool) -> None:
     """Find out which of the data that just came in helps the next training run, and which harms it."""
     _never_fail_to_print()
-    ctx.obj = Invocation(project, debug)
+    ctx.obj = Invocation(project.parent if project and project.name == "curator.toml" else project, debug)
 
 
 def _never_fail_to_print() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,6 +10,7 @@ import click
 
 from curator import errors
 from curator.cli.output import Form, facts, rows_options, show
+from curator.views.text import nearest
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,26 @@ def _leaves(error: type[errors.CuratorError]) -> Iterator[type[errors.CuratorErr
 
 def _code(leaf: type[errors.CuratorError]) -> Code:
     kind = next((words for branch, words in KINDS.items() if issubclass(leaf, branch)), "one of a kind")
-    return Code(leaf.code, leaf.template(), leaf.hint, leaf.exit_code, kind)
+    return Code(leaf.code, _in_words(leaf.template()), _in_words(leaf.hint), leaf.exit_code, kind)
+
+
+def _in_words(template: str) -> str:
+    """A message with NAME for what is only known when it is raised; a suggestion is not always made."""
+    spaced = template.replace("}{", "} {").replace(" {suggestion}", "").replace("{suggestion}", "")
+    return re.sub(r"\{(\w+)[^}]*\}", lambda field: field[1].upper(), spaced)
+
+
+def known_code(given: str) -> Code:
+    """The code a user means, in capitals or not.
+
+    Raises:
+        UnknownCode: there is none, with the nearest that there is.
+    """
+    known = codes()
+    if found := known.get(given.upper()):
+        return found
+    near = nearest(given.upper(), known)
+    raise errors.UnknownCode(given=given, suggestion=f" Did you mean {near}?" if near else "")
 
 
 @click.command()
@@ -53,13 +73,10 @@ def _code(leaf: type[errors.CuratorError]) -> Code:
 @rows_options
 def explain(code: str | None, form: Form) -> None:
     """Explain an error code; without CODE, list all of them."""
-    known = codes()
     if code is None:
-        show(known.values(), form, columns=("code", "message"))
+        show(codes().values(), form, columns=("code", "message"))
         return
-    if (found := known.get(code.upper())) is None:
-        near = difflib.get_close_matches(code.upper(), known, n=1)
-        raise errors.UnknownCode(given=code, suggestion=f" Did you mean {near[0]}?" if near else "")
+    found = known_code(code)
     if form is Form.TEXT:
         facts(
             {"code": found.code, "means": found.message, "fix": found.fix, "exit": found.exit_code, "kind": found.kind}

@@ -17,6 +17,8 @@ _SCORES = (
     "slice", "normalised_influence", "exact_influence", "influence", "stderr", "percentile", "harm", "p_value",
 )  # fmt: skip
 
+_INGREDIENTS = ("slice", "evidence", "value", "deviations", "weight", "part")
+
 
 @click.command()
 @click.argument("example")
@@ -31,6 +33,10 @@ def why(here: Invocation, example: str, pulls: int, neighbours: int, form: Form)
 
     Under each slice, the pulls of all validation examples add up to the normalised influence: negative ones say
     that training on EXAMPLE raises their loss.
+
+    Harm adds up three kinds of evidence, each in deviations from trusted examples: the part is deviations by weight,
+    and the largest part is what carried the harm. Values are as they are added: influence with its sign turned, the
+    logarithm of self-influence, and the log-odds against the record at its calibrated loss.
     """
     from curator.views import examples
 
@@ -70,8 +76,13 @@ def _print(why: Why) -> None:
             "text": why.preview,
         }
     )
+    several = len({score["validation_set"] for score in why.scores}) > 1
+    of_set = ("validation_set",) if several else ()
     _section("Scores (positive helps, negative harms)")
-    show(why.scores, Form.TEXT, _SCORES)
+    show(why.scores, Form.TEXT, (*of_set, *_SCORES))
+    if why.harm_from:
+        _section("What the harm is made of (deviations from trusted examples, higher is worse; the largest part leads)")
+        show(why.harm_from, Form.TEXT, (*of_set, *_INGREDIENTS))
     _section("Controls (percentile: share of arrivals below it)")
     show(({"control": n, "value": why.controls.get(n), "percentile": why.controls.get(f"{n}_percentile")}
           for n in _CONTROLS), Form.TEXT)  # fmt: skip

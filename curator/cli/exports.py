@@ -63,7 +63,7 @@ def report(here: Invocation, out: Path) -> None:
     from curator.views import report as view
 
     with here.reading() as connection:
-        found = view.report(connection)
+        found = view.report(connection, here.settings().project.name)
     page.write(found, out)
     for warning in found.warnings:
         say(f"! {warning}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import os
 import sys
 import time
 from pathlib import Path
@@ -12,14 +14,18 @@ import click
 
 from curator.cli.invocation import Invocation, pass_invocation
 from curator.cli.output import Form, rows_options, say, show
-from curator.errors import NoSuchFile
+from curator.errors import IsADirectory, NoSuchFile
+from curator.views.text import place
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from curator.runtime import Runtime
     from curator.settings import Settings
-    from curator.store.examples import IntakeCounts
+    from curator.store.examples import Intake, IntakeCounts
+
+EXIT_FINDINGS = 1
+DAY = 86_400
 
 
 @click.command()
@@ -32,52 +38,100 @@ def ingest(here: Invocation, files: tuple[Path, ...], source: str, form: Form) -
 
     What is broken is quarantined with its line and reason, and never stops the rest. A file that was taken in before
     is known by its content; one that was half taken in goes on where it was.
+
+    Exits with 1 when a file is damaged or nothing in it could be taken; refused lines alone leave it 0.
     """
     settings = here.settings()
     paths = [_spooled(settings) if str(file) == "-" else _existing(file) for file in files]
     with here.runtime() as opened:
-        numbers = _open(opened, paths, source or ("stdin" if files == (Path("-"),) else ""))
-        counts = _read_all(opened, numbers)
-    show(counts, form)
-    accepted = sum(row.accepted + row.duplicates for row in counts)
-    refused = sum(row.refused for row in counts)
-    if refused:
+        intakes = _open(opened, paths, source)
+        before = {intake.origin for intake in intakes if intake.state != "reading"}
+        counts = _read_all(opened, [intake.id for intake in intakes])
+        _clear_spool(opened)
+    show([_shown(row, row.file in before) for row in counts], form)
+    if refused := sum(row.refused for row in counts if row.file not in before):
         say(f"{refused} records were refused: curator quarantine list")
-    if not accepted:
-        say("warning: nothing was accepted")
+    if [problem for row in counts for problem in _said(row, row.file in before)]:
+        raise click.exceptions.Exit(EXIT_FINDINGS)
+
+
+def _shown(row: IntakeCounts, before: bool) -> IntakeCounts:
+    """A row as the user knows it: `known` is what was taken in by an earlier command, with the counts of that time."""
+    state = "known" if before and row.state == "complete" else row.state
+    return dataclasses.replace(row, file=place(row.file), state=state)
+
+
+def _said(row: IntakeCounts, before: bool) -> list[str]:
+    """Tell what is odd about a file; return what of that is a reason to fail."""
+    file = place(row.file)
+    if before:
+        say(f"{file} was taken in before; nothing is new")
+    problems = []
+    if row.state == "damaged":
+        problems.append(f"{file} is damaged and was not read to its end: {row.detail}")
+    if not row.accepted + row.duplicates:
+        problems.append(f"nothing in {file} could be taken in")
+    for problem in problems:
+        say(problem)
+    return problems
 
 
 def _existing(file: Path) -> Path:
+    if file.is_dir():
+        raise IsADirectory(path=file)
     if not file.is_file():
         raise NoSuchFile(path=file)
     return file.resolve()
 
 
 def _spooled(settings: Settings) -> Path:
-    """Standard input as a file named by its content, so that a crash in the middle can go on."""
+    """Standard input as a file named by its content, so that a crash in the middle can go on.
+
+    Whoever pipes records in does not expect a copy that others can read.
+    """
     folder = settings.home / "spool"
     folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
     digest = hashlib.sha256()
     part = folder / f"stdin-{time.time_ns()}.part"
-    with part.open("wb") as out:
+    with open(part, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as out:
         while block := sys.stdin.buffer.read(1 << 20):
             digest.update(block)
             out.write(block)
     return part.rename(folder / f"{digest.hexdigest()}.jsonl")
 
 
-def _open(opened: Runtime, paths: Sequence[Path], source: str) -> list[int]:
+def _clear_spool(opened: Runtime) -> None:
+    """Remove the copies of standard input that are in, and what a killed command left behind."""
+    from curator.store import engine, reads
+
+    copies = {str(copy): copy for copy in (opened.settings.home / "spool").glob("*.jsonl")}
+    with engine.read(opened.engine) as connection:
+        ended = reads.ended(connection, list(copies))
+    old = [part for part in (opened.settings.home / "spool").glob("*.part") if time.time() - _changed(part) > DAY]
+    for copy in (*(copies[origin] for origin in ended), *old):
+        copy.unlink(missing_ok=True)
+
+
+def _changed(file: Path) -> float:
+    try:
+        return file.stat().st_mtime
+    except FileNotFoundError:  # its owner has just named it
+        return time.time()
+
+
+def _open(opened: Runtime, paths: Sequence[Path], source: str) -> list[Intake]:
     from curator.sources import jsonl
     from curator.stages import examples, folders
     from curator.store import engine
 
-    numbers = []
+    intakes = []
     for path in paths:
         digest = jsonl.file_digest(path)
+        named = source or ("stdin" if place(str(path)) == "stdin" else folders.source_name(path))
         with engine.begin(opened.engine) as connection:
-            intake = examples.open_file(connection, path, source or folders.source_name(path), digest)
-        numbers.append(intake.id)
-    return numbers
+            intakes.append(examples.open_file(connection, path, named, digest))
+    return intakes
 
 
 def _read_all(opened: Runtime, numbers: Sequence[int]) -> list[IntakeCounts]:

@@ -42,17 +42,44 @@ class Form(StrEnum):
     CSV = "csv"
 
 
+def one_of(name: str, choices: Mapping[str, tuple[object, str]], default: object = None) -> Callable[[F], F]:
+    """Give a command flags of which one at most may be given; it receives the value of that one as ``name``.
+
+    Click's own ``flag_value`` lets the last one win, and who wrote two would not hear of it.
+
+    Args:
+        name: the argument.
+        choices: flag -> (its value, its words in the help).
+        default: the value when none is given.
+    """
+
+    def choose(context: click.Context, option: click.Parameter, given: bool) -> None:
+        context.params.setdefault(name, default)
+        if given:
+            if (other := context.meta.get(f"curator.{name}")) is not None:
+                raise click.UsageError(f"{other} and {option.opts[0]} exclude each other.")
+            context.meta[f"curator.{name}"] = option.opts[0]
+            context.params[name] = choices[option.opts[0]][0]
+
+    def decorate(command: F) -> F:
+        for flag, (_, words) in reversed(list(choices.items())):
+            command = click.option(flag, is_flag=True, expose_value=False, callback=choose, help=words)(command)
+        return command
+
+    return decorate
+
+
 def rows_options(command: F) -> F:
     """Give a command ``--json``, ``--jsonl`` and ``--csv``; it receives ``form``."""
-    for form, words in reversed(
-        (
-            (Form.JSON, "Rows as one JSON array."),
-            (Form.JSONL, "Rows as JSON, one a line."),
-            (Form.CSV, "Rows as CSV; cells that would be formulas are defused."),
-        )
-    ):
-        command = click.option(f"--{form}", "form", flag_value=form, type=Form, default=Form.TEXT, help=words)(command)
-    return command
+    return one_of(
+        "form",
+        {
+            "--json": (Form.JSON, "Rows as one JSON array."),
+            "--jsonl": (Form.JSONL, "Rows as JSON, one a line."),
+            "--csv": (Form.CSV, "Rows as CSV; cells that would be formulas are defused."),
+        },
+        Form.TEXT,
+    )(command)
 
 
 def show(rows: Iterable[object], form: Form, columns: Sequence[str] = ()) -> None:
@@ -155,7 +182,9 @@ def _write_csv(rows: Iterable[Row]) -> None:
 
 
 def defused(value: object) -> object:
-    """A CSV cell: numbers as they are, text inert and never a formula."""
+    """A CSV cell: numbers as they are, yes and no as JSON has them, text inert and never a formula."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
     if value is None or isinstance(value, (int, float, Decimal)):
         return value
     text = value.isoformat() if isinstance(value, datetime.datetime) else inert(_as_text(value), keep="\n")

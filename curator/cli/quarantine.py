@@ -6,7 +6,8 @@ import click
 
 from curator.cli.invocation import Invocation, pass_invocation
 from curator.cli.output import Form, facts, rows_options, say, show
-from curator.errors import UnknownRefusal
+from curator.errors import NothingToRetry, UnknownRefusal
+from curator.views.text import place
 
 _COLUMNS = ("quarantine_id", "source", "origin", "position", "code", "detail")
 
@@ -24,11 +25,15 @@ def quarantine() -> None:
 @pass_invocation
 def list_(here: Invocation, source: str | None, code: str | None, limit: int, form: Form) -> None:
     """List refused records, latest first."""
+    from curator.cli.codes import known_code
     from curator.store import reads
+    from curator.views import names
 
+    known = known_code(code).code if code else None
     with here.reading() as connection:
-        rows = reads.quarantined(connection, source, code, limit or None)
-    show((row._mapping for row in rows), form, _COLUMNS)
+        names.require_source(connection, source)
+        rows = reads.quarantined(connection, source, known, limit or None)
+    show(({**row._mapping, "origin": row.origin and place(row.origin)} for row in rows), form, _COLUMNS)
     if not rows:
         say("no refused records")
 
@@ -38,14 +43,14 @@ def list_(here: Invocation, source: str | None, code: str | None, limit: int, fo
 @rows_options
 @pass_invocation
 def show_(here: Invocation, number: int, form: Form) -> None:
-    """Show one refused record, with what was kept of its bytes and what its code means."""
+    """Show one refused record: where it came from, what was kept of it, and what its code means."""
     from curator.store import reads
 
     with here.reading() as connection:
         found = reads.refusal(connection, number)
     if found is None:
         raise UnknownRefusal(given=number)
-    row = {**found._mapping, "raw": _readable(found.raw)}
+    row = {**found._mapping, "origin": found.origin and place(found.origin), "raw": _readable(found.raw)}
     if form is Form.TEXT:
         facts({**row, "explained": f"curator explain {found.code}"})
     else:
@@ -60,7 +65,8 @@ def show_(here: Invocation, number: int, form: Form) -> None:
 def retry(here: Invocation, numbers: tuple[int, ...], everything: bool, code: str | None) -> None:
     """Offer examples that were given up again, by their NUMBERS or all of them.
 
-    A line that was refused never became an example: mend its file and ingest it again.
+    A line that was refused never became an example: mend its file and ingest it again. Exits with 2 when nothing could
+    be offered again.
     """
     if bool(numbers) == everything:
         raise click.UsageError("Say which: NUMBERS of `curator quarantine list`, or --all.")
@@ -72,7 +78,11 @@ def retry(here: Invocation, numbers: tuple[int, ...], everything: bool, code: st
             n = retries.retry(connection, numbers or None, code)
         if n and opened.daemon_runs:
             opened.wake(Stage.GRADIENTS, Stage.SCORES)
-    say(f"{n} examples are offered again" if n else "none of these is an example that was given up")
+    if not n:
+        raise NothingToRetry(reason=f"{'none of these' if numbers else 'no refused record'} is an example given up")
+    say("1 example is offered again" if n == 1 else f"{n} examples are offered again")
+    if left := len(set(numbers)) - n if numbers else 0:
+        say(f"{left} of the numbers {'names' if left == 1 else 'name'} no example that was given up")
 
 
 def _readable(raw: bytes | None) -> str | None:

@@ -16,17 +16,21 @@ from curator.cli.output import Form, cell, facts, rows_options, show
 def status(here: Invocation, form: Form) -> None:
     """Show where the work is: what has arrived, what became of it, what is left, and what is in the way.
 
-    --json, --jsonl and --csv give the rows of the view pipeline_status.
+    --json, --jsonl and --csv give all of it as one row; `curator sql` has the view pipeline_status.
     """
+    from curator.embedded.supervisor import daemon_status
+    from curator.store import engine
     from curator.views import status as view
 
-    with here.reading() as connection:
-        found = view.status(connection)
+    with here.runtime() as opened, engine.read(opened.engine) as connection:
+        settings = opened.settings
+        found = view.status(connection, daemon_status(settings.home), elsewhere=bool(settings.broker.url))
     if form is not Form.TEXT:
-        show(found.stages, form)
+        show([found], form)
         return
-    facts({f.name.replace("_", " "): getattr(found, f.name) for f in dataclasses.fields(found)
-           if f.name not in {"stages", "notes"}})  # fmt: skip
+    plain = {f.name.replace("_", " "): getattr(found, f.name) for f in dataclasses.fields(found)
+             if f.name not in {"stages", "notes", "daemon"}}  # fmt: skip
+    facts({"daemon": view.described(found.daemon), **plain})
     click.echo()
     show(found.stages, form)
     for note in found.notes:

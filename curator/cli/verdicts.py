@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import click
 
 from curator.cli.invocation import Invocation, pass_invocation, whoami
-from curator.cli.output import Form, rows_options, say, show
-from curator.types import Review
+from curator.cli.output import Form, one_of, rows_options, say, show
+from curator.types import Review, Verdict
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -38,9 +38,11 @@ def flagged(here: Invocation, source: str | None, slice_: str | None, limit: int
     q_value is the false discovery rate of the batch at which the example is just flagged.
     """
     from curator.store import reads
-    from curator.views import flags
+    from curator.views import flags, names
 
     with here.reading() as connection:
+        names.require_source(connection, source)
+        names.require_slice(connection, slice_)
         total = reads.flag_count(connection, source, slice_)
         show(flags.flagged(connection, source, slice_, limit or None), form, _FLAG)
     _say_how_many(total, limit, "flags")
@@ -55,9 +57,10 @@ def flagged(here: Invocation, source: str | None, slice_: str | None, limit: int
 @pass_invocation
 def valuable(here: Invocation, selection: str | None, limit: int, form: Form) -> None:
     """List the examples chosen for the next run, best first."""
-    from curator.views import flags
+    from curator.views import flags, names
 
     with here.reading() as connection:
+        names.require_selection(connection, selection)
         show(flags.valuable(connection, selection, limit or None), form, _CHOSEN)
 
 
@@ -70,10 +73,15 @@ def _say_how_many(total: int, limit: int, noun: str) -> None:
 
 @click.command()
 @click.argument("example")
-@click.option("--keep", "answer", flag_value=Review.KEEP, type=Review, help="It is fine: lift the flag.")
-@click.option("--drop", "answer", flag_value=Review.DROP, type=Review, help="It is bad: keep it out.")
-@click.option("--relabel", "answer", flag_value=Review.RELABEL, type=Review, help="Its label is wrong: keep it out.")
-@click.option("--undo", "answer", flag_value=Review.UNDO, type=Review, help="Take the last review back.")
+@one_of(
+    "answer",
+    {
+        "--keep": (Review.KEEP, "It is fine: lift the flag."),
+        "--drop": (Review.DROP, "It is bad: keep it out."),
+        "--relabel": (Review.RELABEL, "Its label is wrong: keep it out."),
+        "--undo": (Review.UNDO, "Take the last review back."),
+    },
+)
 @click.option("--note", help="Why; it stays in the history.")
 @click.option("--actor", help="Who says so. [default: $USER]")
 @pass_invocation
@@ -82,14 +90,13 @@ def review(here: Invocation, example: str, answer: Review | None, note: str | No
     if answer is None:
         raise click.UsageError("Say one of --keep, --drop, --relabel, --undo.")
     with here.writing() as connection:
-        number = _review(connection, example, answer, note, actor or whoami())
-    say(f"example {number}: {answer}")
+        number, verdict = _review(connection, example, answer, note, actor or whoami())
+    say(f"example {number}: {answer}; the verdict in force is now {verdict}")
 
 
-def _review(connection: Connection, example: str, answer: Review, note: str | None, actor: str) -> int:
+def _review(connection: Connection, example: str, answer: Review, note: str | None, actor: str) -> tuple[int, Verdict]:
     from curator.stages import verdicts
     from curator.views import examples
 
     number = examples.find(connection, example)
-    verdicts.review(connection, number, answer, note=note, actor=actor)
-    return number
+    return number, verdicts.review(connection, number, answer, note=note, actor=actor)

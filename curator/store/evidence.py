@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load
 from sqlalchemy import Connection, Row, text
 
 from curator.store.reads import Rows
@@ -100,6 +103,18 @@ def _cosines(blocks: list[int]) -> str:
     if len(products) == 1:
         return products[0]
     return f"SELECT example_id, sum(cosine) AS cosine FROM ({' UNION ALL '.join(products)}) p GROUP BY example_id"  # noqa: S608
+
+
+def harm_scales(connection: Connection, direction_set_id: int) -> dict[str, NDArray[np.float64]]:
+    """What harm is measured on, slices stacked in the order of the directions: ``centre`` and ``spread``, (S, C).
+
+    Not ``tensors.fetch``, which would read the directions as well, and those are as large as the model.
+    """
+    rows = connection.execute(
+        text("SELECT part, tensor FROM curator.direction_tensors WHERE direction_set_id = :id AND part LIKE 'harm/%'"),
+        {"id": direction_set_id},
+    )
+    return {part.removeprefix("harm/"): load(bytes(tensor))[""] for part, tensor in rows}
 
 
 def controls(connection: Connection, recipe_id: int, example_id: int) -> Row[Any] | None:

@@ -69,34 +69,60 @@ def p_values(connection: Connection, ordinal: int) -> Rows:
     )
 
 
+# Compressed and exact normalised influence are whitened by different curvatures: only their order can be compared.
+# Ranks as shares, 0 the lowest and 1 the highest; ties share theirs.
+_RANKED = f"""
+    SELECT example_id, flagged,
+           (rank() OVER (ORDER BY compressed) + (count(*) OVER (PARTITION BY compressed)) / 2.0::float8 - 1)
+           / count(*) OVER () AS compressed_rank,
+           (rank() OVER (ORDER BY exact) + (count(*) OVER (PARTITION BY exact)) / 2.0::float8 - 1)
+           / count(*) OVER () AS exact_rank
+    FROM ({_SCORED}) t WHERE exact IS NOT NULL
+"""  # noqa: S608 - the query above
+
+
 def agreement(connection: Connection, ordinal: int) -> Row[Any]:
-    """(n, spearman) of compressed and exact normalised influence; ties share their rank."""
+    """(n, spearman) of compressed and exact normalised influence."""
     return connection.execute(
-        text(
-            f"""
-            SELECT count(*) AS n, corr(compressed_rank, exact_rank) AS spearman
-            FROM (SELECT rank() OVER (ORDER BY compressed)
-                         + (count(*) OVER (PARTITION BY compressed) - 1) / 2.0::float8 AS compressed_rank,
-                         rank() OVER (ORDER BY exact)
-                         + (count(*) OVER (PARTITION BY exact) - 1) / 2.0::float8 AS exact_rank
-                  FROM ({_SCORED}) t WHERE exact IS NOT NULL) ranked
-            """  # noqa: S608
-        ),
+        text(f"SELECT count(*) AS n, corr(compressed_rank, exact_rank) AS spearman FROM ({_RANKED}) r"),  # noqa: S608
         {"ordinal": ordinal},
     ).one()
 
 
 def pairs(connection: Connection, ordinal: int, limit: int) -> Rows:
-    """(compressed, exact, flagged) of some examples: always the same ones, whatever their order of arrival."""
+    """(compressed_rank, exact_rank, flagged) of some examples: always the same, whatever their order of arrival."""
     return list(
         connection.execute(
             text(
-                f"SELECT compressed, exact, flagged FROM ({_SCORED}) t WHERE exact IS NOT NULL"  # noqa: S608
+                f"SELECT compressed_rank, exact_rank, flagged FROM ({_RANKED}) r"  # noqa: S608
                 " ORDER BY hashint8(example_id), example_id LIMIT :limit"
             ),
             {"ordinal": ordinal, "limit": limit},
         )
     )
+
+
+def baseline(connection: Connection, ordinal: int) -> Row[Any]:
+    """(n, mean, sd) of the normalised influence of a slice's trusted references: what harmless data scores.
+
+    The same mean as ``source_influence.trusted_influence``, with what an interval needs.
+    """
+    return connection.execute(
+        text(
+            """
+            SELECT count(x) AS n, avg(x) AS mean, stddev_samp(x) AS sd
+            FROM (SELECT s.normalised[d.ordinal] AS x
+                  FROM curator.directions d
+                  JOIN curator.direction_sets t ON t.id = d.direction_set_id AND t.in_use
+                  JOIN curator.recipes r ON r.id = t.recipe_id AND r.in_use
+                  JOIN curator.reference_scores s ON s.direction_set_id = t.id
+                  JOIN curator.validation_examples v ON v.id = s.validation_example_id
+                   AND v.slice = d.slice AND v.validation_set_id = d.validation_set_id
+                  WHERE d.ordinal = :ordinal) x
+            """
+        ),
+        {"ordinal": ordinal},
+    ).one()
 
 
 def sources(connection: Connection) -> Rows:
@@ -105,12 +131,14 @@ def sources(connection: Connection) -> Rows:
         connection.execute(
             text(
                 """
-                SELECT s.source, s.slice, s.n, s.mean_influence, s.ci_low, s.ci_high, s.flagged, s.flagged_share,
-                       s.mean_harm, c.loss, c.gradient_norm
+                SELECT s.source, s.validation_set, s.slice, s.n, s.mean_influence, s.ci_low, s.ci_high, s.flagged,
+                       s.flagged_share, s.mean_influence - s.trusted_influence AS beside_trusted, s.mean_harm,
+                       c.loss, c.gradient_norm
                 FROM curator.source_influence s
-                LEFT JOIN (SELECT source, slice, avg(loss) AS loss, avg(gradient_norm) AS gradient_norm
-                           FROM curator.influence_scores WHERE in_use GROUP BY source, slice) c USING (source, slice)
-                ORDER BY s.mean_influence, s.source, s.slice
+                LEFT JOIN (SELECT source, validation_set, slice, avg(loss) AS loss, avg(gradient_norm) AS gradient_norm
+                           FROM curator.influence_scores WHERE in_use GROUP BY source, validation_set, slice) c
+                       USING (source, validation_set, slice)
+                ORDER BY s.mean_influence, s.source, s.validation_set, s.slice
                 """
             )
         )

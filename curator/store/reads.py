@@ -113,6 +113,21 @@ def flag_count(connection: Connection, source: str | None = None, slice_: str | 
     return int(n or 0)
 
 
+def source_names(connection: Connection) -> list[str]:
+    """Every source that something has come from."""
+    return list(connection.scalars(text("SELECT name FROM curator.sources ORDER BY name")))
+
+
+def slice_names(connection: Connection) -> list[str]:
+    """Every slice that a validation set has or had: a flag may be of a former version."""
+    return list(connection.scalars(text("SELECT DISTINCT slice FROM curator.validation_examples ORDER BY slice")))
+
+
+def selection_names(connection: Connection) -> list[str]:
+    """Every selection that was made."""
+    return list(connection.scalars(text("SELECT name FROM curator.selections ORDER BY name")))
+
+
 def valuable(connection: Connection, selection: str | None, limit: int | None) -> Iterator[Row[Any]]:
     """What was chosen for the next run, selection by selection, best first."""
     return iter(
@@ -132,18 +147,29 @@ def valuable(connection: Connection, selection: str | None, limit: int | None) -
     )
 
 
+# An example that was given up came from somewhere too: where it was first met.
+_MET = """
+    LEFT JOIN LATERAL (SELECT i.origin, c.position
+                       FROM curator.occurrences c JOIN curator.intakes i ON i.id = c.intake_id
+                       WHERE c.example_id = r.example_id ORDER BY c.intake_id, c.position LIMIT 1) o ON true
+"""
+
+
 def quarantined(connection: Connection, source: str | None, code: str | None, limit: int | None) -> Rows:
     """Refused records, latest first."""
     return list(
         connection.execute(
             text(
-                """
-                SELECT quarantine_id, source, origin, position, code, detail, at, example_id
-                FROM curator.quarantined_records
-                WHERE (CAST(:source AS text) IS NULL OR source = :source)
-                  AND (CAST(:code AS text) IS NULL OR code = :code)
-                ORDER BY at DESC, quarantine_id DESC LIMIT :limit
-                """
+                f"""
+                SELECT r.quarantine_id, r.source, coalesce(r.origin, o.origin) AS origin,
+                       coalesce(r.position, o.position) AS position, r.code, r.detail, r.at, r.example_id
+                FROM (SELECT * FROM curator.quarantined_records
+                      WHERE (CAST(:source AS text) IS NULL OR source = :source)
+                        AND (CAST(:code AS text) IS NULL OR code = :code)
+                      ORDER BY at DESC, quarantine_id DESC LIMIT :limit) r
+                {_MET}
+                ORDER BY r.at DESC, r.quarantine_id DESC
+                """  # noqa: S608 - the join above
             ),
             {"source": source, "code": code, "limit": limit},
         )
@@ -154,24 +180,56 @@ def refusal(connection: Connection, quarantine_id: int) -> Row[Any] | None:
     """One refused record with what is kept of its bytes."""
     return connection.execute(
         text(
-            """
-            SELECT r.quarantine_id, r.source, r.origin, r.position, r.code, r.detail, r.at, r.example_id, q.raw
-            FROM curator.quarantined_records r JOIN curator.quarantine q ON q.id = r.quarantine_id
+            f"""
+            SELECT r.quarantine_id, r.source, coalesce(r.origin, o.origin) AS origin,
+                   coalesce(r.position, o.position) AS position, r.code, r.detail, r.at, r.example_id,
+                   coalesce(q.raw, convert_to(e.record::text, 'UTF8')) AS raw
+            FROM curator.quarantined_records r
+            JOIN curator.quarantine q ON q.id = r.quarantine_id
+            LEFT JOIN curator.examples e ON e.id = r.example_id
+            {_MET}
             WHERE r.quarantine_id = :id
-            """
+            """  # noqa: S608 - the join above
         ),
         {"id": quarantine_id},
     ).one_or_none()
 
 
 def quarantine_counts(connection: Connection) -> Rows:
-    """How many records were refused, by source and code."""
+    """How many records were refused, by source and code, with the last of each."""
     return list(
         connection.execute(
             text(
-                "SELECT source, code, count(*) AS n, min(detail) AS detail FROM curator.quarantined_records"
-                " GROUP BY source, code ORDER BY n DESC, code, source"
+                f"""
+                SELECT r.source, r.code, c.n, r.at, coalesce(r.origin, o.origin) AS origin,
+                       coalesce(r.position, o.position) AS position, r.detail
+                FROM (SELECT count(*) AS n, max(quarantine_id) AS last FROM curator.quarantined_records
+                      GROUP BY source, code) c
+                JOIN curator.quarantined_records r ON r.quarantine_id = c.last
+                {_MET}
+                ORDER BY c.n DESC, r.code, r.source
+                """  # noqa: S608 - the join above
             )
+        )
+    )
+
+
+def given_up(connection: Connection, example_id: int) -> Row[Any] | None:
+    """(code, detail) of an example that was given up."""
+    return connection.execute(
+        text("SELECT code, detail FROM curator.quarantine WHERE example_id = :id"), {"id": example_id}
+    ).one_or_none()
+
+
+def ended(connection: Connection, origins: list[str]) -> list[str]:
+    """Which of these files no intake will read again."""
+    return list(
+        connection.scalars(
+            text(
+                "SELECT origin FROM curator.intakes WHERE origin = ANY(:origins)"
+                " GROUP BY origin HAVING bool_and(state <> 'reading')"
+            ),
+            {"origins": origins},
         )
     )
 
@@ -189,6 +247,26 @@ def pipeline(connection: Connection) -> Rows:
             )
         )
     )
+
+
+def abandoned(connection: Connection) -> Rows:
+    """(stage, error, n) of the work that was given up, by what stopped it."""
+    return list(
+        connection.execute(
+            text(
+                "SELECT stage, coalesce(last_error, 'no message') AS error, count(*) AS n FROM curator.work"
+                " WHERE state = 'quarantined' GROUP BY 1, 2 ORDER BY 1, 3 DESC, 2"
+            )
+        )
+    )
+
+
+def held(connection: Connection) -> int:
+    """Pieces of work that somebody is at: leases that have not run out."""
+    n = connection.scalar(
+        text("SELECT count(*) FROM curator.work WHERE state = 'leased' AND lease_until > clock_timestamp()")
+    )
+    return int(n or 0)
 
 
 def totals(connection: Connection) -> Row[Any]:

@@ -11,7 +11,8 @@ from typing import Any
 from sqlalchemy import Connection, Row
 
 from curator.errors import AmbiguousExample, NoVector, UnknownExample
-from curator.store import evidence, reads
+from curator.influence import harm
+from curator.store import evidence, figures, reads
 from curator.views.text import preview
 
 
@@ -37,6 +38,23 @@ class Driven:
     up: tuple[Pull, ...]
     rest: float
     rest_n: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ingredient:
+    """One kind of evidence in a harm.
+
+    ``value`` is higher for worse; ``deviations`` is its distance from the middle of trusted examples, in their spread;
+    ``part`` is what it adds to the sum that harm is made from, so the largest part carried the harm.
+    """
+
+    validation_set: str
+    slice: str
+    evidence: str
+    value: float
+    deviations: float
+    weight: float
+    part: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +86,7 @@ class Why:
     state: str
     controls: dict[str, float | None]
     scores: tuple[dict[str, Any], ...]
+    harm_from: tuple[Ingredient, ...]
     driven_by: tuple[Driven, ...]
     neighbours: tuple[Neighbour, ...]
     history: tuple[dict[str, Any], ...]
@@ -106,6 +125,7 @@ def why(connection: Connection, example_id: int, *, pulls: int = 5, neighbours: 
     assert row is not None
     controls = evidence.controls(connection, footing.recipe_id, example_id)
     known = controls is not None and controls.state == "ok"
+    scores = tuple(dict(score._mapping) for score in reads.scores_of(connection, example_id))
     facts = {name: getattr(row, name) for name in ("external_id", "source", "arrived_at", "occurrences")}
     decision = {name: getattr(row, name) for name in ("verdict", "reason", "review", "q_value")}
     return Why(
@@ -113,9 +133,10 @@ def why(connection: Connection, example_id: int, *, pulls: int = 5, neighbours: 
         **facts,
         **decision,
         preview=preview(row.record, 400),
-        state="not computed yet" if controls is None else controls.state,
+        state=_state(connection, example_id, controls),
         controls=_numbers(controls),
-        scores=tuple(dict(score._mapping) for score in reads.scores_of(connection, example_id)),
+        scores=scores,
+        harm_from=_ingredients(connection, footing, scores),
         driven_by=_driven(connection, footing, example_id, pulls) if known else (),
         neighbours=similar(connection, example_id, neighbours) if known else (),
         history=tuple(dict(entry._mapping) for entry in reads.history(connection, example_id)),
@@ -131,7 +152,7 @@ def similar(connection: Connection, example_id: int, limit: int) -> tuple[Neighb
     recipe_id = reads.footing(connection).recipe_id
     controls = evidence.controls(connection, recipe_id, example_id)
     if controls is None or controls.state != "ok":
-        raise NoVector(example_id=example_id, state=controls.state if controls else "not computed yet")
+        raise NoVector(example_id=example_id, state=_state(connection, example_id, controls))
     return tuple(
         Neighbour(n.example_id, n.external_id, n.source, n.cosine, n.verdict, preview(n.record))
         for n in evidence.neighbours(connection, recipe_id, example_id, limit)
@@ -141,6 +162,42 @@ def similar(connection: Connection, example_id: int, limit: int) -> tuple[Neighb
 def _numbers(controls: Row[Any] | None) -> dict[str, float | None]:
     """Loss, norms and their percentiles: what a flag has to be more than."""
     return {} if controls is None else {key: value for key, value in controls._mapping.items() if key != "state"}
+
+
+def _state(connection: Connection, example_id: int, controls: Row[Any] | None) -> str:
+    """What became of the gradient; of an example that was given up, why."""
+    if given_up := reads.given_up(connection, example_id):
+        return f"given up: {given_up.code} {given_up.detail}"
+    return "not computed yet" if controls is None else str(controls.state)
+
+
+def _ingredients(connection: Connection, footing: Row[Any], scores: Sequence[dict[str, Any]]) -> tuple[Ingredient, ...]:
+    """What each harm is made of, on the scale of trusted examples: worst part first within a slice."""
+    scales = evidence.harm_scales(connection, footing.direction_set_id) if footing.direction_set_id else {}
+    if not scales:
+        return ()
+    ordinals = {(d.validation_set, d.slice): d.ordinal for d in figures.slices(connection)}
+    return tuple(
+        ingredient
+        for score in scores
+        if None not in (score["normalised_influence"], score["self_influence"], score["calibrated_loss"])
+        for ingredient in _of_harm(score, {p: a[ordinals[score["validation_set"], score["slice"]] - 1]
+                                           for p, a in scales.items()})
+    )  # fmt: skip
+
+
+def _of_harm(score: dict[str, Any], scale: dict[str, Any]) -> list[Ingredient]:
+    values_C = harm.evidence(
+        [score["normalised_influence"]], [score["self_influence"]], [score["calibrated_loss"]]
+    )[0]  # fmt: skip
+    deviations_C = (values_C - scale["centre"]) / scale["spread"]
+    parts_C = deviations_C * harm.WEIGHTS / harm.WEIGHTS.sum()
+    columns = (values_C.tolist(), deviations_C.tolist(), harm.WEIGHTS.tolist(), parts_C.tolist())
+    found = [
+        Ingredient(score["validation_set"], score["slice"], name, *row)
+        for name, row in zip(harm.EVIDENCE, zip(*columns, strict=True), strict=True)
+    ]
+    return sorted(found, key=lambda ingredient: -ingredient.part)
 
 
 def _driven(connection: Connection, footing: Row[Any], example_id: int, limit: int) -> tuple[Driven, ...]:

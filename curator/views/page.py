@@ -51,12 +51,13 @@ def render(report: Report) -> str:
         lstrip_blocks=True,
         finalize=_inert,
     )
-    environment.filters |= {"number": number, "moment": moment, "share": share, "plain": plain}
+    environment.filters |= {"number": number, "signed": signed, "moment": moment, "share": share, "plain": plain}
     environment.globals |= {
         "histogram": plots.histogram,
         "forest": plots.forest,
         "scatter": plots.scatter,
         "expected": expected,
+        "interval": interval,
     }
     return environment.get_template("page.html").render(report=report, plots=plots)
 
@@ -71,6 +72,16 @@ def number(value: float | None) -> str:
     if value is None:
         return "–"  # noqa: RUF001 - a dash for nothing
     return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
+
+
+def signed(value: float | None) -> str:
+    """A difference, with its sign in front."""
+    return number(value) if value is None else f"{value:+.3g}"
+
+
+def interval(low: float | None, high: float | None) -> str:
+    """Both ends; a dash for what too few examples cannot say."""
+    return number(None) if low is None or high is None else f"{low:.2g} to {high:.2g}"
 
 
 def plain(n: int) -> tuple[int, int]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-WIDTH, HEIGHT = 640, 240
-LEFT, RIGHT, TOP, BOTTOM = 56, 12, 10, 36
+# All plots are as wide as one another, so that their type is of one size.
+WIDTH, HEIGHT = 560, 240
+LEFT, RIGHT, TOP, BOTTOM = 56, 12, 10, 40
+# Of the forest: room for a name, and for the words on the right.
+NAME, NOTE = 165, 145
 ROW = 24
 SOURCES = 40
 
@@ -45,23 +48,24 @@ class Histogram:
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """One row of a forest plot."""
+    """One row of a forest plot; without ``low`` and ``high`` there are too few for an interval."""
 
     y: float
-    low: float
+    low: float | None
     middle: float
-    high: float
+    high: float | None
     label: str
     note: str
 
 
 @dataclass(frozen=True, slots=True)
 class Forest:
-    """Means with intervals, and where zero is."""
+    """Means with intervals, where zero is, and where the mean of trusted references is."""
 
     rows: tuple[Interval, ...]
     x_ticks: tuple[Tick, ...]
     zero: float
+    trusted: float | None
     height: float
     left_out: int
 
@@ -77,11 +81,12 @@ class Dot:
 
 @dataclass(frozen=True, slots=True)
 class Scatter:
-    """Two scores of the same examples, on equal axes."""
+    """Two ranks of the same examples, as shares on equal axes, in a square from ``left`` on."""
 
     dots: tuple[Dot, ...]
     x_ticks: tuple[Tick, ...]
     y_ticks: tuple[Tick, ...]
+    left: float
     side: float
 
 
@@ -106,56 +111,57 @@ def histogram(stacks: Sequence[tuple[int, int]], expected: float | None = None) 
     )
 
 
-def forest(rows: Sequence[Mapping[str, Any]]) -> Forest:
-    """Sources with their mean influence and interval; the worst when there are too many."""
+def forest(rows: Sequence[Mapping[str, Any]], trusted: float | None = None) -> Forest:
+    """Sources with their mean influence and interval, beside the mean of trusted references; the worst when many."""
     shown = rows[:SOURCES]
-    low = min([0.0, *(float(row["ci_low"]) for row in shown)])
-    high = max([0.0, *(float(row["ci_high"]) for row in shown)])
-    margin = (high - low or 1) * 0.05
-    low, high = low - margin, high + margin
-    left, right = 190, WIDTH - 110
-
-    def across(value: float) -> float:
-        return left + (value - low) / (high - low) * (right - left)
-
+    across, x_ticks = _forest_axis(shown, trusted)
     return Forest(
         rows=tuple(
             Interval(
                 y=TOP + ROW * (i + 0.5),
-                low=across(row["ci_low"]),
+                low=None if row["ci_low"] is None else across(row["ci_low"]),
                 middle=across(row["mean_influence"]),
-                high=across(row["ci_high"]),
+                high=None if row["ci_high"] is None else across(row["ci_high"]),
                 label=_short(str(row["source"])),
-                note=f"n {row['n']}, {row['flagged_share']:.1%} flagged",
+                note=f"{row['flagged_share']:.1%} of {row['n']:,}",
             )
             for i, row in enumerate(shown)
         ),
-        x_ticks=tuple(Tick(across(value), f"{value:g}") for value in ticks(low, high)),
+        x_ticks=x_ticks,
         zero=across(0.0),
+        trusted=None if trusted is None else across(trusted),
         height=TOP + ROW * len(shown) + BOTTOM,
         left_out=len(rows) - len(shown),
     )
 
 
+def _forest_axis(
+    rows: Sequence[Mapping[str, Any]], trusted: float | None
+) -> tuple[Callable[[float], float], tuple[Tick, ...]]:
+    ends = [row[name] for row in rows for name in ("ci_low", "mean_influence", "ci_high")]
+    values = [0.0, *(float(value) for value in (*ends, trusted) if value is not None)]
+    margin = (max(values) - min(values) or 1) * 0.05
+    low, high = min(values) - margin, max(values) + margin
+
+    def across(value: float) -> float:
+        return NAME + (value - low) / (high - low) * (WIDTH - NOTE - NAME)
+
+    return across, tuple(Tick(across(value), f"{value:g}") for value in ticks(low, high, 4))
+
+
 def scatter(points: Sequence[tuple[float, float, bool]]) -> Scatter:
-    """Dots on equal axes, so that agreement is the diagonal; marked ones are drawn last."""
-    values = [value for x, y, _ in points for value in (x, y)] or [0.0, 1.0]
-    low, high = min(values), max(values)
-    margin = (high - low or 1) * 0.05
-    low, high = low - margin, high + margin
-    side = 360.0
-    reach = side - LEFT - RIGHT
-
-    def along(value: float) -> float:
-        return (value - low) / (high - low) * reach
-
+    """Dots of two shares on equal axes, so that one order is the diagonal; marked ones are drawn last."""
+    side = 320.0
+    left = (WIDTH - side) / 2
+    shares = (0, 0.25, 0.5, 0.75, 1)
     return Scatter(
         dots=tuple(
-            Dot(LEFT + along(x), TOP + reach - along(y), "marked" if marked else "all")
+            Dot(left + x * side, TOP + (1 - y) * side, "marked" if marked else "all")
             for x, y, marked in sorted(points, key=lambda point: point[2])
         ),
-        x_ticks=tuple(Tick(LEFT + along(value), f"{value:g}") for value in ticks(low, high)),
-        y_ticks=tuple(Tick(TOP + reach - along(value), f"{value:g}") for value in ticks(low, high)),
+        x_ticks=tuple(Tick(left + share * side, f"{share:g}") for share in shares),
+        y_ticks=tuple(Tick(TOP + (1 - share) * side, f"{share:g}") for share in shares),
+        left=left,
         side=side,
     )
 

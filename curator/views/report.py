@@ -13,14 +13,15 @@ from sqlalchemy import Connection, Row
 from curator import __version__
 from curator.store import figures, reads
 from curator.views import flags
-from curator.views.text import preview
+from curator.views.text import place, preview
 
 HARM_BINS = 40
 P_BINS = 20
 POINTS = 1_200
 FLAGS = 100
-REFUSALS = 30
 SLICES = 12
+# The spread of fewer says nothing; the view ``source_influence`` has the same limit.
+INTERVAL_AT_LEAST = 5
 
 # Half of the p-values: where harmless arrivals are nearly alone, so what is there should be uniform.
 BULK = 0.5
@@ -58,7 +59,7 @@ class Uniformity:
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """How far compressed scores keep the order of the exact ones."""
+    """How far compressed scores keep the order of the exact ones. Points are ranks: (exact, compressed, flagged)."""
 
     n: int
     spearman: float | None
@@ -68,6 +69,16 @@ class Agreement:
     def holds(self) -> bool:
         """False when the order is lost; True also where nothing can be compared."""
         return self.spearman is None or self.spearman >= SPEARMAN_AT_LEAST
+
+
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """What trusted references score on a slice: a source helps less or more than trusted data against this."""
+
+    n: int
+    mean: float | None
+    ci_low: float | None
+    ci_high: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +92,7 @@ class Slice:
     p_values: tuple[int, ...]
     uniformity: Uniformity
     agreement: Agreement
+    baseline: Baseline
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +109,7 @@ class Precision:
 class Report:
     """Everything the page shows."""
 
+    project: str
     made_at: datetime.datetime
     version: str
     checkpoint: str | None
@@ -113,15 +126,15 @@ class Report:
     overlap: Mapping[str, int]
     precision: Precision
     refusals: tuple[Mapping[str, Any], ...]
-    latest_refusals: tuple[Mapping[str, Any], ...]
 
 
-def report(connection: Connection) -> Report:
-    """Read everything at one moment."""
+def report(connection: Connection, project: str = "") -> Report:
+    """Read everything at one moment; ``project`` is its name, for the title."""
     footing, totals = reads.footing(connection), reads.totals(connection)
     named = figures.slices(connection)
     shown = tuple(_slice(connection, row, footing.trusted) for row in named[:SLICES])
     return Report(
+        project=project,
         made_at=datetime.datetime.now(datetime.UTC),
         version=__version__,
         checkpoint=footing.checkpoint,
@@ -133,19 +146,20 @@ def report(connection: Connection) -> Report:
         warnings=(*_of_footing(footing, figures.leaked(connection)), *_of_slices(shown)),
         slices=shown,
         slices_in_all=len(named),
-        sources=_rows(figures.sources(connection)),
+        sources=tuple(dict(row._mapping) for row in figures.sources(connection)),
         flags=tuple(flags.flagged(connection, limit=FLAGS)),
         overlap=dict(figures.overlap(connection)._mapping),
         precision=_precision(figures.reviewed_flags(connection)),
-        refusals=_rows(reads.quarantine_counts(connection)),
-        latest_refusals=_rows(reads.quarantined(connection, None, None, REFUSALS)),
+        refusals=tuple(
+            {**row._mapping, "detail": preview(row.detail), "origin": row.origin and place(row.origin)}
+            for row in reads.quarantine_counts(connection)
+        ),
     )
 
 
-def _rows(rows: Sequence[Row[Any]]) -> tuple[Mapping[str, Any], ...]:
-    return tuple(
-        {key: preview(value) if key == "detail" else value for key, value in row._mapping.items()} for row in rows
-    )
+def _baseline(row: Row[Any]) -> Baseline:
+    half = None if row.n < INTERVAL_AT_LEAST else 1.96 * row.sd / math.sqrt(row.n)
+    return Baseline(row.n, row.mean, *((None, None) if half is None else (row.mean - half, row.mean + half)))
 
 
 def _slice(connection: Connection, row: Row[Any], trusted: int) -> Slice:
@@ -159,7 +173,10 @@ def _slice(connection: Connection, row: Row[Any], trusted: int) -> Slice:
         harm=_harm(figures.harm(connection, row.ordinal, HARM_BINS)),
         p_values=_p_histogram(p_values),
         uniformity=uniformity(p_values, trusted),
-        agreement=Agreement(agreed.n, agreed.spearman, tuple((p.exact, p.compressed, p.flagged) for p in points)),
+        agreement=Agreement(
+            agreed.n, agreed.spearman, tuple((p.exact_rank, p.compressed_rank, p.flagged) for p in points)
+        ),
+        baseline=_baseline(figures.baseline(connection, row.ordinal)),
     )
 
 

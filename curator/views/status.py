@@ -8,9 +8,11 @@ from typing import Any
 
 from sqlalchemy import Connection, Row
 
+from curator.embedded.supervisor import ChildStatus, DaemonStatus
 from curator.store import health, reads, work
+from curator.types import Stage
 
-# Ready work is claimed within seconds while the daemon runs; a minute without any claim means nobody is there.
+# Ready work is claimed within seconds while somebody runs; a minute without any claim means that nobody does.
 IDLE_SECONDS = 60.0
 LONG_SECONDS = 600.0
 
@@ -27,8 +29,9 @@ class StageState:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """The pipeline at one moment."""
+    """The pipeline at one moment. ``daemon`` is the one of this project on this machine, None when none runs."""
 
+    daemon: DaemonStatus | None
     checkpoint: str | None
     validation_sets: str | None
     recipe: str | None
@@ -46,11 +49,18 @@ class Status:
     notes: tuple[str, ...]
 
 
-def status(connection: Connection) -> Status:
-    """Read it."""
+def status(connection: Connection, daemon: DaemonStatus | None = None, *, elsewhere: bool = False) -> Status:
+    """Read it.
+
+    Args:
+        connection: a read transaction.
+        daemon: what runs here.
+        elsewhere: workers may also run on other machines, where nothing but their claims is seen of them.
+    """
     footing, totals = reads.footing(connection), reads.totals(connection)
     stages = tuple(StageState(row.stage, row.state, row.n, row.oldest_seconds) for row in reads.pipeline(connection))
     return Status(
+        daemon=daemon,
         checkpoint=footing.checkpoint,
         validation_sets=footing.validation_sets,
         recipe=footing.recipe and footing.recipe[:12],
@@ -58,8 +68,29 @@ def status(connection: Connection) -> Status:
         directions=footing.directions_state,
         **totals._mapping,
         stages=stages,
-        notes=(*_missing(footing), *_blocked(connection), *_stuck(stages), *_held(connection)),
+        notes=(
+            *_missing(footing),
+            *_blocked(connection),
+            *_stuck(connection, stages, daemon, elsewhere),
+            *_troubled(daemon),
+            *_given_up(connection, footing),
+            *_held(connection),
+        ),
     )
+
+
+def described(daemon: DaemonStatus | None) -> str:
+    """The daemon on one line: its process, since when, its children and how often each was restarted."""
+    if daemon is None:
+        return "not running"
+    children = ", ".join(map(_child, daemon.children)) or "no children yet"
+    return f"process {daemon.pid} since {daemon.started}: {children}"
+
+
+def _child(child: ChildStatus) -> str:
+    restarts = "once" if child.restarts == 1 else f"{child.restarts} times"
+    again = f", restarted {restarts}" if child.restarts else ""
+    return f"{child.name} ({f'process {child.pid}' if child.pid else 'not running'}{again})"
 
 
 def _missing(footing: Row[Any]) -> Iterator[str]:
@@ -76,13 +107,40 @@ def _blocked(connection: Connection) -> Iterator[str]:
         yield f"work waits until this is mended: {error}"
 
 
-def _stuck(stages: tuple[StageState, ...]) -> Iterator[str]:
-    leased = any(stage.state == "leased" for stage in stages)
-    waiting = max((s.oldest_seconds or 0 for s in stages if s.state == "ready"), default=0.0)
-    if waiting > IDLE_SECONDS and not leased:
-        yield f"work has waited for {waiting:.0f} s and nobody is at it: `curator up`, or `curator drain` to do it here"
-    if given_up := sum(stage.n for stage in stages if stage.state == "quarantined"):
-        yield f"{given_up} pieces of work were given up: `curator quarantine list`"
+def _stuck(
+    connection: Connection, stages: tuple[StageState, ...], daemon: DaemonStatus | None, elsewhere: bool
+) -> Iterator[str]:
+    """Work that waits: for a daemon that is not there, or in spite of one. A lease that ran out is held by nobody."""
+    open_ = [stage for stage in stages if stage.state in ("ready", "leased")]
+    if not open_ or reads.held(connection):
+        return
+    n, waited = sum(stage.n for stage in open_), max(stage.oldest_seconds or 0.0 for stage in open_)
+    pieces = "1 piece of work waits" if n == 1 else f"{n} pieces of work wait"
+    if daemon is not None and waited > IDLE_SECONDS:
+        yield f"{pieces}, for {waited:.0f} s, though the daemon runs: its logs are in .curator/log"
+    elif daemon is None and (waited > IDLE_SECONDS or not elsewhere):
+        yield f"{pieces} and nobody is at it: `curator up`, or `curator drain` to do it here"
+
+
+def _troubled(daemon: DaemonStatus | None) -> Iterator[str]:
+    if daemon is not None and daemon.trouble:
+        yield f"a server of the daemon is in trouble: {daemon.trouble}"
+    for child in daemon.children if daemon else ():
+        if child.pid is None:
+            yield f"{child.name} is not running; it last ended with {child.last_exit}: its log is in .curator/log"
+
+
+def _given_up(connection: Connection, footing: Row[Any]) -> Iterator[str]:
+    """Examples that were given up are in the quarantine; of all else the ledger has the only word."""
+    examples = 0
+    for row in reads.abandoned(connection):
+        if row.stage in (Stage.GRADIENTS, Stage.SCORES):
+            examples += row.n
+        elif row.stage != Stage.DIRECTIONS or footing.directions_state != "failed":  # else it is said already
+            yield f"work of stage {row.stage} was given up: {row.error}"
+    if examples:
+        what = "1 example was given up" if examples == 1 else f"{examples} examples were given up"
+        yield f"{what}: `curator quarantine list`"
 
 
 def _held(connection: Connection) -> Iterator[str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 # Controls, formats (the bidi controls and invisible tags are here), surrogates, line and paragraph separators.
@@ -36,6 +38,16 @@ def escaped(char: str) -> str:
         f"\\x{ord(char):02x}" if ord(char) < 0x100 else f"\\u{ord(char):04x}" if ord(char) < 0x10000 else
         f"\\U{ord(char):08x}"
     )  # fmt: skip
+
+
+def nearest(word: str, choices: Iterable[str]) -> str | None:
+    """The choice that the word was probably meant to be."""
+    return next(iter(difflib.get_close_matches(word, list(choices), n=1)), None)
+
+
+def place(origin: str) -> str:
+    """Where records came from, as the user knows it: what was piped in has passed through a file of our own."""
+    return "stdin" if PurePath(origin).parts[-3:-1] == (".curator", "spool") else origin
 
 
 def preview(record: object, width: int = 120) -> str:

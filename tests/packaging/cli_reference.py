@@ -21,7 +21,7 @@ messages and progress to stderr. Rows are a table on a terminal, and what `--jso
 | exit code | means |
 |---|---|
 | 0 | done, or nothing found |
-| 1 | findings (`flagged --check`, `doctor`, `db check`), or work that waits (`drain`) |
+| 1 | findings (`flagged --check`, `doctor`, `db check`, a damaged or empty `ingest`), or work that waits (`drain`) |
 | 2 | usage, configuration, or a file or record that is at fault |
 | 3 | a dependency is down: database, broker |
 

@@ -14,12 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import Connection, Engine, text
 
-from curator.store import directions, scores, vectors, verdicts
+from curator.store import directions, scores, tensors, vectors, verdicts
 from curator.store.engine import begin
 
 EVIL = "<script>alert(1)</script> \x1b[31mred\x1b[0m \u202egnp.exe =cmd()"
 EVIL_SOURCE = "=cmd|' /C calc'!A0"
 SLICES = ("science", "sport")
+CENTRE_SC = np.array([[-0.5, 0.1, -1.0], [-0.4, 0.2, -2.0]])
+SPREAD_SC = np.array([[0.2, 0.5, 1.5], [0.1, 0.4, 1.0]])
 Floats = NDArray[np.float64]
 
 
@@ -117,6 +119,8 @@ def _footing(connection: Connection, dimension: int, trusted: int) -> tuple[int,
     assert isinstance(direction_set, int)
     directions.record_directions(connection, direction_set, [(set_id, name, trusted) for name in SLICES])
     directions.use_directions(connection, direction_set)
+    scales = {"harm/centre": CENTRE_SC, "harm/spread": SPREAD_SC}
+    tensors.keep(connection, "direction_tensors", "direction_set_id", direction_set, scales)
     ids = [v.id for v in directions.validation_examples(connection, [set_id]) if v.role == "direction"]
     return recipe_id, direction_set, ids
 

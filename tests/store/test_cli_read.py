@@ -4,13 +4,16 @@ import csv
 import io
 import json
 import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 from sqlalchemy import text
 
+from curator.embedded.locks import EXCLUSIVE, FileLock
 from curator.store.engine import begin, make_engine
 from tests.store.conftest import Curator
-from tests.store.read_world import EVIL_SOURCE, World
+from tests.store.read_world import CENTRE_SC, EVIL_SOURCE, SPREAD_SC, World
 
 INERT = ["flagged", "valuable", "why 1", "neighbours 1", "status", "quarantine list", "quarantine show 1"]
 
@@ -31,6 +34,25 @@ def test_flags_by_source_and_slice(curator: Curator) -> None:
     assert [row["example_id"] for row in curator.rows("flagged", "--source", EVIL_SOURCE)] == [1]
     assert curator.rows("flagged", "--slice", "sport") == []
     assert curator.rows("flagged", "--source", "vendor-a") == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "meant"),
+    [
+        (("flagged", "--check", "--source", "vendor-x"), "CUR-SRC-001", "Did you mean 'vendor-b'?"),
+        (("flagged", "--check", "--slice", "sprot"), "CUR-VAL-008", "Did you mean 'sport'?"),
+        (("quarantine", "list", "--source", "vendro-a"), "CUR-SRC-001", "Did you mean 'vendor-a'?"),
+        (("quarantine", "list", "--code", "CUR-TXT-02"), "CUR-CLI-001", "Did you mean CUR-TXT-"),
+        (("valuable", "--selection", "nobody"), "CUR-SEL-003", "There is no selection 'nobody'."),
+    ],
+)
+def test_a_name_that_nothing_goes_by_is_refused(
+    curator: Curator, arguments: tuple[str, ...], code: str, meant: str
+) -> None:
+    result = curator(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"error {code}: ")
+    assert meant in result.stderr
 
 
 def test_a_cut_list_says_so_on_stderr(curator: Curator, world: World) -> None:
@@ -54,7 +76,6 @@ def test_valuable_examples_come_by_selection_and_rank(curator: Curator) -> None:
     rows = curator.rows("valuable", "--selection", "standing", "--limit", "5")
     assert [row["rank"] for row in rows] == [1, 2, 3, 4, 5]
     assert rows[0]["gain"] >= rows[-1]["gain"]
-    assert curator.rows("valuable", "--selection", "nobody") == []
 
 
 # --- why and neighbours -----------------------------------------------------------------------------------
@@ -75,6 +96,62 @@ def test_why_for_people_names_the_verdict_and_the_controls(curator: Curator) -> 
     shown = curator("why", "1").stdout
     for word in ("harmful", "What drove slice science", "gradient_norm", "other validation examples", "Decisions"):
         assert word in shown
+
+
+def test_why_says_which_ingredient_carried_the_harm(curator: Curator, world: World) -> None:
+    [row] = curator.rows("why", "9")
+    loss = row["controls"]["calibrated_loss"]
+    values = {
+        "normalised_influence": -world.normalised_BS[8, 1],
+        "self_influence": 0.0,  # the logarithm of 1
+        "calibrated_loss": np.log(np.expm1(loss)),
+    }
+    found = {each["evidence"]: each for each in row["harm_from"] if each["slice"] == "sport"}
+    for c, (name, weight) in enumerate(zip(values, (1.0, 0.5, 1.0), strict=True)):
+        deviations = (values[name] - CENTRE_SC[1, c]) / SPREAD_SC[1, c]
+        assert found[name]["deviations"] == pytest.approx(deviations, abs=1e-4)
+        assert found[name]["part"] == pytest.approx(deviations * weight / 2.5, abs=1e-4)
+    parts = [each["part"] for each in found.values()]
+    assert parts == sorted(parts, reverse=True)
+    shown = curator("why", "9").stdout
+    table = shown.partition("What the harm is made of")[2].partition("Controls")[0]
+    assert table.splitlines()[1].split("\t") == ["slice", "evidence", "value", "deviations", "weight", "part"]
+    assert "sport\tnormalised_influence" in table
+
+
+def test_why_names_the_validation_set_when_there_is_more_than_one(curator: Curator) -> None:
+    assert "validation_set" not in curator("why", "9").stdout
+    with begin(make_engine(curator.url, pooled=False)) as connection:
+        connection.execute(
+            text(
+                "WITH made AS (INSERT INTO curator.validation_sets (name, version, digest) VALUES ('other', 1, 'o')"
+                " RETURNING id) UPDATE curator.directions SET validation_set_id = (SELECT id FROM made)"
+                " WHERE slice = 'sport'"
+            )
+        )
+    shown = curator("why", "9").stdout
+    assert "\nother\tsport\t" in shown
+    assert "\ntrusted\tscience\t" in shown
+
+
+def test_an_example_that_was_given_up_says_why_and_where_it_came_from(curator: Curator) -> None:
+    with begin(make_engine(curator.url, pooled=False)) as connection:
+        connection.execute(text("DELETE FROM curator.gradients WHERE example_id = 3"))
+        connection.execute(
+            text(
+                "INSERT INTO curator.quarantine (source_id, example_id, code, detail)"
+                " SELECT source_id, id, 'CUR-GRD-002', 'not finite' FROM curator.examples WHERE id = 3"
+            )
+        )
+    assert curator.rows("why", "3")[0]["state"] == "given up: CUR-GRD-002 not finite"
+    assert "given up: CUR-GRD-002 not finite" in curator("why", "3").stdout
+    assert "given up: CUR-GRD-002" in curator("neighbours", "3").stderr
+    [row] = curator.rows("quarantine", "list", "--code", "cur-grd-002")
+    assert row["origin"].endswith(".jsonl")
+    assert row["position"] == 3
+    [row] = curator.rows("quarantine", "show", str(row["quarantine_id"]))
+    assert json.loads(row["raw"])["id"] == "ext-2"
+    assert row["position"] == 3
 
 
 def test_why_of_an_example_that_has_no_gradient_says_its_state(curator: Curator) -> None:
@@ -103,6 +180,28 @@ def test_a_review_needs_an_answer(curator: Curator) -> None:
     assert "--keep" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "both"),
+    [
+        (("review", "1", "--keep", "--drop"), "--keep and --drop exclude each other"),
+        (("review", "1", "--drop", "--keep"), "--drop and --keep exclude each other"),
+        (("flagged", "--json", "--csv"), "--json and --csv exclude each other"),
+    ],
+)
+def test_two_flags_of_which_one_can_hold_are_refused(curator: Curator, arguments: tuple[str, ...], both: str) -> None:
+    result = curator(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert both in result.stderr
+    assert len(curator.rows("why", "1")[0]["history"]) == 1
+
+
+def test_a_review_says_what_is_in_force_now(curator: Curator) -> None:
+    said = "example 1: keep; the verdict in force is now neutral\n"
+    assert curator("review", "1", "--keep").stderr == said
+    said = "example 1: undo; the verdict in force is now harmful\n"
+    assert curator("review", "1", "--undo").stderr == said
+
+
 def test_keep_lifts_the_flag_and_undo_brings_it_back(curator: Curator) -> None:
     assert curator("review", "ext-0", "--keep", "--note", "fine", "--actor", "ann").exit_code == 0
     assert curator.rows("flagged", "--source", EVIL_SOURCE) == []
@@ -117,14 +216,18 @@ def test_keep_lifts_the_flag_and_undo_brings_it_back(curator: Curator) -> None:
 
 
 def test_status_shows_the_ledger_and_what_is_in_the_way(curator: Curator) -> None:
-    assert curator.rows("status")[-1]["stage"] == "scores"
+    [row] = curator.rows("status")
+    assert row["stages"][-1]["stage"] == "scores"
+    assert row["daemon"] is None
+    assert row["notes"]
     shown = curator("status").stdout
     assert re.search(r"^flagged +\d+$", shown, re.M)
-    assert "nobody is at it: `curator up`" in shown
+    assert "1 piece of work waits and nobody is at it: `curator up`" in shown
+    assert re.search(r"^daemon +not running$", shown, re.M)
 
 
 def test_status_of_a_new_project_says_what_to_do(new_curator: Curator) -> None:
-    assert new_curator.rows("status") == []
+    assert new_curator.rows("status")[0]["stages"] == []
     shown = new_curator("status").stdout
     assert "curator checkpoint add" in shown
     assert "curator validation add" in shown
@@ -146,8 +249,14 @@ def test_retry_offers_a_given_up_example_again(curator: Curator) -> None:
             text("INSERT INTO curator.quarantine (example_id, code, detail) VALUES (5, 'A', ''), (6, 'B', '')")
         )
     assert curator("quarantine", "retry").exit_code == 2
-    assert curator("quarantine", "retry", "1").stderr == "none of these is an example that was given up\n"
-    assert curator("quarantine", "retry", "--all").stderr == "2 examples are offered again\n"
+    nothing = curator("quarantine", "retry", "1")
+    assert nothing.exit_code == 2
+    assert "CUR-QRN-002: Nothing was offered again: none of these is an example given up." in nothing.stderr
+    some = curator("quarantine", "retry", "1", "4")
+    assert some.exit_code == 0
+    assert some.stderr == "1 example is offered again\n1 of the numbers names no example that was given up\n"
+    assert curator("quarantine", "retry", "--all").stderr == "1 example is offered again\n"
+    assert curator("quarantine", "retry", "--all").exit_code == 2
     waiting = (
         "SELECT array_agg(subject ORDER BY subject) FROM curator.work WHERE stage = 'gradients' AND state = 'ready'"
     )
@@ -165,6 +274,63 @@ def test_status_shows_the_error_that_work_waits_for(curator: Curator) -> None:
     with begin(make_engine(curator.url, pooled=False)) as connection:
         connection.execute(text("UPDATE curator.work SET last_error = 'the factory raises' WHERE state = 'ready'"))
     assert "! work waits until this is mended: the factory raises" in curator("status").stdout
+
+
+def running(project: Path, **child: object) -> FileLock:
+    """What a daemon leaves to be seen of it: its lock, and what it wrote of its children."""
+    home = project / ".curator"
+    home.mkdir()
+    lock = FileLock.take(home / "daemon.lock", EXCLUSIVE, 1.0)
+    assert lock
+    lock.write(json.dumps({"pid": 4711, "started": "2026-01-02T03:04:05+00:00"}))
+    told = {"name": "model-0", "pid": 4712, "restarts": 0, "last_exit": None, **child}
+    status = {"pid": 4711, "started": "2026-01-02T03:04:05+00:00", "children": [told], "trouble": ""}
+    (home / "daemon.json").write_text(json.dumps(status))
+    return lock
+
+
+def test_status_says_that_a_daemon_runs_and_how_its_children_are(curator: Curator) -> None:
+    lock = running(curator.project, restarts=2)
+    shown = curator("status").stdout
+    [row] = curator.rows("status")
+    lock.release()
+    assert "process 4711 since 2026-01-02T03:04:05+00:00: model-0 (process 4712, restarted 2 times)" in shown
+    assert "nobody is at it" not in shown
+    assert "though the daemon runs: its logs are in .curator/log" in shown
+    assert (row["daemon"]["pid"], row["daemon"]["children"][0]["restarts"]) == (4711, 2)
+    assert "nobody is at it" in curator("status").stdout
+
+
+def test_status_says_that_a_child_of_the_daemon_is_down(curator: Curator) -> None:
+    lock = running(curator.project, pid=None, last_exit=-9)
+    shown = curator("status").stdout
+    lock.release()
+    assert "! model-0 is not running; it last ended with -9: its log is in .curator/log" in shown
+
+
+def test_work_that_somebody_holds_is_not_alone(curator: Curator) -> None:
+    with begin(make_engine(curator.url, pooled=False)) as connection:
+        connection.execute(
+            text("UPDATE curator.work SET state = 'leased', lease_until = now() + interval '1 min' WHERE state='ready'")
+        )
+    assert "nobody" not in curator("status").stdout
+    with begin(make_engine(curator.url, pooled=False)) as connection:
+        connection.execute(text("UPDATE curator.work SET lease_until = now() WHERE state = 'leased'"))
+    assert "nobody is at it" in curator("status").stdout
+
+
+def test_status_says_which_error_gave_up_work_that_is_no_example(curator: Curator) -> None:
+    with begin(make_engine(curator.url, pooled=False)) as connection:
+        connection.execute(
+            text(
+                "INSERT INTO curator.work (stage, recipe_id, subject, state, last_error)"
+                " VALUES ('directions', 1, 1, 'quarantined', 'CUDA out of memory'),"
+                " ('gradients', 1, 9999, 'quarantined', 'boom')"
+            )
+        )
+    shown = curator("status").stdout
+    assert "! work of stage directions was given up: CUDA out of memory" in shown
+    assert "! 1 example was given up: `curator quarantine list`" in shown
 
 
 # --- sql --------------------------------------------------------------------------------------------------

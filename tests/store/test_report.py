@@ -65,6 +65,46 @@ def test_the_page_is_whole_and_shows_every_plot(body: str) -> None:
         assert words in body
 
 
+def test_the_page_is_named_after_its_project(connection: Connection) -> None:
+    assert "<title>spam &amp; ham: curator report</title>" in page.render(report(connection, "spam & ham"))
+    assert "<title>curator report</title>" in page.render(report(connection))
+
+
+def test_sources_stand_beside_the_trusted_references(connection: Connection, body: str) -> None:
+    found = report(connection)
+    for each in found.slices:
+        assert each.baseline.n == 40
+        own = [row for row in found.sources if row["slice"] == each.slice]
+        assert each.baseline.mean is not None
+        for row in own:
+            assert row["beside_trusted"] == pytest.approx(row["mean_influence"] - each.baseline.mean, abs=1e-6)
+    assert body.count("<title>trusted references</title>") == len(found.slices)
+    assert body.count("<td>trusted references</td>") == len(found.slices)
+
+
+def test_one_example_has_no_interval(connection: Connection, body: str) -> None:
+    rows = [row for row in report(connection).sources if row["source"] == EVIL_SOURCE]
+    assert [(row["n"], row["ci_low"], row["ci_high"]) for row in rows] == [(1, None, None)] * 2
+    assert "None" not in body
+
+
+def test_refusals_of_one_kind_are_one_row_with_their_number(connection: Connection, body: str) -> None:
+    rows = {(row["source"], row["code"]): row for row in report(connection).refusals}
+    assert len(rows) == 2
+    assert rows["vendor-b", "CUR-TXT-001"]["n"] == 2
+    assert (rows["vendor-b", "CUR-TXT-001"]["origin"], rows["vendor-b", "CUR-TXT-001"]["position"]) == (
+        *("vendor-b.jsonl", 10),
+    )
+    assert body.count("CUR-TXT-001") == 1
+
+
+def test_the_scatter_compares_ranks(connection: Connection, body: str) -> None:
+    points = report(connection).slices[0].agreement.points
+    assert all(0 < share < 1 for point in points for share in point[:2])
+    assert np.mean([x for x, _, _ in points]) == pytest.approx(0.5, abs=1e-6)
+    assert "rank correlation (Spearman)" in body
+
+
 def test_the_page_runs_nothing_and_fetches_nothing(body: str) -> None:
     seen = Page(body)
     assert not set(seen.seen) & {"script", "link", "img", "iframe", "object", "embed", "form", "base"}

@@ -142,8 +142,15 @@ def test_no_two_refusals_share_a_code() -> None:
 def test_every_code_is_explained_with_its_fix() -> None:
     listed = {row["code"]: row for row in json.loads(run("explain", "--json").stdout)}
     for leaf in leaves(errors.CuratorError):
-        assert listed[leaf.code]["message"] == leaf.template()
+        assert listed[leaf.code]["message"]
+        assert not set("{}") & set(listed[leaf.code]["message"] + listed[leaf.code]["fix"])
         assert listed[leaf.code]["exit_code"] == leaf.exit_code
+
+
+def test_what_is_known_only_later_is_a_word_in_an_explanation() -> None:
+    assert "The factory FACTORY cannot be imported from PROJECT: REASON." in run("explain", "CUR-WRK-003").stdout
+    assert "There is no code GIVEN.\n" in run("explain", "CUR-CLI-001").stdout
+    assert "for SECONDS s." in run("explain", "CUR-EMB-005").stdout
 
 
 def test_a_code_may_be_written_small() -> None:
@@ -211,6 +218,39 @@ def test_an_unknown_setting_is_refused_with_a_suggestion(tmp_path: Path) -> None
     assert result.exit_code == 2
     assert "CUR-CFG-002" in result.stderr
     assert "Did you mean 'fdr'?" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("CURATOR_GRADIENTS_BACH", "CURATOR_GRADIENTS_BATCH"),
+        ("CURATOR_GRADIENT_BATCH", "CURATOR_GRADIENTS_BATCH"),
+        ("CURATOR_DATABASE_UL_FILE", "CURATOR_DATABASE_URL"),
+    ],
+)
+def test_an_unknown_setting_in_the_environment_is_refused_with_a_suggestion(
+    tmp_path: Path, name: str, meant: str
+) -> None:
+    (tmp_path / "curator.toml").touch()
+    result = run("--project", str(tmp_path), "config", "show", env={name: "3"})
+    assert result.exit_code == 2
+    assert f"CUR-CFG-002: The environment has no setting '{name}'. Did you mean '{meant}'?" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["CURATOR_PROJECT_DIR", "CURATOR_UID", "CURATORS", "CURATOR_GRADIENTS_BATCH"])
+def test_a_variable_that_is_no_setting_of_ours_is_left_alone(tmp_path: Path, name: str) -> None:
+    (tmp_path / "curator.toml").touch()
+    assert run("--project", str(tmp_path), "config", "show", env={name: "3"}).exit_code == 0
+
+
+def test_a_project_may_be_named_by_its_file(tmp_path: Path) -> None:
+    (tmp_path / "curator.toml").write_text("[verdicts]\nfdr = 0.05\n")
+    for arguments, env in (
+        (["--project", str(tmp_path / "curator.toml")], {}),
+        ([], {"CURATOR_PROJECT": str(tmp_path / "curator.toml")}),
+    ):
+        result = run(*arguments, "config", "show", "--json", env=env)
+        assert {"key": "verdicts.fdr", "value": 0.05, "origin": "curator.toml"} in json.loads(result.stdout)
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -82,6 +82,10 @@ def test_json_is_the_same_value_and_inert(text: str) -> None:
     assert not set(line) & {"\x1b", "\u202e", "\u2066", "\x9b", "\x7f", "\u2028"}
 
 
+def test_yes_and_no_in_csv_are_those_of_json() -> None:
+    assert printed([{"yes": True, "no": False}], "--csv").stdout == "yes,no\ntrue,false\n"
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True

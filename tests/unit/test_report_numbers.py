@@ -79,6 +79,23 @@ def test_a_plot_of_nothing_is_drawn() -> None:
     assert plots.forest([]).rows == ()
 
 
-def test_equal_scores_lie_on_the_diagonal() -> None:
-    dots = plots.scatter([(x, x, False) for x in (-1.0, 0.0, 0.5)]).dots
+def test_all_words_of_a_forest_are_on_the_canvas() -> None:
+    row = {"source": "s" * 40, "mean_influence": -3.0, "ci_low": None, "ci_high": None, "n": 9_999_999}
+    drawn = plots.forest([{**row, "flagged_share": 1.0}, {**row, "ci_low": -9.0, "ci_high": 2.0, "flagged_share": 0.5}])
+    letter = 6.7  # of a font of 12 px, on average
+    for each in drawn.rows:
+        assert len(each.label) * letter <= plots.NAME
+        assert plots.WIDTH - plots.NOTE + 10 + len(each.note) * letter <= plots.WIDTH
+    assert drawn.rows[0].low is drawn.rows[0].high is None
+
+
+def test_the_mean_of_trusted_references_is_on_the_canvas() -> None:
+    row = {"source": "a", "mean_influence": 0.1, "ci_low": 0.0, "ci_high": 0.2, "n": 9, "flagged_share": 0.0}
+    drawn = plots.forest([row], trusted=5.0)
+    assert drawn.trusted is not None
+    assert plots.NAME < drawn.zero < drawn.rows[0].middle < drawn.trusted < plots.WIDTH - plots.NOTE
+
+
+def test_equal_ranks_lie_on_the_diagonal() -> None:
+    dots = plots.scatter([(x, x, False) for x in (0.0, 0.25, 1.0)]).dots
     assert {round(dot.x + dot.y, 6) for dot in dots} == {round(dots[0].x + dots[0].y, 6)}
