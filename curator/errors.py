@@ -95,6 +95,13 @@ class DatabaseDown(DependencyDown):
     hint = "Start it, or correct [database] url (`curator doctor` checks it). With an empty url curator runs its own."
 
 
+class BadDatabaseUrl(UsageError):
+    """[database] url is not an address of a PostgreSQL database: {reason}"""
+
+    code = "CUR-DB-004"
+    hint = "Write it as postgresql://USER:PASSWORD@HOST:PORT/DATABASE, or leave it empty for the embedded one."
+
+
 class SchemaBehind(UsageError):
     """The database schema is at revision {found}, this curator needs {needed}."""
 
@@ -502,11 +509,32 @@ class UnknownSelection(UsageError):
     hint = "`curator select --budget N` makes one; `curator valuable` shows the names of those there are."
 
 
+class NoSuchSource(UsageError):
+    """Nothing has come from a source {name!r}.{suggestion}"""
+
+    code = "CUR-SRC-001"
+    hint = "`curator sql 'SELECT DISTINCT source FROM curator.source_influence'` lists those with scores."
+
+
+class NoSuchSlice(UsageError):
+    """No validation set has a slice {name!r}.{suggestion}"""
+
+    code = "CUR-VAL-008"
+    hint = "`curator sql 'SELECT DISTINCT slice FROM curator.source_influence'` lists those with scores."
+
+
 class UnknownRefusal(UsageError):
     """There is no refused record {given}."""
 
     code = "CUR-QRN-001"
     hint = "`curator quarantine list` prints their numbers."
+
+
+class NothingToRetry(UsageError):
+    """Nothing was offered again: {reason}."""
+
+    code = "CUR-QRN-002"
+    hint = "A line that was refused never became an example: mend its file and ingest it again."
 
 
 # --- examples and verdicts --------------------------------------------------------------------------------
@@ -547,7 +575,7 @@ class FactoryFailed(UsageError):
     """The factory {factory!r} raised at {where}"""
 
     code = "CUR-WRK-004"
-    hint = "Correct the line named in the message; --debug prints the whole traceback."
+    hint = "Correct the line named in the message; a running daemon reads it after `curator down` and `curator up`."
 
 
 class WorkloadIncomplete(UsageError):
@@ -561,7 +589,7 @@ class WorkloadFailed(DataError):
     """The workload's `{step}` raised at {where}"""
 
     code = "CUR-WRK-006"
-    hint = "Correct the line named in the message; --debug prints the whole traceback."
+    hint = "Correct the line named in the message; a running daemon reads it after `curator down` and `curator up`."
 
 
 class RecordUnusable(DataError):
@@ -644,6 +672,20 @@ class EmptyValidation(UsageError):
     hint = "Give a file with one trusted JSON record on each line."
 
 
+class BrokenTrusted(UsageError):
+    """{n} lines of {path} cannot be read; the first is line {position}: {code} {detail}"""
+
+    code = "CUR-VAL-006"
+    hint = "Mend or remove them: what everything is measured against should not be half a file."
+
+
+class NoSuchValidationSet(UsageError):
+    """There is no validation set {name!r}{version}."""
+
+    code = "CUR-VAL-007"
+    hint = "`curator validation list` shows the sets there are, with their versions."
+
+
 class MissingSliceField(UsageError):
     """Line {position} of the validation set {name!r} has no field {field!r} to name its slice."""
 
@@ -704,6 +746,13 @@ class NoSuchFile(UsageError):
 
     code = "CUR-INP-001"
     hint = "Name existing JSONL files, plain or gzip; `curator watch DIR` takes a whole folder."
+
+
+class IsADirectory(UsageError):
+    """{path} is a directory."""
+
+    code = "CUR-INP-002"
+    hint = "`curator watch {path}` takes in every file that appears there; `curator ingest` takes the files themselves."
 
 
 class NothingAccepted(UsageError):

@@ -148,10 +148,12 @@ def opened(settings: Settings, *, check_schema: bool = True, application: str = 
 
 
 def _handshake(runtime: Runtime) -> None:
-    with read(runtime.engine) as connection:
-        found = migrate.found_revision(connection)
-    if found is None or (found != migrate.needed_revision() and not runtime.settings.database.url):
-        migrate.upgrade(runtime.engine)
+    """Our own database is brought up to date without asking; one that was given is its owner's to upgrade."""
+    if not runtime.settings.database.url:
+        with read(runtime.engine) as connection:
+            current = migrate.found_revision(connection) == migrate.needed_revision()
+        if not current:
+            migrate.upgrade(runtime.engine)
     with read(runtime.engine) as connection:
         migrate.require_revision(connection)
 

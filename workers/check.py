@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from statistics import mean
 from typing import Any
+
+import torch
 
 from curator import settings
 from curator.errors import BatchDependent, CuratorError
@@ -16,6 +19,7 @@ from curator.stages import instrument
 from curator.stages.instrument import Instrument
 from curator.store import directions
 from curator.store.engine import read
+from curator.workloads import base
 
 SAMPLE = 8
 TOLERANCE = 1e-3
@@ -52,11 +56,19 @@ def check(runtime: Runtime) -> str:
         records = [example.record for example in directions.validation_examples(connection, sets)[:SAMPLE]]
         tools = instrument.load(connection, runtime.settings, recipe.id, None)
     if tools.attributor is None:
-        return f"the model loads on {tools.device}; its recipe is not fitted yet"
+        return _tried(tools, records)
     worst = batch_dependence(tools, records)
     if worst > TOLERANCE:
         raise BatchDependent(worst=f"{worst:.1%}", limit=f"{TOLERANCE:.1%}")
     return f"the model loads and measures on {tools.device}; temperature {recipe.temperature:.2f}{_meaning(recipe)}"
+
+
+def _tried(tools: Instrument, records: list[Mapping[str, Any]]) -> str:
+    """Before a recipe is fitted: do the records become a batch, and the batch losses?"""
+    losses = base.losses_of(tools.workload)
+    with torch.no_grad():
+        found = [float(loss) for batch in tools.batches(records) for loss in losses(tools.model, batch)]
+    return f"the model loads on {tools.device}; {len(found)} trusted records have a mean loss of {mean(found):.3g}"
 
 
 def batch_dependence(tools: Instrument, records: list[Mapping[str, Any]]) -> float:

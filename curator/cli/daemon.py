@@ -14,7 +14,7 @@ import click
 
 from curator.cli.invocation import Invocation, pass_invocation
 from curator.cli.output import say
-from curator.errors import DaemonNotRunning
+from curator.errors import DaemonNotRunning, DaemonRunning
 
 if TYPE_CHECKING:
     from curator.embedded.children import Child
@@ -34,13 +34,25 @@ def up(here: Invocation, detach: bool) -> None:
         _detach(settings)
         return
     from curator import runtime
-    from curator.embedded.supervisor import Supervisor
+    from curator.embedded.supervisor import Supervisor, daemon_status
 
+    if other := daemon_status(settings.home):
+        raise DaemonRunning(pid=other.pid, started=other.started)
     with runtime.opened(settings, application="curator daemon") as opened:
+        _ask_again(opened)
         children = _children(opened)
         servers = opened.servers
         say(f"curator is up in {settings.project}: {', '.join(child.name for child in children)}; Ctrl-C ends it")
         raise click.exceptions.Exit(Supervisor(settings.home, children, servers).run())
+
+
+def _ask_again(opened: Runtime) -> None:
+    """What was asked for may have been mended in curator.toml since."""
+    from curator.stages import recipes
+    from curator.store import engine
+
+    with engine.begin(opened.engine) as connection:
+        recipes.ask(connection, opened.settings)
 
 
 def _detach(settings: Settings) -> None:
@@ -73,7 +85,7 @@ def _children(opened: Runtime) -> list[Child]:
 def _worker(kind: type[Child], name: str, queue: str, env: Mapping[str, str], settings: Settings) -> Child:
     argv = [
         *(sys.executable, "-m", "celery", "-A", "workers", "worker"),
-        *("--pool=solo", "--loglevel=INFO", f"--queues={queue}", f"--hostname={name}@%h"),
+        *("--pool=solo", "--loglevel=WARNING", f"--queues={queue}", f"--hostname={name}@%h"),
         *("--without-gossip", "--without-mingle"),
     ]
     return kind(name, argv, env, settings.project)
@@ -119,6 +131,7 @@ def drain(here: Invocation, timeout: float | None) -> None:
     from curator import runtime
 
     with runtime.opened(here.settings()) as opened:
+        _ask_again(opened)
         # A process of its own, because it needs torch and this command line must not.
         environment = {
             **os.environ,
@@ -127,8 +140,18 @@ def drain(here: Invocation, timeout: float | None) -> None:
         }
         child = subprocess.Popen([sys.executable, "-m", "workers.drain"], env=environment, cwd=opened.settings.project)
         code = _follow(opened, child, timeout)
+        if code == 0:
+            say(_drained(opened))
     if code:
         raise click.exceptions.Exit(code)
+
+
+def _drained(opened: Runtime) -> str:
+    from curator.store import engine, reads
+
+    with engine.read(opened.engine) as connection:
+        totals = reads.totals(connection)
+    return f"drained: {totals.scored} of {totals.examples} examples are scored, {totals.flagged} flags are in force"
 
 
 def _follow(opened: Runtime, child: subprocess.Popen[bytes], timeout: float | None) -> int:

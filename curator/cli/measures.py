@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +12,7 @@ import click
 
 from curator.cli.invocation import Invocation, pass_invocation
 from curator.cli.output import Form, rows_options, say, show
-from curator.errors import NothingAccepted
+from curator.errors import BrokenTrusted, NothingAccepted
 
 if TYPE_CHECKING:
     from curator.settings import Settings
@@ -78,8 +81,9 @@ def validation() -> None:
 @click.argument("name")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--slice", "field", default="", help="A field of the records that names their slice.")
+@click.option("--check/--no-check", default=True, show_default=True, help="Try the model on a few of the records.")
 @pass_invocation
-def add_validation(here: Invocation, name: str, file: Path, field: str) -> None:
+def add_validation(here: Invocation, name: str, file: Path, field: str, check: bool) -> None:
     """Register the trusted examples of FILE as NAME.
 
     Part of each slice gives the direction of influence; the rest is kept aside as references, which say how bad
@@ -102,6 +106,20 @@ def add_validation(here: Invocation, name: str, file: Path, field: str) -> None:
         say(f"warning: {leaks} validation examples are also training data; their influence says nothing")
     if waiting:
         say("next: curator checkpoint add NAME PATH")
+    elif check:
+        _try(settings)
+
+
+def _try(settings: Settings) -> None:
+    """Run the user's model on a few trusted records now, while whoever wrote it is looking.
+
+    In a process of its own: it needs torch, and this command line must not. The set is registered either way.
+    """
+    environment = {**os.environ, "CURATOR_PROJECT": str(settings.project)}
+    done = subprocess.run([sys.executable, "-m", "workers.check"], env=environment, cwd=settings.project, check=False)
+    if done.returncode:
+        say("the validation set is registered; mend this, then `curator doctor` tries again")
+        raise click.exceptions.Exit(done.returncode)
 
 
 def _reach(references: int, fdr: float, slices: int) -> str:
@@ -116,19 +134,45 @@ def _reach(references: int, fdr: float, slices: int) -> str:
 
 
 def _trusted(settings: Settings, file: Path) -> list[Record]:
-    """The records of a trusted file; a line that cannot be read is said, not passed over."""
+    """The records of a trusted file, all of them or none."""
     from curator.sources.jsonl import open_records
-    from curator.types import Record
+    from curator.types import Record, Refusal
 
-    records = []
-    for item in open_records(file, settings.limits, any_shape=settings.workload.kind == "torch"):
-        if isinstance(item, Record):
-            records.append(item)
-        else:
-            say(f"warning: line {item.position} is left out: {item.code} {item.detail}")
-    if not records:
+    items = list(open_records(file, settings.limits, any_shape=settings.workload.kind == "torch"))
+    refused = [item for item in items if isinstance(item, Refusal)]
+    if refused:
+        worst = refused[0]
+        raise BrokenTrusted(n=len(refused), path=file, position=worst.position, code=worst.code, detail=worst.detail)
+    if not items:
         raise NothingAccepted(path=file)
-    return records
+    return [item for item in items if isinstance(item, Record)]
+
+
+@validation.command("remove")
+@click.argument("name")
+@pass_invocation
+def remove_validation(here: Invocation, name: str) -> None:
+    """Stop measuring against NAME; its scores stay readable, and `use` brings it back."""
+    from curator.stages import recipes
+    from curator.store import engine
+
+    with here.runtime() as opened, engine.begin(opened.engine) as connection:
+        recipes.remove_validation(connection, opened.settings, name)
+    say(f"validation set {name} is no longer in use")
+
+
+@validation.command("use")
+@click.argument("name")
+@click.argument("version", type=int)
+@pass_invocation
+def use_validation(here: Invocation, name: str, version: int) -> None:
+    """Measure against VERSION of NAME again; `list` shows the versions."""
+    from curator.stages import recipes
+    from curator.store import engine
+
+    with here.runtime() as opened, engine.begin(opened.engine) as connection:
+        recipes.use_validation(connection, opened.settings, name, version)
+    say(f"version {version} of validation set {name} is in use")
 
 
 @validation.command("list")

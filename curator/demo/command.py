@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from tqdm import tqdm
 
 from curator import __version__, runtime, settings
 from curator.cli.invocation import Invocation, pass_invocation
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
 PATIENCE_SECONDS = 120.0
 SEEDS = (0, 1)
 QUERIES = (
-    "SELECT source, n, round(mean_influence::numeric, 3) AS influence, round(flagged_share::numeric, 3) AS flagged"
-    " FROM source_influence ORDER BY mean_influence",
+    "SELECT source, n, round(mean_influence::numeric, 3) AS influence, round(ci_low::numeric, 3) AS low,"
+    " round(ci_high::numeric, 3) AS high, round(trusted_influence::numeric, 3) AS trusted,"
+    " round(flagged_share::numeric, 3) AS flagged FROM source_influence ORDER BY mean_influence",
     "SELECT f.source, count(*) AS flags, round(avg(s.normalised_influence)::numeric, 3) AS influence,"
     " round(avg(s.loss)::numeric, 2) AS loss, round(max(f.q_value)::numeric, 3) AS worst_q"
     " FROM flagged_examples f JOIN influence_scores s USING (example_id, slice) GROUP BY 1 ORDER BY 2 DESC",
@@ -59,7 +61,8 @@ def demo(here: Invocation, folder: Path, seed: int, keep: bool) -> None:
     del here
     began = time.monotonic()
     story = Story(folder.resolve())
-    scene.clear(story.folder)
+    if scene.clear(story.folder):
+        click.echo(f"The former demo in {story.folder} is removed.", err=True)
     story.title(f"curator {__version__}: a model is trained on mail we trust; vendors send more. Which of it harms?")
     made = story.prepare(seed)
     with story.daemon(keep=keep), story.open() as opened:
@@ -168,7 +171,10 @@ class Story:
             self._await_verdicts(opened, number)
             row = next(r for r in rows(opened, "SELECT * FROM source_influence") if r["source"] == vendor)
             seconds = time.monotonic() - sent
-            self.say(f"{vendor:<9} {row['n']:>5} mails, {row['flagged']:>4} flagged, {seconds:4.1f} s after arrival")
+            start = " (the workers were still starting)" if number == 1 else ""
+            self.say(
+                f"{vendor:<9} {row['n']:>5} mails, {row['flagged']:>4} flagged, {seconds:4.1f} s after arrival{start}"
+            )
 
     def _await_verdicts(self, opened: Runtime, batches: int) -> None:
         end = time.monotonic() + PATIENCE_SECONDS
@@ -192,7 +198,8 @@ class Story:
         }
         for row in figures.by_vendor(made.split.vendors, flags(opened)):
             self.say(f"{_figures(row)}    {planted.get(row.vendor, '')}".rstrip())
-        self.say("The level is for the average over draws, not for each; and copies of one mail are flagged together.")
+        self.say("The level asked for is that of the average over draws, not of each. Flags on echo, if any, are all")
+        self.say("wrong, and come by sixes: copies of one mail look alike.")
         self.say("")
         self.say("ranking all arrivals by ...                 AUC for wrong labels")
         ranked = figures.rankings(made, scores(opened), seed)
@@ -204,6 +211,9 @@ class Story:
         """Which vendor harms: row scores are weak, group means are strong."""
         self.title("Which vendor to blame")
         self.run("sql", QUERIES[0])
+        self.say(
+            "low and high: 95 % interval of the mean. trusted: the same mean for trusted mail, what good looks like."
+        )
 
     def explain(self, made: Scene, opened: Runtime) -> None:
         """Two flags with what drove them: one of each careless vendor."""
@@ -233,12 +243,16 @@ class Story:
             name: (mails, (n % len(SEEDS),) if name.startswith("random") else SEEDS)
             for n, (name, mails) in enumerate(figures.arms(made, flagged, scored, seed).items())
         }
-        found = training.accuracies(arms, made.split.test)
+        with tqdm(
+            total=sum(len(seeds) for _, seeds in arms.values()), unit=" models", leave=False, disable=None
+        ) as bar:
+            found = training.accuracies(arms, made.split.test, bar.update)
         randoms = [value for name, values in found.items() if name.startswith("random") for value in values]
         shown = {name: values for name, values in found.items() if not name.startswith("random")}
         shown["as many at random dropped (3 draws)"] = randoms
+        self.say("trained on the base and the arrivals ...  mean    (lowest to highest)")
         for name, values in shown.items():
-            self.say(f"{name:<38} {_mean(values):.3f}   ({min(values):.3f} to {max(values):.3f})")
+            self.say(f"{name:<40} {_mean(values):.3f}   ({min(values):.3f} to {max(values):.3f})")
         self.say(_verdict_on_models({name: _mean(values) for name, values in shown.items()}))
 
     def end(self, seconds: float, *, keep: bool) -> None:
@@ -284,12 +298,19 @@ def _verdict_on_rankings(ranked: Sequence[tuple[str, float]]) -> str:
 
 
 def _verdict_on_models(mean: Mapping[str, float]) -> str:
-    """How much of the attainable gain the flags recovered, and whether a control did better."""
+    """How much of the attainable gain the flags recovered, and the best control by the same measure."""
     delivered, truth = mean["as delivered"], mean["truly wrong dropped"]
-    curator, control = mean["flags dropped (curator)"], mean["highest base-model loss dropped"]
-    recovered = (curator - delivered) / (truth - delivered) if truth > delivered else float("nan")
-    beaten = f" Dropping by base-model loss does better ({control:.3f})." if control > curator else ""
-    return f"Dropping the flags recovers {recovered:.0%} of what dropping every truly wrong mail would.{beaten}"
+    if truth <= delivered:
+        return "Dropping every truly wrong mail would not have helped in this draw, so nothing is shown by it."
+    curator, control = (
+        (mean[name] - delivered) / (truth - delivered)
+        for name in ("flags dropped (curator)", "highest base-model loss dropped")
+    )
+    better = " The control did better." if control > curator else ""
+    return (
+        f"Dropping the flags recovers {curator:.0%} of what dropping every truly wrong mail would;"
+        f" dropping as many by base-model loss, {control:.0%}.{better}"
+    )
 
 
 def _quoted(argument: str) -> str:

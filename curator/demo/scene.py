@@ -63,14 +63,14 @@ class Scene:
         return self.folder / "inbox"
 
 
-def clear(folder: Path) -> None:
-    """Remove a former demo, running or killed half-way; never anything else.
+def clear(folder: Path) -> bool:
+    """Remove a former demo, running or killed half-way; never anything else. False when there was none.
 
     Raises:
         NotADemo: the folder holds something that no demo made.
     """
     if not folder.exists() or not any(folder.iterdir()):
-        return
+        return False
     if not (folder / MARK).exists():
         raise NotADemo(path=folder)
     home = folder / ".curator"
@@ -80,6 +80,7 @@ def clear(folder: Path) -> None:
             server.stop()
             shutil.rmtree(server.root, ignore_errors=True)
     shutil.rmtree(folder)
+    return True
 
 
 def prepare(folder: Path, seed: int) -> Scene:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
@@ -44,7 +44,9 @@ def _batch(mails: Sequence[Mail], labels: Sequence[str]) -> TextBatch:
 
 
 def accuracies(
-    arms: Mapping[str, tuple[Sequence[Mail], Sequence[int]]], test: Sequence[Mail]
+    arms: Mapping[str, tuple[Sequence[Mail], Sequence[int]]],
+    test: Sequence[Mail],
+    tick: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
     """Accuracy on ``test`` of a model trained on each arm's mails with each of its seeds; one process a core."""
     jobs = [(name, seed) for name, (_, seeds) in arms.items() for seed in seeds]
@@ -55,6 +57,7 @@ def accuracies(
         found: dict[str, list[float]] = {name: [] for name in arms}
         for (name, _), value in zip(jobs, results, strict=True):
             found[name].append(value)
+            tick()
     return found
 
 

@@ -19,6 +19,7 @@ from curator.errors import (
     EmptyValidation,
     MissingSliceField,
     NoSuchCheckpoint,
+    NoSuchValidationSet,
     TooFewTrusted,
 )
 from curator.settings import Settings
@@ -77,6 +78,28 @@ def add_validation(
     directions.add_validation_set(connection, name, slice_field, digest, rows)
     ask(connection, settings)
     return {key: _roles(members) for key, members in split.items()}
+
+
+def remove_validation(connection: Connection, settings: Settings, name: str) -> None:
+    """Stop measuring against a validation set; its scores stay readable.
+
+    Raises:
+        NoSuchValidationSet: none of that name is in use.
+    """
+    if not directions.retire_validation_set(connection, name):
+        raise NoSuchValidationSet(name=name, version=" in use")
+    ask(connection, settings)
+
+
+def use_validation(connection: Connection, settings: Settings, name: str, version: int) -> None:
+    """Measure against a former version of a validation set again.
+
+    Raises:
+        NoSuchValidationSet: there is no such version.
+    """
+    if not directions.use_validation_set(connection, name, version):
+        raise NoSuchValidationSet(name=name, version=f" version {version}")
+    ask(connection, settings)
 
 
 def _by_slice(name: str, slice_field: str, records: Iterable[Record]) -> Mapping[str, dict[bytes, Record]]:
@@ -140,6 +163,7 @@ def ask(connection: Connection, settings: Settings) -> int | None:
         recipe_id = directions.use_recipe(connection, key, checkpoint.id, sets[0][0], asked)
     key = _digest([digest.hex() for _, digest in sets])
     set_id = directions.ask_directions(connection, recipe_id, key, [number for number, _ in sets])
+    work.withdraw(connection, recipe_id, set_id)
     if directions.direction_set_state(connection, set_id) == "ready":
         directions.use_directions(connection, set_id)
         offers.recipe_in_use(connection)

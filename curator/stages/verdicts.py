@@ -152,6 +152,7 @@ def _columns(judged: Judged, batch: Batch, fdr: float) -> dict[str, object]:
         "verdict": judged.verdict,
         "reason": judged.reason,
         "review": None,
+        "restores": None,
         "note": None,
         "actor": ACTOR_CURATOR,
         "policy": f"harm fdr={fdr:g}",
@@ -191,13 +192,14 @@ def review(connection: Connection, example_id: int, said: Review, *, actor: str,
 def _undone(
     connection: Connection, example_id: int, former: Row[Any] | None, actor: str, note: str | None
 ) -> dict[str, object]:
-    """The word before the last, said again; when that was curator's own, curator may speak again."""
-    if former is None or former.review in (None, Review.UNDO):
+    """What was in force before the last review is in force again, with its reason and its figures."""
+    if former is None or former.review is None:
         raise NothingToUndo(example=example_id)
-    basis = verdicts.said_before(connection, example_id, former.id)
+    basis = verdicts.in_force_before(connection, former)
     verdict = Verdict(basis.verdict) if basis else Verdict.NEUTRAL
-    said = Review(basis.review) if basis and basis.review else Review.UNDO
-    return _reviewed(example_id, said, verdict, basis, f"undone: {former.reason}", actor, note)
+    reason = basis.reason if basis else "no verdict but the review that was taken back"
+    row = _reviewed(example_id, Review.UNDO, verdict, basis, reason, actor, note)
+    return {**row, "restores": basis.id if basis else None}
 
 
 def _reviewed(
@@ -213,6 +215,7 @@ def _reviewed(
         "verdict": verdict,
         "reason": reason,
         "review": said,
+        "restores": None,
         "note": note,
         "actor": actor,
     }

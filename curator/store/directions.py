@@ -140,6 +140,19 @@ def add_validation_set(
     return number
 
 
+def retire_validation_set(connection: Connection, name: str) -> bool:
+    """Put a validation set aside; False when none of that name is in use."""
+    statement = text("UPDATE curator.validation_sets SET in_use = false WHERE name = :name AND in_use")
+    return bool(connection.execute(statement, {"name": name}).rowcount)
+
+
+def use_validation_set(connection: Connection, name: str, version: int) -> bool:
+    """Put one version of a validation set to use; False when there is none."""
+    retire_validation_set(connection, name)
+    statement = text("UPDATE curator.validation_sets SET in_use = true WHERE name = :name AND version = :version")
+    return bool(connection.execute(statement, {"name": name, "version": version}).rowcount)
+
+
 def validation_sets_in_use(connection: Connection) -> list[tuple[int, bytes]]:
     """(id, digest) of each set in use, in a fixed order."""
     rows = connection.execute(text("SELECT id, digest FROM curator.validation_sets WHERE in_use ORDER BY name"))
@@ -411,12 +424,13 @@ def measured_direction_examples(connection: Connection, recipe_id: int, set_id: 
 
 
 def references(connection: Connection, set_id: int) -> list[Row[Any]]:
-    """(normalised[], influence[], harm[]) of each trusted reference."""
+    """(normalised[], influence[], harm[]) of each trusted reference; one that is in two sets counts once."""
     return list(
         connection.execute(
             text(
-                "SELECT normalised, influence, harm FROM curator.reference_scores WHERE direction_set_id = :id"
-                " ORDER BY validation_example_id"
+                "SELECT DISTINCT ON (v.digest) r.normalised, r.influence, r.harm FROM curator.reference_scores r"
+                " JOIN curator.validation_examples v ON v.id = r.validation_example_id"
+                " WHERE r.direction_set_id = :id ORDER BY v.digest, v.id"
             ),
             {"id": set_id},
         )

@@ -11,10 +11,11 @@ from contextlib import contextmanager
 import psycopg
 from pgvector.psycopg import register_vector
 from sqlalchemy import Connection, Engine, create_engine, event
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 from sqlalchemy.pool import NullPool
 
-from curator.errors import DatabaseDown
+from curator.errors import BadDatabaseUrl, DatabaseDown
 
 CONNECT_SECONDS = 10
 
@@ -26,10 +27,17 @@ def make_engine(url: str, *, pooled: bool = True, application: str = "curator") 
         url: ``postgresql://`` or ``postgresql+psycopg://``; the driver is always psycopg 3.
         pooled: False for processes that fork or hold a connection for one statement.
         application: shown in ``pg_stat_activity``, so ``status`` can name who holds a lock.
+
+    Raises:
+        BadDatabaseUrl: it is no URL of PostgreSQL.
     """
     for prefix in ("postgresql://", "postgres://"):
         if url.startswith(prefix):
             url = "postgresql+psycopg://" + url.removeprefix(prefix)
+    try:
+        make_url(url)
+    except ArgumentError as error:
+        raise BadDatabaseUrl(reason=str(error)) from None
     arguments = {"connect_timeout": CONNECT_SECONDS, "application_name": application}
     engine = (
         create_engine(url, connect_args=arguments, pool_pre_ping=True, pool_size=4)

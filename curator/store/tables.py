@@ -386,6 +386,7 @@ verdicts = Table(
     Column("previous", Text),
     Column("reason", Text, nullable=False),
     Column("review", Text, comment="keep, drop, relabel or undo, when a person spoke"),
+    Column("restores", BigInteger, comment="undo: the verdict that is in force again; NULL: none"),
     Column("note", Text),
     Column("actor", Text, nullable=False),
     Column("policy", Text, nullable=False),

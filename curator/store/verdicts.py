@@ -63,7 +63,8 @@ def reviewed(connection: Connection, example_ids: Sequence[int]) -> set[int]:
         connection.scalars(
             text(
                 "SELECT f.example_id FROM curator.verdicts_in_force f JOIN curator.verdicts v ON v.id = f.verdict_id"
-                " WHERE f.example_id = ANY(:ids) AND v.review <> 'undo'"
+                " LEFT JOIN curator.verdicts r ON r.id = v.restores"
+                " WHERE f.example_id = ANY(:ids) AND (v.review <> 'undo' OR r.review <> 'undo')"
             ),
             ids,
         )
@@ -94,7 +95,11 @@ def earlier_p_values(
 def reference_count(connection: Connection, set_id: int) -> int:
     """How many trusted references the p-values are ranks among."""
     n: int | None = connection.scalar(
-        text("SELECT count(*) FROM curator.reference_scores WHERE direction_set_id = :id"), {"id": set_id}
+        text(
+            "SELECT count(DISTINCT v.digest) FROM curator.reference_scores r"
+            " JOIN curator.validation_examples v ON v.id = r.validation_example_id WHERE r.direction_set_id = :id"
+        ),
+        {"id": set_id},
     )
     return n or 0
 
@@ -102,7 +107,7 @@ def reference_count(connection: Connection, set_id: int) -> int:
 def append(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> int:
     """Append verdicts and put them in force. A delivery that repeats one changes nothing.
 
-    A row has: example_id, verdict, reason, review, note, actor, policy, recipe_id, direction_set_id, ordinal,
+    A row has: example_id, verdict, reason, review, restores, note, actor, policy, recipe_id, direction_set_id, ordinal,
     influence, stderr, p_value, q_value. ``previous`` is read here, in the same statement.
     """
     return sum(_append_one(connection, row) for row in rows)
@@ -115,10 +120,10 @@ def _append_one(connection: Connection, row: Mapping[str, Any]) -> int:
 _APPEND = text(
     """
     WITH spoken AS (
-        INSERT INTO curator.verdicts (example_id, verdict, previous, reason, review, note, actor, policy, recipe_id,
-                                      direction_set_id, ordinal, influence, stderr, p_value, q_value)
+        INSERT INTO curator.verdicts (example_id, verdict, previous, reason, review, restores, note, actor, policy,
+                                      recipe_id, direction_set_id, ordinal, influence, stderr, p_value, q_value)
         SELECT :example_id, :verdict, (SELECT verdict FROM curator.verdicts_in_force WHERE example_id = :example_id),
-               :reason, :review, :note, :actor, :policy, :recipe_id, :direction_set_id, :ordinal,
+               :reason, :review, :restores, :note, :actor, :policy, :recipe_id, :direction_set_id, :ordinal,
                :influence, :stderr, :p_value, :q_value
         ON CONFLICT DO NOTHING
         RETURNING id, example_id, verdict
@@ -152,19 +157,35 @@ def note_judged(
 
 
 def in_force(connection: Connection, example_id: int) -> Row[Any] | None:
-    """The verdict in force on an example, locked, with its columns."""
-    return connection.execute(
+    """The verdict in force on an example: where it was an undo, the one that undo restored. None: there is none.
+
+    The example stays locked until the transaction ends, so two reviews take turns.
+    """
+    row = connection.execute(
         text(
-            "SELECT v.* FROM curator.verdicts_in_force f JOIN curator.verdicts v ON v.id = f.verdict_id"
-            " WHERE f.example_id = :id FOR UPDATE OF f"
+            "SELECT v.id, v.review, v.restores FROM curator.verdicts_in_force f"
+            " JOIN curator.verdicts v ON v.id = f.verdict_id WHERE f.example_id = :id FOR UPDATE OF f"
         ),
         {"id": example_id},
     ).one_or_none()
+    return None if row is None else _meant(connection, row.id)
 
 
-def said_before(connection: Connection, example_id: int, verdict_id: int) -> Row[Any] | None:
-    """The verdict that was in force before another one."""
+def in_force_before(connection: Connection, verdict: Row[Any]) -> Row[Any] | None:
+    """What was in force when a verdict was given."""
+    number = connection.scalar(
+        text("SELECT max(id) FROM curator.verdicts WHERE example_id = :example AND id < :id"),
+        {"example": verdict.example_id, "id": verdict.id},
+    )
+    return None if number is None else _meant(connection, number)
+
+
+def _meant(connection: Connection, verdict_id: int) -> Row[Any] | None:
+    """A verdict, or the one it restores; an undo never restores another undo, so one step is enough."""
     return connection.execute(
-        text("SELECT * FROM curator.verdicts WHERE example_id = :id AND id < :before ORDER BY id DESC LIMIT 1"),
-        {"id": example_id, "before": verdict_id},
+        text(
+            "SELECT * FROM curator.verdicts WHERE id ="
+            " (SELECT CASE review WHEN 'undo' THEN restores ELSE id END FROM curator.verdicts WHERE id = :id)"
+        ),
+        {"id": verdict_id},
     ).one_or_none()

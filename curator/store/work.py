@@ -263,6 +263,21 @@ def close_quarantined(connection: Connection, work_ids: Sequence[int]) -> None:
     )
 
 
+def withdraw(connection: Connection, recipe_id: int, direction_set_id: int) -> int:
+    """Take back what was asked for under another recipe, or for directions that nobody asks for any more.
+
+    What is leased is left to its owner: it finishes, or fails, on its own account. A recipe that comes back to use
+    is offered its work again with it.
+    """
+    return connection.execute(
+        text(
+            "DELETE FROM curator.work WHERE state IN ('ready', 'quarantined') AND stage <> 'examples'"
+            " AND (recipe_id <> :recipe_id OR (stage = 'directions' AND subject <> :set_id))"
+        ),
+        {"recipe_id": recipe_id, "set_id": direction_set_id},
+    ).rowcount
+
+
 def waiting(connection: Connection) -> dict[Stage, int]:
     """How much is claimable now, or held, for each stage that has any."""
     rows = connection.execute(

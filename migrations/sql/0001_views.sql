@@ -69,10 +69,11 @@ SELECT e.id                   AS example_id,
        v.reason               AS reason,
        v.policy               AS policy,
        v.at                   AS flagged_at,
-       nullif(v.review, 'undo') AS review,
+       CASE v.review WHEN 'undo' THEN u.review ELSE v.review END AS review,
        e.record               AS record
 FROM curator.verdicts_in_force f
 JOIN curator.verdicts v ON v.id = f.verdict_id
+LEFT JOIN curator.verdicts u ON u.id = v.restores
 JOIN curator.examples e ON e.id = f.example_id
 JOIN curator.sources src ON src.id = e.source_id
 LEFT JOIN curator.directions d ON d.direction_set_id = v.direction_set_id AND d.ordinal = v.ordinal
@@ -118,21 +119,34 @@ COMMENT ON VIEW curator.verdict_history IS 'One row for each decision ever taken
 CREATE VIEW curator.source_influence AS
 SELECT t.source, t.slice, t.n,
        t.mean AS mean_influence,
-       t.mean - 1.96 * t.sd / sqrt(t.n) AS ci_low,
-       t.mean + 1.96 * t.sd / sqrt(t.n) AS ci_high,
+       CASE WHEN t.n >= 5 THEN t.mean - 1.96 * t.sd / sqrt(t.n) END AS ci_low,
+       CASE WHEN t.n >= 5 THEN t.mean + 1.96 * t.sd / sqrt(t.n) END AS ci_high,
        t.flagged,
        t.flagged::double precision / t.n AS flagged_share,
-       t.mean_harm
+       t.mean_harm,
+       t.validation_set,
+       trusted.mean AS trusted_influence
 FROM (
-    SELECT s.source, s.slice, count(*) AS n, avg(s.normalised_influence) AS mean,
-           coalesce(stddev_samp(s.normalised_influence), 0) AS sd,
+    SELECT s.source, s.validation_set, s.slice, count(*) AS n, avg(s.normalised_influence) AS mean,
+           stddev_samp(s.normalised_influence) AS sd,
            count(*) FILTER (WHERE f.verdict = 'harmful') AS flagged,
            avg(s.harm) AS mean_harm
     FROM curator.influence_scores s
     LEFT JOIN curator.verdicts_in_force f ON f.example_id = s.example_id
     WHERE s.in_use
-    GROUP BY s.source, s.slice
-) t;
+    GROUP BY s.source, s.validation_set, s.slice
+) t
+LEFT JOIN (
+    SELECT v.name AS validation_set, d.slice, avg(r.normalised[d.ordinal]) AS mean
+    FROM curator.directions d
+    JOIN curator.direction_sets ds ON ds.id = d.direction_set_id AND ds.in_use
+    JOIN curator.recipes c ON c.id = ds.recipe_id AND c.in_use
+    JOIN curator.validation_sets v ON v.id = d.validation_set_id
+    JOIN curator.reference_scores r ON r.direction_set_id = d.direction_set_id
+    JOIN curator.validation_examples e
+      ON e.id = r.validation_example_id AND e.slice = d.slice AND e.validation_set_id = d.validation_set_id
+    GROUP BY v.name, d.slice
+) trusted USING (validation_set, slice);
 
 COMMENT ON VIEW curator.source_influence IS
 'One row for each source and slice: mean normalised influence with a 95 % interval. Row scores are weak, group means are strong.';
@@ -142,6 +156,10 @@ SELECT stage, state, count(*) AS n,
        extract(epoch FROM now() - min(offered_at))::double precision AS oldest_seconds
 FROM curator.work
 GROUP BY stage, state;
+
+COMMENT ON COLUMN curator.source_influence.trusted_influence IS
+'the same mean for the trusted references: the level to compare a source with';
+COMMENT ON COLUMN curator.source_influence.ci_low IS 'of the mean, 95 %; NULL below five examples';
 
 COMMENT ON VIEW curator.pipeline_status IS 'One row for each stage and state of the work ledger.';
 

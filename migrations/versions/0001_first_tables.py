@@ -570,6 +570,7 @@ def upgrade() -> None:
         sa.Column("previous", sa.Text(), nullable=True),
         sa.Column("reason", sa.Text(), nullable=False),
         sa.Column("review", sa.Text(), nullable=True, comment="keep, drop, relabel or undo, when a person spoke"),
+        sa.Column("restores", sa.BigInteger(), comment="undo: the verdict that is in force again; NULL: none"),
         sa.Column("note", sa.Text(), nullable=True),
         sa.Column("actor", sa.Text(), nullable=False),
         sa.Column("policy", sa.Text(), nullable=False),

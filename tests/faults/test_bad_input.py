@@ -91,7 +91,9 @@ def test_a_pickle_is_no_checkpoint(curator, tmp_path: Path) -> None:
 def test_a_factory_that_raises_is_named_with_its_line(curator, project: Path, digits_files: digits.Files) -> None:
     (project / "digits_workload.py").write_text('def build(**options):\n    raise RuntimeError("no licence")\n')
     assert curator("checkpoint", "add", "base", digits_files.checkpoint).returncode == 0
-    assert curator("validation", "add", "trusted", digits_files.validation).returncode == 0
+    early = curator("validation", "add", "trusted", digits_files.validation)
+    assert early.returncode == 2, "said at once, while whoever wrote it is looking"
+    assert "no licence" in early.stderr
     done = curator("drain")
     assert done.returncode == 2
     assert "digits_workload.py:2" in done.stderr
@@ -143,3 +145,28 @@ def test_a_checkpoint_replaced_in_place_is_refused(curator, digits_files: digits
 
 def test_down_without_a_daemon(curator) -> None:
     assert_refused(curator("down"), "CUR-UP-001")
+
+
+def test_what_was_mended_counts(curator, project: Path, digits_files: digits.Files) -> None:
+    """Work that was asked for with a wrong factory is withdrawn once the right one is in curator.toml."""
+    toml = (project / "curator.toml").read_text()
+    (project / "curator.toml").write_text(toml.replace("digits_workload:build", "digits_workload:buidl"))
+    assert curator("checkpoint", "add", "base", digits_files.checkpoint).returncode == 0
+    assert curator("validation", "add", "trusted", digits_files.validation, "--no-check").returncode == 0
+    assert curator("drain").returncode == 2
+    (project / "curator.toml").write_text(toml)
+    assert curator("ingest", digits_files.arrivals).returncode == 0
+    done = curator("drain")
+    assert done.returncode == 0, done.stderr
+    assert "997 of 997 examples are scored" in done.stderr
+    assert "buidl" not in curator("status").stdout
+
+
+def test_a_validation_set_can_be_taken_back(curator, digits_files: digits.Files, tmp_path: Path) -> None:
+    (tmp_path / "half.jsonl").write_text(digits_files.validation.read_text() + "{broken\n")
+    assert curator("validation", "add", "trusted", digits_files.validation).returncode == 0
+    assert_refused(curator("validation", "add", "trusted", tmp_path / "half.jsonl"), "CUR-VAL-006")
+    assert curator("validation", "remove", "trusted").returncode == 0
+    assert_refused(curator("validation", "remove", "trusted"), "CUR-VAL-007")
+    assert curator("validation", "use", "trusted", "1").returncode == 0
+    assert_refused(curator("validation", "use", "trusted", "7"), "CUR-VAL-007")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from sqlalchemy import Engine, text
 
+from curator.errors import NothingToUndo
 from curator.settings import Settings, load
 from curator.sources import jsonl
 from curator.stages import directions, examples, gradients, recipes, scores, upkeep, verdicts, yardstick
@@ -122,17 +123,23 @@ def test_a_second_walk_changes_nothing(walked: tuple[Engine, Settings], digits_f
 
 
 def test_a_persons_word_stands_until_it_is_taken_back(walked: tuple[Engine, Settings]) -> None:
+    """Reviews are a stack: each undo takes one off, down to what curator said, with its reason."""
     engine, _ = walked
     with begin(engine) as connection:
+        flag = text("SELECT example_id, reason, review FROM curator.flagged_examples WHERE example_id = :n")
         number = connection.scalar(text("SELECT example_id FROM curator.flagged_examples ORDER BY 1 LIMIT 1"))
+        before = connection.execute(flag, {"n": number}).one()
+        assert verdicts.review(connection, number, Review.DROP, actor="ada") == Verdict.HARMFUL
         assert verdicts.review(connection, number, Review.KEEP, actor="ada", note="it is a seven") == Verdict.NEUTRAL
-        assert number not in connection.scalars(text("SELECT example_id FROM curator.flagged_examples")).all()
+        assert connection.execute(flag, {"n": number}).all() == []
         assert verdicts.review(connection, number, Review.UNDO, actor="ada") == Verdict.HARMFUL
-        history = connection.execute(
-            text("SELECT verdict, previous, actor FROM curator.verdict_history WHERE example_id = :n ORDER BY at, 1"),
-            {"n": number},
-        ).all()
-    assert len(history) == 3
+        assert connection.execute(flag, {"n": number}).one().review == "drop"
+        assert verdicts.review(connection, number, Review.UNDO, actor="ada") == Verdict.HARMFUL
+        assert connection.execute(flag, {"n": number}).one() == before
+        with pytest.raises(NothingToUndo):
+            verdicts.review(connection, number, Review.UNDO, actor="ada")
+        n = connection.scalar(text("SELECT count(*) FROM curator.verdict_history WHERE example_id = :n"), {"n": number})
+    assert n == 5, "nothing that was said is ever removed"
 
 
 def test_a_second_validation_set_needs_no_new_gradients(
