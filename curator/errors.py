@@ -243,6 +243,30 @@ class InputOverwritten(UsageError):
     )
 
 
+class LayerUnsupported(UsageError):
+    """Layer {layer} cannot be captured: {reason}."""
+
+    code = "CUR-MOD-007"
+    hint = 'Leave it out ([gradients] layers = ["*", "!{layer}"]); its weight then counts as frozen.'
+
+
+class CalledWithoutGradient(UsageError):
+    """These layers ran, but only under torch.no_grad, so no gradient reached them: {layers}."""
+
+    code = "CUR-MOD-008"
+    hint = (
+        "Checkpointing with use_reentrant=True does this where a segment's inputs need no gradient: use "
+        "use_reentrant=False or model.enable_input_require_grads(). Else leave the layers out."
+    )
+
+
+class BadRowIndex(UsageError):
+    """The index of rows must hold an example from -1 (none) to {last} for each row; it is {found}."""
+
+    code = "CUR-MOD-009"
+    hint = "`examples_of_rows` takes one integer a row of the tensors that the layers see, in their order."
+
+
 class MaskTooLarge(UsageError):
     """Layer {layer} cannot keep {kept} entries: its gradient has {entries}."""
 
@@ -262,6 +286,20 @@ class UnknownCurvature(UsageError):
 
     code = "CUR-NUM-003"
     hint = "Set the curvature to one of: {known}."
+
+
+class UnknownCompression(UsageError):
+    """There is no code of kind {kind!r}; known: {known}."""
+
+    code = "CUR-NUM-030"
+    hint = "Set the recipe's code to one of: {known}."
+
+
+class CodeTooWide(UsageError):
+    """A code cannot hold {width} numbers: the mask keeps {entries} entries."""
+
+    code = "CUR-NUM-031"
+    hint = "Set code_dimension between 1 and {entries}, or keep more entries."
 
 
 class UnknownMeasurement(UsageError):

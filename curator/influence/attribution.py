@@ -17,12 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from curator.errors import LayersUnreached, NoCurvature, StateMismatch, UnknownRecipeField
+from curator.errors import LayersUnreached, NoCurvature, StateMismatch, UnknownCurvature, UnknownRecipeField
 from curator.influence import scoring
 from curator.influence.capture import KeptEntries, Layer, Reader, capture, each, find_layers
+from curator.influence.codes import FoldedCode, fit_code
 from curator.influence.confidence import calibrated_loss, fit_temperature, measurement_slope
-from curator.influence.curvature import FisherSums, KroneckerRoots, KroneckerSums, Whitening
+from curator.influence.curvature import Chunks, FisherSums, KroneckerRoots, KroneckerSums, Whitening
 from curator.influence.dropout import LayerMask, budgets, draw
+from curator.influence.ekfac import EigenvalueSums, bases
+from curator.influence.energy import EnergySums
 from curator.influence.exact import DirectionSums, ExactDirections, ExactScores
 from curator.influence.scoring import Directions
 
@@ -46,7 +49,13 @@ class RecipeSpec:
     ``kept`` fixes the budget of single layers. ``damping`` is relative to each block's mean eigenvalue.
     ``measurement`` is what the plain influence is an influence on: the ``margin`` of the validation examples, their
     ``calibrated`` loss, or their ``loss``; the normalised influence is the same for all three. ``exact`` fits the
-    Kronecker factors of the full layers too.
+    Kronecker factors of the full layers too; their ``exact_curvature`` is ``kfac``, or ``ekfac``, which takes one more
+    pass over the trusted data.
+
+    ``importance`` draws the mask by measured gradients (``rms``) instead of evenly (``none``), ``budget`` shares
+    ``dimension`` over the layers evenly (``uniform``) or by their part of the gradient's ``energy``; both take one
+    more pass over the trusted data. A ``code`` brings the whitened K entries down to ``code_dimension`` numbers, which
+    are what is stored (``curator.influence.codes``), and takes one more pass too.
     """
 
     layers: tuple[str, ...] = ("*",)
@@ -59,6 +68,11 @@ class RecipeSpec:
     measurement: str = "margin"
     bias: bool = False
     exact: bool = True
+    exact_curvature: str = "kfac"
+    importance: str = "none"
+    budget: str = "uniform"
+    code: str = "none"
+    code_dimension: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -122,14 +136,15 @@ class Attributor:
         model: nn.Module,
         losses: Losses,
         spec: RecipeSpec,
-        whitening: Whitening,
+        whitening: Whitening | FoldedCode,
         roots: KroneckerRoots | None,
         temperature: float,
+        masks: Mapping[str, LayerMask] | None = None,
     ) -> None:
         self.model, self.losses, self.spec = model, losses, spec
         self.layers = find_layers(model, spec.layers, spec.bias)
         self.device = _device_of(model)
-        self.masks = {n: mask.to(self.device) for n, mask in draw_masks(self.layers, spec).items()}
+        self.masks = {n: m.to(self.device) for n, m in (masks or draw_masks(self.layers, spec)).items()}
         self.slices = _slices(self.masks)
         self.whitening = whitening.to(self.device)
         self.roots = roots.to(self.device) if roots else None
@@ -137,18 +152,20 @@ class Attributor:
 
     @property
     def K(self) -> int:
-        """Kept entries over all layers: the width of every vector of this recipe."""
+        """The width of every vector of this recipe: kept entries over all layers, or the numbers of its code."""
+        if isinstance(self.whitening, FoldedCode):
+            return self.whitening.width
         return sum(mask.kept for mask in self.masks.values())
 
     def with_losses(self, losses: Losses) -> Attributor:
         """The same recipe on another loss of the same model, as a workload may measure validation data by one."""
-        return Attributor(self.model, losses, self.spec, self.whitening, self.roots, self.temperature)
+        return Attributor(self.model, losses, self.spec, self.whitening, self.roots, self.temperature, self.masks)
 
     # --- fitting ------------------------------------------------------------------------------------------
 
     @classmethod
     def fit(cls, model: nn.Module, losses: Losses, trusted: Iterable[Any], spec: RecipeSpec) -> Attributor:
-        """Fit curvature and temperature on batches of TRUSTED data, in one pass over them.
+        """Fit curvature and temperature on batches of TRUSTED data: one pass, unless the recipe asks for more.
 
         Curvature of the arrivals themselves is the tempting wrong way: wrong labels dominate it, and preconditioning
         then hides them (METHOD, "The overconfidence trap": AUC .42-.55 against .97).
@@ -156,9 +173,13 @@ class Attributor:
         Raises:
             NoCurvature: no trusted example gave a finite gradient, or none a gradient at all.
             LayersUnreached: a chosen layer never took part in the loss.
+            UnknownCompression: the recipe's code is none of CODE_KINDS.
+            CodeTooWide: its code is wider than its mask.
         """
         layers = find_layers(model, spec.layers, spec.bias)
-        masks = {n: mask.to(_device_of(model)) for n, mask in draw_masks(layers, spec).items()}
+        trusted = list(trusted) if _takes_passes(spec) else trusted
+        energy = _energy(model, layers, losses, trusted) if _measures_energy(spec) else None
+        masks = {n: mask.to(_device_of(model)) for n, mask in draw_masks(layers, spec, energy).items()}
         fisher = FisherSums(_slices(masks), spec.curvature)
         kronecker = KroneckerSums(angular=spec.curvature == "angular")
         losses_N: list[Tensor] = []
@@ -174,12 +195,17 @@ class Attributor:
         # Without a margin there is nothing to be calibrated: the mean loss of many tokens is no one decision's.
         calibrates = spec.measurement != "loss"
         temperature = fit_temperature(torch.cat(losses_N).double().numpy()) if calibrates else 1.0
-        roots = kronecker.factors(spec.damping) if spec.exact else None
-        return cls(model, losses, spec, fisher.whitening(spec.damping), roots, temperature)
+        roots = _roots(model, layers, losses, trusted, kronecker, spec) if spec.exact else None
+        whitening = fisher.whitening(spec.damping)
+        code = fit_code(spec.code, _whitened(model, layers, losses, trusted, masks, whitening), *_of_code(spec))
+        folded = FoldedCode.fold(whitening, code, sum(mask.kept for mask in masks.values())) if code else whitening
+        return cls(model, losses, spec, folded, roots, temperature, masks)
 
     def state(self) -> dict[str, Tensor]:
         """Everything fitted, as contiguous CPU tensors by name."""
-        tensors = {f"root/{n}": t for n, t in self.whitening.roots.items()}
+        tensors = dict(self.whitening.tensors())
+        if _measures_energy(self.spec):
+            tensors |= {f"mask/{n}/{part}": t for n, m in self.masks.items() for part, t in m.tensors().items()}
         tensors["temperature"] = torch.tensor(self.temperature, dtype=torch.float64)
         if self.roots:
             tensors |= {f"kronecker/{n}": t for n, t in self.roots.tensors().items()}
@@ -192,15 +218,11 @@ class Attributor:
         Raises:
             StateMismatch: the state was fitted for other layers or other budgets.
         """
-        masks = draw_masks(find_layers(model, spec.layers, spec.bias), spec)
-        roots = _under("root/", state)
-        found = {n: t.shape[0] for n, t in roots.items()}
-        wanted = {n: mask.kept for n, mask in masks.items()}
-        if found != wanted or "temperature" not in state:
-            raise StateMismatch(found=found, wanted=wanted)
+        layers = find_layers(model, spec.layers, spec.bias)
+        masks = _masks_of(layers, state) if _measures_energy(spec) else draw_masks(layers, spec)
+        whitening = _whitening_of(masks, spec, state)
         kronecker = KroneckerRoots.of(_under("kronecker/", state)) if spec.exact else None
-        whitening = Whitening(_slices(masks), roots)
-        return cls(model, losses, spec, whitening, kronecker, float(state["temperature"]))
+        return cls(model, losses, spec, whitening, kronecker, float(state["temperature"]), masks)
 
     # --- measuring ----------------------------------------------------------------------------------------
 
@@ -294,11 +316,95 @@ def _validation_rows(m: Measured) -> tuple[Tensor, Tensor]:
     return m.unit_BK[m.ok_B], (m.whitened_norm_B * m.measurement_B)[m.ok_B]
 
 
-def draw_masks(layers: Sequence[Layer], spec: RecipeSpec) -> dict[str, LayerMask]:
-    """The masks of a recipe, in the order of the layers."""
+def draw_masks(layers: Sequence[Layer], spec: RecipeSpec, energy: EnergySums | None = None) -> dict[str, LayerMask]:
+    """The masks of a recipe, in the order of the layers; ``energy`` where the recipe measures it first."""
     shapes = {layer.name: layer.shape for layer in layers}
-    kept = budgets({layer.name: layer.entries for layer in layers}, spec.dimension, spec.kept)
-    return {name: draw(spec.mask, spec.seed, name, shapes[name], k) for name, k in kept.items()}
+    share = energy.shares if energy and spec.budget == "energy" else None
+    kept = budgets({layer.name: layer.entries for layer in layers}, spec.dimension, spec.kept, share)
+    entries = energy.entries if energy and spec.importance == "rms" else {}
+    return {name: draw(spec.mask, spec.seed, name, shapes[name], k, entries.get(name)) for name, k in kept.items()}
+
+
+def _measures_energy(spec: RecipeSpec) -> bool:
+    return spec.importance == "rms" or spec.budget == "energy"
+
+
+def _takes_passes(spec: RecipeSpec) -> bool:
+    return _measures_energy(spec) or spec.code != "none" or spec.exact_curvature != "kfac"
+
+
+def _roots(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    losses: Losses,
+    trusted: Iterable[Any],
+    kronecker: KroneckerSums,
+    spec: RecipeSpec,
+) -> KroneckerRoots:
+    if spec.exact_curvature == "kfac":
+        return kronecker.factors(spec.damping)
+    if spec.exact_curvature != "ekfac":
+        raise UnknownCurvature(kind=spec.exact_curvature, known="kfac, ekfac")
+    sums = EigenvalueSums(bases(kronecker), kronecker.angular)
+    for batch in trusted:
+        capture(model, layers, lambda batch=batch: losses(model, batch), sums)  # type: ignore[misc]
+    return sums.roots(spec.damping)
+
+
+def _of_code(spec: RecipeSpec) -> tuple[int, int]:
+    return spec.code_dimension, spec.seed
+
+
+def _energy(model: nn.Module, layers: Sequence[Layer], losses: Losses, trusted: Iterable[Any]) -> EnergySums:
+    sums = EnergySums()
+    for batch in trusted:
+        capture(model, layers, lambda batch=batch: losses(model, batch), sums)  # type: ignore[misc]
+        sums.close()
+    return sums
+
+
+def _whitened(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    losses: Losses,
+    trusted: Iterable[Any],
+    masks: Mapping[str, LayerMask],
+    whitening: Whitening,
+) -> Chunks:
+    """The whitened rows of the trusted data, captured again at every pass: K' wide, they would not fit in memory."""
+
+    def chunks() -> Iterable[Tensor]:
+        for batch in trusted:
+            kept = KeptEntries(masks)
+            loss_B = capture(model, layers, lambda batch=batch: losses(model, batch), kept)  # type: ignore[misc]
+            # Every example counts alike, as in the curvature.
+            yield scoring.unit(whitening.apply(kept.g_BK(loss_B)))[0]
+
+    return chunks
+
+
+def _masks_of(layers: Sequence[Layer], state: Mapping[str, Tensor]) -> dict[str, LayerMask]:
+    found = {layer.name: _under(f"mask/{layer.name}/", state) for layer in layers}
+    return {name: LayerMask.of(tensors) for name, tensors in found.items() if tensors}
+
+
+def _whitening_of(
+    masks: Mapping[str, LayerMask], spec: RecipeSpec, state: Mapping[str, Tensor]
+) -> Whitening | FoldedCode:
+    wanted = {name: mask.kept for name, mask in masks.items()}
+    if "temperature" not in state or not masks:
+        raise StateMismatch(found={}, wanted=wanted)
+    if spec.code != "none":
+        shape = (sum(wanted.values()), spec.code_dimension)
+        found_shape = tuple(state["code"].shape) if "code" in state else None
+        if found_shape != shape:
+            raise StateMismatch(found=found_shape, wanted=shape)
+        return FoldedCode(state["code"])
+    roots = _under("root/", state)
+    found = {name: root.shape[0] for name, root in roots.items()}
+    if found != wanted:
+        raise StateMismatch(found=found, wanted=wanted)
+    return Whitening(_slices(masks), roots)
 
 
 def _slices(masks: Mapping[str, LayerMask]) -> dict[str, slice]:

@@ -17,15 +17,17 @@ Kronecker factors are those of KFAC for layers with shared weights (arXiv:1503.0
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from curator.errors import NoCurvature, UnknownCurvature
 from curator.influence.capture import Layer, ghost_inner
+from curator.influence.dropout import LayerMask
 from curator.influence.scoring import unit
 
 CurvatureKind = Literal["angular", "fisher", "diagonal", "identity"]
@@ -114,6 +116,10 @@ class Whitening:
         """w_BK = F^-1/2 g."""
         return torch.cat([times(g_BK[:, c], self.roots[n]) for n, c in self.slices.items()], dim=1)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """As named tensors."""
+        return {f"root/{n}": root for n, root in self.roots.items()}
+
     def to(self, device: torch.device) -> Whitening:
         """The same matrices on ``device``."""
         return Whitening(self.slices, {n: root.to(device) for n, root in self.roots.items()})
@@ -147,6 +153,111 @@ def times(x: Tensor, root: Tensor) -> Tensor:
     """The product with a symmetric matrix, or with a diagonal given as a vector, in the matrix's precision."""
     x = x.to(root.dtype)
     return x * root if root.ndim == 1 else x @ root
+
+
+# --- blocks too wide for a matrix ---------------------------------------------------------------------------
+
+OVERSAMPLED = 10
+"""Extra directions of the randomised range finder, which make its last ones trustworthy (arXiv:0909.4061, 4.4)."""
+
+Chunks = Callable[[], Iterable[Tensor]]
+"""Chunks of a sample's rows x_BK, the same ones at every call: more than one pass is made over them."""
+
+
+@dataclass(frozen=True)
+class Principal:
+    """Eigenvectors (k, r) and eigenvalues (r,) of a second moment, largest first, and its whole trace."""
+
+    vectors_kr: Tensor
+    values_r: Tensor
+    trace: float
+
+
+def principal(chunks: Chunks, rank: int, seed: int = 0, passes: int = 3) -> Principal:
+    """Leading eigenpairs of mean x x^T, in O(k r) memory, by randomised subspace iteration.
+
+    Halko, Martinsson & Tropp, arXiv:0909.4061, algorithms 4.4 and 5.3: ``passes`` over the sample, and one more for
+    the values. Where the sample or k is not larger than the rank, the result is exact.
+
+    Raises:
+        NoCurvature: the sample is empty.
+    """
+    basis_kr: Tensor | None = None
+    for _ in range(passes):
+        total_kr, _, _ = _moment_times(chunks, basis_kr, rank + OVERSAMPLED, seed)
+        basis_kr = torch.linalg.qr(total_kr)[0]
+    moved_kr, trace, count = _moment_times(chunks, basis_kr, rank + OVERSAMPLED, seed)
+    assert basis_kr is not None
+    small = basis_kr.T @ moved_kr / count
+    values, vectors = torch.linalg.eigh((small + small.T) / 2)
+    values, vectors = values.flip(0)[:rank].clamp_min(0), vectors.flip(1)[:, :rank]
+    return Principal(basis_kr @ vectors, values, trace / count)
+
+
+def _moment_times(chunks: Chunks, basis_kr: Tensor | None, rank: int, seed: int) -> tuple[Tensor, float, int]:
+    """Sum of x (x^T basis), sum of |x|^2, and how many; the basis starts as random signs."""
+    total: Tensor | None = None
+    trace, count = 0.0, 0
+    for chunk in chunks():
+        x = chunk[chunk.isfinite().all(dim=1)].double()
+        if basis_kr is None:
+            basis_kr = _signs(x.shape[1], min(rank, x.shape[1]), seed).to(x.device)
+        total = _plus(total, x.T @ (x @ basis_kr))
+        trace += float(x.square().sum())
+        count += len(x)
+    if total is None or not count:
+        raise NoCurvature()
+    return total, trace, count
+
+
+def _signs(rows: int, columns: int, seed: int) -> Tensor:
+    raw = np.random.Philox(key=seed).random_raw(rows * columns)
+    return torch.from_numpy((raw >> np.uint64(63)).astype(np.float64) * 2 - 1).view(rows, columns)
+
+
+@dataclass(frozen=True)
+class LowRankRoot:
+    """F^-1/2 of a wide block known by r directions: V (s + damping)^-1/2 V^T there, damping^-1/2 elsewhere."""
+
+    vectors_kr: Tensor
+    gain_r: Tensor
+    rest: float
+
+    @classmethod
+    def fit(cls, found: Principal, damping: float) -> LowRankRoot:
+        """With the damping of ``inverse_root``, relative to the whole trace, also of directions left out."""
+        floor = damping * found.trace / len(found.vectors_kr)
+        if floor <= 0:
+            return cls(found.vectors_kr.float(), torch.zeros_like(found.values_r).float(), 0.0)
+        gain_r = (found.values_r + floor).rsqrt() - floor**-0.5
+        return cls(found.vectors_kr.float(), gain_r.float(), floor**-0.5)
+
+    def apply(self, g_Bk: Tensor) -> Tensor:
+        """F^-1/2 g, in O(k r) an example."""
+        return g_Bk * self.rest + ((g_Bk @ self.vectors_kr) * self.gain_r) @ self.vectors_kr.T
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As named tensors."""
+        return {"vectors": self.vectors_kr, "gain": self.gain_r, "rest": torch.tensor(self.rest, dtype=torch.float64)}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> LowRankRoot:
+        """Back from ``tensors``."""
+        return cls(tensors["vectors"], tensors["gain"], float(tensors["rest"]))
+
+
+def adam_whitening(second_moments: Mapping[str, Tensor], masks: Mapping[str, LayerMask], epsilon: float) -> Whitening:
+    """Adam's own preconditioner 1 / (sqrt(v) + epsilon), half on each side, at the kept entries (arXiv:2402.04333).
+
+    Args:
+        second_moments: v_OI of each layer, of the optimiser's state, bias-corrected.
+        masks: of the same layers, in the order of the vector.
+        epsilon: the optimiser's; absolute, as Adam's is.
+    """
+    ends = np.cumsum([mask.kept for mask in masks.values()]).tolist()
+    slices = {n: slice(e - m.kept, e) for (n, m), e in zip(masks.items(), ends, strict=True)}
+    roots = {n: (second_moments[n][m.coordinates()].double().sqrt() + epsilon).rsqrt() for n, m in masks.items()}
+    return Whitening(slices, {n: root.float() for n, root in roots.items()})
 
 
 def _plus(left: Tensor | None, right: Tensor | None) -> Tensor:
@@ -214,30 +325,51 @@ class KroneckerSums:
 
 @dataclass(frozen=True)
 class KroneckerRoots:
-    """A^-1/2 (I, I) and S^-1/2 (O, O) by layer; a vector is a diagonal."""
+    """A^-1/2 (I, I) and S^-1/2 (O, O) by layer; a vector is a diagonal.
+
+    Or, with ``corrections`` R (O, I), their eigenvectors: then W = R o (Q_S^T G Q_A) (``curator.influence.ekfac``).
+    """
 
     inputs: Mapping[str, Tensor]
     outputs: Mapping[str, Tensor]
+    corrections: Mapping[str, Tensor] = field(default_factory=dict)
 
     def whiten(self, layer: Layer, a_BTI: Tensor, d_BTO: Tensor) -> tuple[Tensor, Tensor]:
         """A^-1/2 a and S^-1/2 d: the factors of the whitened full gradient."""
         A, S = self.inputs[layer.name], self.outputs[layer.name]
         return times(a_BTI, A), times(d_BTO, S)
 
+    def square_B(self, layer: Layer, a_BTI: Tensor, d_BTO: Tensor) -> Tensor:
+        """|W|^2 of each example, (B,), from the factors that ``whiten`` gives."""
+        if (R_OI := self.corrections.get(layer.name)) is None:
+            return ghost_inner(a_BTI, d_BTO)
+        if a_BTI.shape[1] == 1:
+            return ((d_BTO[:, 0].square() @ R_OI.square()) * a_BTI[:, 0].square()).sum(dim=1)
+        # A weight on each entry has no ghost: the rotated gradient is formed, one example at a time.
+        norms = [((d.T @ a) * R_OI).square().sum() for a, d in zip(a_BTI, d_BTO, strict=True)]
+        return torch.stack(norms) if norms else a_BTI.new_zeros(0)
+
+    def corrected(self, layer: Layer, U: Tensor) -> Tensor:
+        """R o U: makes <U, W> a product with the rotated gradient, and a sum of rotated gradients one of W."""
+        return U * self.corrections[layer.name].to(U.dtype) if layer.name in self.corrections else U
+
     def to(self, device: torch.device) -> KroneckerRoots:
         """The same matrices on ``device``."""
         return KroneckerRoots(
-            {n: t.to(device) for n, t in self.inputs.items()}, {n: t.to(device) for n, t in self.outputs.items()}
+            {n: t.to(device) for n, t in self.inputs.items()},
+            {n: t.to(device) for n, t in self.outputs.items()},
+            {n: t.to(device) for n, t in self.corrections.items()},
         )
 
     def tensors(self) -> dict[str, Tensor]:
         """As named tensors."""
-        return {f"in/{n}": t for n, t in self.inputs.items()} | {f"out/{n}": t for n, t in self.outputs.items()}
+        named = {"in": self.inputs, "out": self.outputs, "correction": self.corrections}
+        return {f"{part}/{n}": t for part, by_layer in named.items() for n, t in by_layer.items()}
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> KroneckerRoots:
         """Back from ``tensors``."""
-        return cls(_under("in/", tensors), _under("out/", tensors))
+        return cls(*(_under(part, tensors) for part in ("in/", "out/", "correction/")))
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

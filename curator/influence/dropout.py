@@ -16,6 +16,18 @@ touches about sqrt(k) rows and columns, fills any k exactly, and stays nested.
 
 Under both, every entry is kept with probability q = k / (O I), and kept entries are scaled by 1 / sqrt(q), so
 E[<Pg, Pg'>] = <g, g'>.
+
+Importance-weighted masks keep what carries the gradient (``curator.influence.energy`` measures it) by priority
+sampling (Duffield, Lund & Thorup, JACM 54, 2007), which unlike systematic sampling is nested:
+
+4.  ``u_j = (floor(x_j / 2^11) + 1/2) / 2^53`` for every candidate j, from the stream of ``use`` + `` keys``;
+    the candidates with the smallest keys ``u_j / w_j`` are kept, in that order, so more is an extension of less.
+5.  With tau the smallest key that is NOT kept, p_j = min(1, w_j tau) is the probability that j is kept given the
+    other keys, and 1 / sqrt(p_j) its scale: E[<Pg, Pg'>] = <g, g'> exactly, and the terms are uncorrelated.
+
+A coordinate mask samples entries with w the root mean square of the entry; a neuron mask samples rows and columns,
+each with the root mean square of its row or column, and keeps the largest whole grid of at most k cells: a ragged
+edge would have no inclusion probability of its own.
 """
 
 from __future__ import annotations
@@ -36,19 +48,24 @@ from curator.errors import MaskTooLarge, UnknownMask
 MaskKind = Literal["neuron", "coordinate"]
 MASK_KINDS: tuple[MaskKind, ...] = ("neuron", "coordinate")
 
+Floats = NDArray[np.float64]
+
+RAREST = 0.1
+"""Least weight of an entry over the root mean square of all: what the sample did not use may be used tomorrow."""
+
 
 @dataclass(frozen=True)
 class LayerMask:
     """What one layer keeps of its gradient.
 
     A neuron mask multiplies the kept rows and columns and then takes ``cells_k`` of the P*Q products; a coordinate
-    mask has no ``cells_k`` and one row and one column an entry.
+    mask has no ``cells_k`` and one row and one column an entry. ``scale`` is one number, or one an entry (k,).
     """
 
     rows: Tensor
     columns: Tensor
     cells_k: Tensor | None
-    scale: float
+    scale: float | Tensor
 
     @property
     def kept(self) -> int:
@@ -58,7 +75,20 @@ class LayerMask:
     def to(self, device: torch.device) -> LayerMask:
         """The same mask with its indices on ``device``."""
         cells_k = None if self.cells_k is None else self.cells_k.to(device)
-        return LayerMask(self.rows.to(device), self.columns.to(device), cells_k, self.scale)
+        scale = self.scale.to(device) if isinstance(self.scale, Tensor) else self.scale
+        return LayerMask(self.rows.to(device), self.columns.to(device), cells_k, scale)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As named tensors: a mask that depends on measured data cannot be drawn again from the seed."""
+        cells = {} if self.cells_k is None else {"cells": self.cells_k}
+        scale = torch.as_tensor(self.scale, dtype=torch.float64)
+        return {"rows": self.rows, "columns": self.columns, "scale": scale} | cells
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> LayerMask:
+        """Back from ``tensors``."""
+        scale = tensors["scale"]
+        return cls(tensors["rows"], tensors["columns"], tensors.get("cells"), scale if scale.ndim else float(scale))
 
     def keep(self, a_BTI: Tensor, d_BTO: Tensor) -> Tensor:
         """g_Bk, the kept and scaled entries of sum_t d_t a_t^T, in float32 or better. Equation: METHOD 3.
@@ -67,9 +97,10 @@ class LayerMask:
         """
         d = at_least_float32(d_BTO[:, :, self.rows])
         a = at_least_float32(a_BTI[:, :, self.columns])
+        scale = self.scale.to(d.dtype) if isinstance(self.scale, Tensor) else self.scale
         if self.cells_k is None:
-            return (d * a).sum(dim=1) * self.scale
-        return (d.transpose(1, 2) @ a).flatten(1)[:, self.cells_k] * self.scale
+            return (d * a).sum(dim=1) * scale
+        return (d.transpose(1, 2) @ a).flatten(1)[:, self.cells_k] * scale
 
     def coordinates(self) -> tuple[Tensor, Tensor]:
         """Row and column of each kept entry, (k,) and (k,), in the order of ``keep``."""
@@ -84,7 +115,9 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def draw(kind: str, seed: int, layer: str, shape: tuple[int, int], kept: int) -> LayerMask:
+def draw(
+    kind: str, seed: int, layer: str, shape: tuple[int, int], kept: int, energy_OI: Tensor | None = None
+) -> LayerMask:
     """The mask of one layer: the same on every machine for the same arguments.
 
     Args:
@@ -93,6 +126,8 @@ def draw(kind: str, seed: int, layer: str, shape: tuple[int, int], kept: int) ->
         layer: the layer's name in the model.
         shape: (O, I) of the layer's gradient.
         kept: k, between 1 and O*I.
+        energy_OI: mean square of each entry, any unit, for an importance-weighted mask; such a neuron mask keeps the
+            largest whole grid of at most k cells.
 
     Raises:
         MaskTooLarge: k exceeds O*I, or is below 1.
@@ -102,6 +137,8 @@ def draw(kind: str, seed: int, layer: str, shape: tuple[int, int], kept: int) ->
     if not 1 <= kept <= n_out * n_in:
         raise MaskTooLarge(layer=layer, kept=kept, entries=n_out * n_in)
     name = f"{seed}/{layer}/{n_out}x{n_in}"
+    if energy_OI is not None:
+        return _weighted(kind, name, energy_OI.double().cpu().numpy(), kept)
     scale = math.sqrt(n_out * n_in / kept)
     if kind == "coordinate":
         flat = shuffled_prefix(f"{name}/entries", n_out * n_in, kept)
@@ -117,10 +154,64 @@ def draw(kind: str, seed: int, layer: str, shape: tuple[int, int], kept: int) ->
     raise UnknownMask(kind=kind, known=", ".join(MASK_KINDS))
 
 
+def _weighted(kind: str, name: str, energy_OI: Floats, kept: int) -> LayerMask:
+    n_out, n_in = energy_OI.shape
+    if kind == "coordinate":
+        flat, p_k = priority_sample(f"{name}/entries keys", root_weights(energy_OI.ravel()), kept)
+        return LayerMask(
+            torch.from_numpy(flat // n_in), torch.from_numpy(flat % n_in), None, torch.from_numpy(p_k**-0.5)
+        )
+    if kind == "neuron":
+        n_rows, n_columns = _grid(n_out, n_in, kept)
+        rows, p_rows = priority_sample(f"{name}/rows keys", root_weights(energy_OI.sum(axis=1)), n_rows)
+        columns, p_columns = priority_sample(f"{name}/columns keys", root_weights(energy_OI.sum(axis=0)), n_columns)
+        _, _, cells = _shells(n_out, n_in, n_rows * n_columns)
+        scale_k = np.outer(p_rows, p_columns).ravel()[cells] ** -0.5
+        return LayerMask(
+            *(torch.from_numpy(rows), torch.from_numpy(columns), torch.from_numpy(cells)), torch.from_numpy(scale_k)
+        )
+    raise UnknownMask(kind=kind, known=", ".join(MASK_KINDS))
+
+
+def root_weights(energy_N: Floats) -> Floats:
+    """Root mean squares over their own mean, none below ``RAREST``; all 1 where nothing was measured."""
+    energy_N = np.maximum(energy_N, 0)
+    mean = energy_N.mean()
+    return np.sqrt(energy_N / mean + RAREST**2) if mean > 0 else np.ones_like(energy_N)
+
+
+def priority_sample(name: str, weight_N: Floats, m: int) -> tuple[NDArray[np.int64], Floats]:
+    """Keep m of N candidates with probability about proportional to weight, and each one's probability, (m,) both.
+
+    Duffield, Lund & Thorup, JACM 54 (2007), section 1.1; see the head of this module. Takes O(N) time and memory.
+    """
+    x_N = stream(name, len(weight_N))
+    key_N = ((x_N >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53 / weight_N
+    order = np.argsort(key_N, kind="stable")
+    kept = order[:m].astype(np.int64)
+    tau = key_N[order[m]] if m < len(order) else np.inf
+    return kept, np.minimum(weight_N[kept] * tau, 1.0)
+
+
+def stream(name: str, count: int) -> NDArray[np.uint64]:
+    """The first ``count`` raw 64-bit numbers of a name: steps 1 and 2 of the head of this module."""
+    key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:16], "little")
+    return np.asarray(np.random.Philox(key=key, counter=0).random_raw(count), dtype=np.uint64)
+
+
+def _grid(n_out: int, n_in: int, kept: int) -> tuple[int, int]:
+    """Rows and columns of the largest prefix of the shells that is a whole grid of at most ``kept`` cells."""
+    side = math.isqrt(kept)
+    if side >= n_out:
+        return n_out, min(kept // n_out, n_in)
+    if side >= n_in:
+        return min(kept // n_in, n_out), n_in
+    return side, side + (side * (side + 1) <= kept)
+
+
 def shuffled_prefix(name: str, n: int, m: int) -> NDArray[np.int64]:
     """The first m of a shuffle of 0 .. n-1, in O(m) time and memory (a layer may have 10^8 entries)."""
-    key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:16], "little")
-    raw = np.random.Philox(key=key, counter=0).random_raw(m).tolist()
+    raw = stream(name, m).tolist()
     moved: dict[int, int] = {}
     prefix = np.empty(m, dtype=np.int64)
     for i, x in enumerate(raw):
@@ -157,8 +248,37 @@ def split(total: int, entries: Mapping[str, int]) -> dict[str, int]:
     return {name: kept[name] for name in entries if kept[name]}
 
 
-def budgets(entries: Mapping[str, int], total: int, given: Mapping[str, int]) -> dict[str, int]:
+def split_by(total: int, entries: Mapping[str, int], share: Mapping[str, float]) -> dict[str, int]:
+    """Share ``total`` kept entries in proportion to ``share``, exactly, with at least one for each layer.
+
+    What a full layer cannot take goes to the others, in proportion again; remainders go to the largest fractions.
+    """
+    total = min(total, sum(entries.values()))
+    weight = {name: max(share.get(name, 0.0), 0.0) for name in entries}
+    if total < len(entries) or sum(weight.values()) <= 0:
+        return split(total, entries)
+    full: dict[str, int] = {}
+    while True:
+        open_ = [name for name in entries if name not in full]
+        left, mass = total - sum(full.values()) - len(open_), sum(weight[n] for n in open_)
+        quota = {n: 1 + left * (weight[n] / mass if mass > 0 else 1 / len(open_)) for n in open_}
+        over = {n: entries[n] for n in open_ if quota[n] > entries[n]}
+        if not over:
+            break
+        full |= over
+    kept = full | {n: math.floor(q) for n, q in quota.items()}
+    rest = sorted(open_, key=lambda n: math.floor(quota[n]) - quota[n])
+    for name in [n for n in rest if kept[n] < entries[n]][: total - sum(kept.values())]:
+        kept[name] += 1
+    return {name: kept[name] for name in entries}
+
+
+def budgets(
+    entries: Mapping[str, int], total: int, given: Mapping[str, int], share: Mapping[str, float] | None = None
+) -> dict[str, int]:
     """Kept entries a layer: what was ``given``, and ``total`` shared over the layers that were not.
+
+    The rest is shared evenly, or in proportion to ``share``, a layer's part of the gradient's energy.
 
     Raises:
         MaskTooLarge: a given budget does not fit its layer.
@@ -167,5 +287,6 @@ def budgets(entries: Mapping[str, int], total: int, given: Mapping[str, int]) ->
         if not 1 <= kept <= entries.get(layer, 0):
             raise MaskTooLarge(layer=layer, kept=kept, entries=entries.get(layer, 0))
     rest = {name: n for name, n in entries.items() if name not in given}
-    shared = split(max(total - sum(given.values()), 0), rest)
+    left = max(total - sum(given.values()), 0)
+    shared = split(left, rest) if share is None else split_by(left, rest, share)
     return {name: kept for name in entries if (kept := given.get(name, shared.get(name, 0)))}

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from curator.influence.capture import Layer, ghost_inner, ghost_products
+from curator.influence.capture import Layer, ghost_products
 from curator.influence.curvature import KroneckerRoots
 
 
@@ -55,10 +55,14 @@ class ExactScores:
     def __call__(self, layer: Layer, a_BTI: Tensor, d_BTO: Tensor) -> None:
         """Add one layer."""
         a, d = self.roots.whiten(layer, a_BTI, d_BTO)
-        self.square_B.append(ghost_inner(a, d))
+        self.square_B.append(self.roots.square_B(layer, a, d))
         if self.towards is not None:
-            self.towards_unit_BS.append(ghost_products(a, d, self.towards.unit_SOI[layer.name]))
-            self.towards_mean_BS.append(ghost_products(a, d, self.towards.whitened_SOI[layer.name]))
+            self.towards_unit_BS.append(
+                ghost_products(a, d, self.roots.corrected(layer, self.towards.unit_SOI[layer.name]))
+            )
+            self.towards_mean_BS.append(
+                ghost_products(a, d, self.roots.corrected(layer, self.towards.whitened_SOI[layer.name]))
+            )
 
     def norm_B(self) -> Tensor:
         """|W|, over all captured layers."""
@@ -90,5 +94,5 @@ class DirectionSums:
         used = (self.weight_SB > 0).any(dim=0)
         a, d = self.roots.whiten(layer, a_BTI[used], d_BTO[used])
         weighted = [d * weight_B[used, None, None].to(d.dtype) for weight_B in self.weight_SB]
-        total = torch.stack([x.flatten(0, 1).T @ a.flatten(0, 1) for x in weighted])
+        total = self.roots.corrected(layer, torch.stack([x.flatten(0, 1).T @ a.flatten(0, 1) for x in weighted]))
         self.sums[layer.name] = self.sums[layer.name] + total if layer.name in self.sums else total

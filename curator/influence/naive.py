@@ -72,7 +72,9 @@ def norm(G: ByLayer) -> float:
 def kept(G_OI: Floats, mask: LayerMask) -> Floats:
     """The kept entries, picked from the full gradient one by one."""
     rows, columns = mask.coordinates()
-    return np.array([mask.scale * G_OI[o, i] for o, i in zip(rows.tolist(), columns.tolist(), strict=True)])
+    scale_k = np.broadcast_to(np.asarray(mask.scale, np.float64), len(rows))
+    cells = zip(rows.tolist(), columns.tolist(), scale_k.tolist(), strict=True)
+    return np.array([scale * G_OI[o, i] for o, i, scale in cells])
 
 
 def shuffled(raw: Sequence[int], n: int) -> list[int]:
@@ -82,6 +84,19 @@ def shuffled(raw: Sequence[int], n: int) -> list[int]:
         j = i + x * (n - i) // 2**64
         items[i], items[j] = items[j], items[i]
     return items[: len(raw)]
+
+
+def priority_sample(u: Sequence[float], weight: Sequence[float], m: int) -> tuple[list[int], list[float]]:
+    """The m smallest u/w, one candidate at a time, and min(1, w tau) with tau the next."""
+    keys = sorted((x / w, j) for j, (x, w) in enumerate(zip(u, weight, strict=True)))
+    tau = keys[m][0] if m < len(keys) else np.inf
+    return [j for _, j in keys[:m]], [min(1.0, weight[j] * tau) for _, j in keys[:m]]
+
+
+def energy(gradients_N: Sequence[Floats]) -> Floats:
+    """Mean of the squared entries of one layer's gradients, each scaled to length 1."""
+    squares = [g**2 / (g**2).sum() if np.any(g) else np.zeros_like(g) for g in gradients_N]
+    return np.asarray(np.mean(squares, axis=0))
 
 
 # --- curvature ----------------------------------------------------------------------------------------------
@@ -110,9 +125,57 @@ def kronecker(pairs: Sequence[tuple[Floats, Floats]], damping: float, angular: b
     return np.asarray(np.kron(damped(S, damping), damped(A, damping)), dtype=np.float64)
 
 
+def corrected_kronecker(
+    pairs: Sequence[tuple[Floats, Floats]], gradients_N: Sequence[Floats], damping: float, angular: bool
+) -> Floats:
+    """EK-FAC of one layer as one (O I) x (O I) matrix: KFAC's eigenvectors, second moments along each of them."""
+    A = np.mean([np.outer(a, a) for a in np.concatenate([a for a, _ in pairs])], axis=0)
+    S = np.mean([_outer(a, d, angular) for a, d in pairs], axis=0)
+    Q = np.kron(np.linalg.eigh(S)[1], np.linalg.eigh(A)[1])
+    rows = [g.ravel() / (np.linalg.norm(g) if angular and np.any(g) else 1.0) for g in gradients_N]
+    values = np.mean([(Q.T @ g) ** 2 for g in rows], axis=0)
+    return np.asarray(Q @ np.diag(values + damping * values.mean()) @ Q.T)
+
+
 def _outer(a_TI: Floats, d_TO: Floats, angular: bool) -> Floats:
     square = float(((d_TO.T @ a_TI) ** 2).sum()) if angular else 1.0
     return d_TO.T @ d_TO / (square if square > 0 else 1.0)
+
+
+# --- codes --------------------------------------------------------------------------------------------------
+
+
+def sjlt(bucket_sK: ArrayLike, sign_sK: ArrayLike, width: int) -> Floats:
+    """The transform as an explicit (C, K) matrix."""
+    bucket, sign = np.asarray(bucket_sK), np.asarray(sign_sK, np.float64)
+    S = np.zeros((width, bucket.shape[1]))
+    for r, j in np.ndindex(*bucket.shape):
+        S[bucket[r, j], j] += sign[r, j] / np.sqrt(len(bucket))
+    return S
+
+
+def principal_projector(rows: Sequence[Floats], width: int) -> Floats:
+    """The projector onto the leading directions of a sample, by a singular value decomposition."""
+    _, _, v = np.linalg.svd(np.stack(rows), full_matrices=False)
+    return np.asarray(v[:width].T @ v[:width])
+
+
+def rank_one(G: Floats) -> Floats:
+    """The nearest matrix of rank one."""
+    u, s, v = np.linalg.svd(G)
+    return np.asarray(s[0] * np.outer(u[:, 0], v[0]))
+
+
+def signs(y: Floats) -> Floats:
+    """One number at a time."""
+    scale = float(np.mean(np.abs(y)))
+    return np.array([scale if value >= 0 else -scale for value in y])
+
+
+def inverse_root(F: Floats, damping: float) -> Floats:
+    """(F + damping tr(F)/k)^-1/2."""
+    values, vectors = np.linalg.eigh(damped(F, damping))
+    return np.asarray((vectors / np.sqrt(values)) @ vectors.T)
 
 
 # --- scores -------------------------------------------------------------------------------------------------
@@ -167,3 +230,17 @@ def temperature(loss_N: ArrayLike) -> float:
     m = [-np.log(np.expm1(x)) for x in np.asarray(loss_N, dtype=np.float64)]
     tried = np.geomspace(0.05, 20, 4000)
     return float(tried[np.argmin([np.mean([np.log1p(np.exp(-x / t)) for x in m]) for t in tried])])
+
+
+def linear_datamodelling(score_NV: Floats, kept_MN: Floats, outcome_MV: Floats) -> Floats:
+    """One query and one subset at a time."""
+    found = []
+    for v in range(score_NV.shape[1]):
+        predicted = [sum(score_NV[n, v] for n in np.flatnonzero(kept)) for kept in kept_MN]
+        x, y = _rank(predicted), _rank(list(outcome_MV[:, v]))
+        found.append(np.corrcoef(x, y)[0, 1])
+    return np.array(found)
+
+
+def _rank(values: Sequence[float]) -> Floats:
+    return np.array([sum(b < a for b in values) + (1 + sum(b == a for b in values)) / 2 for a in values])

@@ -106,7 +106,9 @@ def compute(tools: Instrument, batch: Batch) -> Result:
 
 def _fit(tools: Instrument, trusted: Sequence[ValidationExample]) -> Attributor:
     records = [example.record for example in trusted]
-    return Attributor.fit(tools.model, base.losses_of(tools.workload), tools.batches(records), tools.spec)
+    # A list: a code is fitted in further passes over the same batches.
+    batches = list(tools.batches(records))
+    return Attributor.fit(tools.model, base.losses_of(tools.workload), batches, tools.spec)
 
 
 def _measured(tools: Instrument, attributor: Attributor, examples: Sequence[ValidationExample]) -> Measured:

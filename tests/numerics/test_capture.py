@@ -177,7 +177,7 @@ def test_a_loss_that_misses_every_captured_layer_is_refused():
 def test_rows_that_are_not_examples_are_refused():
     model = nn.Sequential(nn.Linear(5, 3))
     flat = torch.ones(6, 5)
-    with pytest.raises(RowsUnknown, match="of 2 examples"):
+    with pytest.raises(RowsUnknown, match="each of 2 examples"):
         capture(model, find_layers(model), lambda: model(flat).sum(1).view(2, 3).sum(1), lambda *_: None)
 
 

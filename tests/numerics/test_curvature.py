@@ -13,8 +13,12 @@ from curator.influence.curvature import (
     FisherSums,
     KroneckerRoots,
     KroneckerSums,
+    LowRankRoot,
+    adam_whitening,
     inverse_root,
+    principal,
 )
+from curator.influence.dropout import draw
 
 SLICES = {"a": slice(0, 3), "b": slice(3, 7)}
 
@@ -152,3 +156,33 @@ def test_a_wide_factor_keeps_its_diagonal(monkeypatch):
     assert (roots.inputs["l"].shape, roots.outputs["l"].shape) == ((3,), (2, 2))
     a, d = roots.whiten(_Named, torch.ones(1, 1, 3), torch.ones(1, 1, 2))
     assert (a.shape, d.shape) == ((1, 1, 3), (1, 1, 2))
+
+
+# --- wide blocks ----------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=20)
+@given(cut=st.integers(0, 5), damping=st.sampled_from([0.01, 0.1, 1.0]))
+def test_a_low_rank_root_equals_the_dense_one_where_the_sample_has_low_rank(cut, damping):
+    g = torch.randn(5, 30, generator=torch.Generator().manual_seed(cut), dtype=torch.float64)
+    root = LowRankRoot.fit(principal(lambda: [g[:cut], g[cut:]], 5), damping)
+    back = LowRankRoot.of(root.tensors())
+    dense = naive.inverse_root(naive.fisher(list(g.numpy()), angular=False), damping)
+    x = torch.randn(4, 30, generator=torch.Generator().manual_seed(9))
+    np.testing.assert_allclose(back.apply(x).numpy(), x.numpy() @ dense, rtol=0, atol=1e-4 * np.abs(dense).max())
+
+
+def test_a_low_rank_root_of_nothing_is_zero():
+    root = LowRankRoot.fit(principal(lambda: [torch.zeros(3, 30)], 2), 0.1)
+    assert root.apply(torch.ones(1, 30)).abs().max() == 0
+    with pytest.raises(NoCurvature):
+        principal(lambda: [], 2)
+
+
+def test_adam_s_moments_precondition_as_adam_does():
+    masks = {"l": draw("coordinate", 0, "l", (3, 4), 6)}
+    v = torch.rand(3, 4, generator=torch.Generator().manual_seed(0))
+    W = adam_whitening({"l": v}, masks, 1e-8)
+    g = torch.randn(2, 6, generator=torch.Generator().manual_seed(1))
+    twice = W.apply(W.apply(g))
+    torch.testing.assert_close(twice, g / (v[masks["l"].coordinates()].sqrt() + 1e-8))

@@ -10,7 +10,18 @@ from hypothesis import strategies as st
 
 from curator.errors import MaskTooLarge, UnknownMask
 from curator.influence import naive
-from curator.influence.dropout import MASK_KINDS, budgets, draw, shuffled_prefix, split
+from curator.influence.dropout import (
+    MASK_KINDS,
+    LayerMask,
+    budgets,
+    draw,
+    priority_sample,
+    shuffled_prefix,
+    split,
+    split_by,
+    stream,
+)
+from curator.influence.energy import EnergySums
 
 shapes = st.tuples(st.integers(1, 12), st.integers(1, 12))
 kinds = st.sampled_from(MASK_KINDS)
@@ -220,3 +231,133 @@ def test_without_scale_self_influence_grows_along_nested_masks_up_to_the_full_on
         mine = z[rows.numpy(), columns.numpy()]
         values.append(float(mine @ np.linalg.solve(F, mine)))
     assert values == sorted(values)
+
+
+# --- importance-weighted masks --------------------------------------------------------------------------------
+
+
+def uneven(shape, seed=5):
+    """Energies over three orders of magnitude."""
+    rng = np.random.Generator(np.random.Philox(seed))
+    return torch.from_numpy(10 ** rng.uniform(-3, 0, shape))
+
+
+GOLDEN_WEIGHTED = [5, 3, 0]
+GOLDEN_PROBABILITY = [1.0, 1.0, 0.2915628786132025]
+
+
+def test_the_weighted_stream_is_the_documented_one_on_every_machine():
+    weights = np.array([1.0, 2.0, 0.5, 4.0, 1.0, 8.0])
+    kept, p = priority_sample("0/layer/2x3/entries keys", weights, 3)
+    assert kept.tolist() == GOLDEN_WEIGHTED
+    np.testing.assert_allclose(p, GOLDEN_PROBABILITY, rtol=1e-12)
+
+
+@given(n=st.integers(1, 40), data=st.data())
+def test_priority_sampling_equals_one_candidate_at_a_time(n, data):
+    m = data.draw(st.integers(0, n))
+    weights = data.draw(st.lists(st.floats(0.1, 10), min_size=n, max_size=n))
+    raw = stream("any", n).tolist()
+    u = [((x >> 11) + 0.5) / 2**53 for x in raw]
+    kept, p = priority_sample("any", np.array(weights), m)
+    expected_kept, expected_p = naive.priority_sample(u, weights, m)
+    assert kept.tolist() == expected_kept
+    np.testing.assert_allclose(p, expected_p, rtol=1e-12)
+
+
+@given(shape=shapes, kind=kinds, seed=st.integers(0, 5), data=st.data())
+def test_weighted_masks_are_nested_distinct_and_fill_what_they_can(shape, kind, seed, data):
+    entries = shape[0] * shape[1]
+    k = data.draw(st.integers(1, entries))
+    more = data.draw(st.integers(k, entries))
+    energy = uneven(shape)
+    small, large = (cells(draw(kind, seed, "l", shape, n, energy)) for n in (k, more))
+    assert small == large[: len(small)]
+    assert len(set(large)) == len(large)
+    # A grid of side s misses at most the s cells to the next one, and a full layer misses none.
+    assert k - math.isqrt(k) - max(shape) <= len(small) <= k if kind == "neuron" else len(small) == k
+    assert len(cells(draw(kind, seed, "l", shape, entries, energy))) == entries
+
+
+def weighted_products(kind, k, x_OI, y_OI, energy):
+    found = []
+    for seed in range(SEEDS):
+        mask = draw(kind, seed, "l", x_OI.shape, k, energy)
+        rows, columns = mask.coordinates()
+        found.append(float((x_OI[rows, columns] * y_OI[rows, columns] * mask.scale.numpy() ** 2).sum()))
+    return np.array(found)
+
+
+@pytest.mark.parametrize(("kind", "k"), [("coordinate", 30), ("neuron", 36), ("neuron", 33)])
+def test_weighted_inner_products_are_unbiased(kind, k, two_gradients):
+    x, y = two_gradients
+    energy = uneven(x.shape)
+    size = energy.sqrt().numpy()
+    found = weighted_products(kind, k, x * size, y * size, energy)
+    assert abs(found.mean() - (x * y * size**2).sum()) < 5 * found.std() / math.sqrt(SEEDS)
+
+
+def test_weighting_lowers_the_variance_where_energy_is_uneven(two_gradients):
+    x, y = two_gradients
+    energy = uneven(x.shape)
+    size = energy.sqrt().numpy()
+    plain = inner_products("coordinate", x.shape, 30, x * size, y * size)
+    assert weighted_products("coordinate", 30, x * size, y * size, energy).var() < plain.var() / 2
+
+
+def test_where_nothing_was_measured_every_entry_counts_alike():
+    mask = draw("coordinate", 0, "l", (4, 5), 7, torch.zeros(4, 5))
+    assert len({round(float(s), 9) for s in mask.scale}) == 1
+
+
+@settings(deadline=None)
+@given(count=st.integers(0, 6), positions=st.integers(1, 3), cut=st.integers(0, 6))
+def test_energies_are_means_over_unit_gradients_and_add_up(count, positions, cut):
+    g = torch.Generator().manual_seed(count)
+    a, d = (torch.randn(count, positions, n, generator=g, dtype=torch.float64) for n in (4, 3))
+
+    def measured(rows):
+        sums = EnergySums()
+        for layer, factor in ((_Named("one"), 1.0), (_Named("two"), 2.0)):
+            sums(layer, a[rows], d[rows] * factor)
+        sums.close()
+        return sums
+
+    found = measured(slice(0, cut)).merge(measured(slice(cut, count)))
+    dense = [d[b].T.numpy() @ a[b].numpy() for b in range(count)]
+    if count:
+        np.testing.assert_allclose(found.entries["one"] / count, naive.energy(dense), atol=1e-12)
+    assert found.shares == pytest.approx({"one": count * 0.2, "two": count * 0.8})
+
+
+class _Named:
+    def __init__(self, name):
+        self.name = name
+
+
+def test_a_mask_survives_the_way_through_named_tensors():
+    g = torch.Generator().manual_seed(0)
+    a, d = torch.randn(2, 3, 6, generator=g), torch.randn(2, 3, 5, generator=g)
+    for kind in MASK_KINDS:
+        for energy in (None, uneven((5, 6))):
+            mask = draw(kind, 0, "l", (5, 6), 9, energy)
+            assert torch.equal(LayerMask.of(mask.tensors()).keep(a, d), mask.keep(a, d))
+
+
+@given(
+    sizes=st.lists(st.integers(1, 5000), min_size=1, max_size=8),
+    total=st.sampled_from([960, 1984, 7]),
+    data=st.data(),
+)
+def test_budgets_by_energy_are_filled_exactly_and_in_proportion(sizes, total, data):
+    entries = {f"l{i}": n for i, n in enumerate(sizes)}
+    share = {name: data.draw(st.floats(0, 1)) for name in entries}
+    kept = split_by(total, entries, share)
+    assert sum(kept.values()) == min(total, sum(sizes))
+    assert all(1 <= kept[name] <= entries[name] for name in kept)
+    assert list(kept) == list(entries) or total < len(entries)
+
+
+def test_a_layer_with_three_times_the_energy_gets_three_times_the_entries():
+    assert split_by(402, {"a": 1000, "b": 1000}, {"a": 3.0, "b": 1.0}) == {"a": 301, "b": 101}
+    assert budgets({"a": 1000, "b": 1000, "c": 50}, 440, {"c": 38}, {"a": 3.0, "b": 1.0})["a"] == 301
