@@ -11,7 +11,7 @@ from curator.errors import CuratorError
 from curator.runtime import Runtime
 from curator.stages import directions, examples, gradients, scores, upkeep, verdicts
 from curator.stages.turn import StageModule, Turn
-from curator.store import migrate, work
+from curator.store import migrate, offers, work
 from curator.store.engine import begin, read
 from workers.base import stopping
 
@@ -31,8 +31,8 @@ def drain(runtime: Runtime) -> bool:
             upkeep.run(connection, runtime.settings)
         for stage in STAGES:
             turn.run(stage, runtime.settings.limits.turn_seconds)
-        with read(runtime.engine) as connection:
-            if not work.waiting(connection):
+        with begin(runtime.engine) as connection:
+            if not work.waiting(connection) and not offers.missing(connection):
                 return True
         stopping.wait(PATIENCE_SECONDS)
     return False

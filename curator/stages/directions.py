@@ -23,10 +23,10 @@ from curator.influence.scoring import Directions
 from curator.settings import Settings
 from curator.stages import instrument, yardstick
 from curator.stages.instrument import Instrument, finite, states_of
-from curator.store import directions, tensors, vectors, work
+from curator.store import directions, offers, tensors, vectors, work
 from curator.store.directions import ValidationExample
 from curator.store.engine import read
-from curator.types import PRIORITY_BACKFILL, PRIORITY_FRESH, Counts, GradientState, Lease, Stage
+from curator.types import Counts, GradientState, Lease, Stage
 from curator.workloads import base
 
 STAGE = Stage.DIRECTIONS
@@ -43,11 +43,12 @@ class Batch:
     recipe_id: int
     direction_set_id: int
     examples: Sequence[ValidationExample]
+    is_fitted: bool
 
     @property
-    def tools(self) -> tuple[str, int, int]:
+    def tools(self) -> tuple[str, int, int, bool]:
         """The model, before or after its fit."""
-        return "instrument", self.recipe_id, -self.direction_set_id
+        return "instrument", self.recipe_id, -self.direction_set_id, self.is_fitted
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,15 @@ class Result:
 
 
 def claim(connection: Connection, settings: Settings) -> Batch | None:
-    """Lease one direction set. One whose validation sets were replaced meanwhile is made all the same: it is asked."""
-    lease = work.claim(connection, STAGE, 1, settings.limits.lease_seconds)
-    if lease is None:
-        return None
-    set_id = lease.subjects[0]
-    examples = directions.validation_examples(connection, directions.validation_sets_of(connection, set_id))
-    return Batch(lease, lease.recipe_id, set_id, examples)
+    """Lease one direction set. One that was replaced before it was made is dropped: perhaps it cannot be made."""
+    while lease := work.claim(connection, STAGE, 1, settings.limits.lease_seconds):
+        (set_id,) = lease.subjects
+        if directions.is_asked(connection, set_id):
+            examples = directions.validation_examples(connection, directions.validation_sets_of(connection, set_id))
+            fitted = directions.recipe(connection, lease.recipe_id).state == "ready"
+            return Batch(lease, lease.recipe_id, set_id, examples, fitted)
+        work.finish(connection, lease)
+    return None
 
 
 def load(engine: Engine, settings: Settings, batch: Batch) -> Instrument:
@@ -182,9 +185,16 @@ def _references(
 
 
 def record(connection: Connection, settings: Settings, batch: Batch, result: Result) -> Counts:
-    """Freeze everything in one transaction, put it to use if it is still what is asked for, and offer what follows."""
-    if not work.finish(connection, batch.lease):
+    """Freeze everything in one transaction, put it to use if it is still what is asked for, and offer what follows.
+
+    Of two workers that fit the same recipe the first one's curvature stays; the other measures again, on that.
+    """
+    if not work.hold(connection, batch.lease):
         return Counts(lost=1)
+    directions.change_footing(connection)
+    if result.fitted and directions.recipe(connection, batch.recipe_id).state == "ready":
+        return Counts(lost=work.give_back(connection, batch.lease))
+    work.finish(connection, batch.lease)
     attributor = result.attributor
     if result.fitted:
         state = {name: t.numpy() for name, t in attributor.state().items()}
@@ -199,18 +209,12 @@ def record(connection: Connection, settings: Settings, batch: Batch, result: Res
     )
     tensors.keep(connection, "direction_tensors", "direction_set_id", batch.direction_set_id, result.arrays)
     directions.record_references(connection, batch.direction_set_id, result.references)
-    directions.use_directions(connection, batch.direction_set_id)
-    offer(connection, batch.recipe_id, batch.direction_set_id)
+    directions.directions_made(connection, batch.direction_set_id)
+    nothing_yet = directions.directions_in_use(connection, batch.recipe_id) is None
+    if nothing_yet or directions.is_asked(connection, batch.direction_set_id):
+        directions.use_directions(connection, batch.direction_set_id)
+    offers.recipe_in_use(connection)
     return Counts(done=1)
-
-
-def offer(connection: Connection, recipe_id: int, set_id: int) -> None:
-    """Offer what a new recipe or direction leaves to do: the latest arrivals first, the past as back-fill."""
-    recipe = directions.recipe(connection, recipe_id)
-    if recipe.in_use:
-        first = directions.latest_recipe_before(connection, recipe_id) is None
-        directions.offer_gradients(connection, recipe_id, PRIORITY_FRESH if first else PRIORITY_BACKFILL)
-    directions.offer_scores(connection, recipe_id, set_id, PRIORITY_BACKFILL)
 
 
 def _record_validation(connection: Connection, recipe_id: int, result: Result) -> None:

@@ -18,7 +18,7 @@ from curator.errors import DataError
 from curator.settings import Limits, Settings
 from curator.sources.jsonl import open_records
 from curator.sources.records import parse_record
-from curator.store import directions, examples, scores, work
+from curator.store import directions, examples, offers, work
 from curator.store.examples import Intake
 from curator.types import Counts, Lease, Record, Refusal, Stage
 
@@ -145,6 +145,8 @@ def record(connection: Connection, settings: Settings, batch: Batch, result: Res
         _end(connection, settings, batch, result)
     else:
         work.go_on(connection, batch.lease)
+        full = examples.close_batches(connection, batch.intake.id, settings.limits.batch_records)
+        _offer_verdicts(connection, full)
     return counts
 
 
@@ -155,9 +157,10 @@ def _write(
     records: Sequence[Record],
     refusals: Sequence[Refusal],
 ) -> Counts:
-    batch_id = examples.open_batch(connection, intake.id, settings.limits.batch_records) if records else 0
+    batch_id = examples.open_batch(connection, intake.id) if records else 0
     new = examples.insert(connection, intake, batch_id, records)
     examples.quarantine(connection, intake, refusals, settings.limits.quarantine_bytes)
+    directions.keep_footing(connection)
     recipe = directions.recipe_in_use(connection)
     if recipe is not None and recipe.state == "ready":
         work.offer(connection, Stage.GRADIENTS, new, recipe_id=recipe.id, batch_ids=[batch_id] * len(new))
@@ -184,20 +187,20 @@ def _end(connection: Connection, settings: Settings, batch: Batch, result: Resul
     detail = None if result.damage is None else str(result.damage)
     closed = examples.close_intake(connection, batch.intake.id, "damaged" if result.damage else "complete", detail)
     work.finish(connection, batch.lease)
-    offer_verdicts(connection, closed)
+    _offer_verdicts(connection, closed)
 
 
-def offer_verdicts(connection: Connection, batch_ids: Sequence[int]) -> None:
+def _offer_verdicts(connection: Connection, batch_ids: Sequence[int]) -> None:
     """Offer closed batches that may have been through before they were closed."""
     recipe = directions.recipe_in_use(connection)
-    set_id = recipe and directions.directions_in_use(connection, recipe.id)
-    if recipe and set_id:
-        scores.offer_verdicts(connection, recipe.id, set_id, batch_ids)
+    if recipe and batch_ids:
+        offers.verdicts(connection, recipe.id, batch_ids)
 
 
 def _record_inbox(connection: Connection, settings: Settings, batch: Batch, result: Result) -> Counts:
     """Rows of the inbox by source; each source's rows of one chunk are a batch of their own."""
     total = Counts()
+    closed: list[int] = []
     for source in sorted({name for name, _ in [*result.records, *result.refusals]}):
         # Locked: another process may be taking in rows of the same source.
         intake = examples.intake(connection, examples.open_intake(connection, source, INBOX, b"").id)
@@ -205,8 +208,9 @@ def _record_inbox(connection: Connection, settings: Settings, batch: Batch, resu
         refusals = [r for name, r in result.refusals if name == source]
         counts = _write(connection, settings, intake, records, refusals)
         _advance(connection, intake, Result([(source, r) for r in records], []), counts)
-        offer_verdicts(connection, examples.close_batches(connection, intake.id))
+        closed += examples.close_batches(connection, intake.id)
         total += counts
     examples.clear_inbox(connection, batch.lease.subjects)
     work.finish(connection, batch.lease)
+    _offer_verdicts(connection, closed)
     return total

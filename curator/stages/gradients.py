@@ -16,7 +16,7 @@ from curator.influence.attribution import Measured
 from curator.settings import Settings
 from curator.stages import instrument
 from curator.stages.instrument import Instrument, finite, states_of
-from curator.store import directions, examples, gradients, scores, vectors, work
+from curator.store import directions, examples, gradients, offers, vectors, work
 from curator.store.engine import read
 from curator.types import Counts, GradientState, Lease, Stage
 from curator.workloads import base
@@ -125,15 +125,19 @@ def record(connection: Connection, settings: Settings, batch: Batch, result: Res
     connection.exec_driver_sql("SET LOCAL synchronous_commit = off")
     held = work.finish(connection, batch.lease)
     keep = [row for row, number in enumerate(result.ids) if number in held]
+    batch_of = examples.batches_by_example(connection, list(held))
     if result.measured is not None and keep:
-        _write(connection, batch, [result.ids[row] for row in keep], result.measured.rows(torch.tensor(keep)))
+        measured = result.measured.rows(torch.tensor(keep))
+        _write(connection, batch, [result.ids[row] for row in keep], measured, batch_of)
     for number in held & result.broken.keys():
         examples.quarantine_example(connection, number, RecordUnusable.code, result.broken[number])
-    _offer_verdicts(connection, batch, held)
+    offers.verdicts(connection, batch.recipe_id, sorted(set(batch_of.values())))
     return Counts(done=len(keep), refused=len(held & result.broken.keys()), lost=len(batch.lease) - len(held))
 
 
-def _write(connection: Connection, batch: Batch, ids: Sequence[int], measured: Measured) -> None:
+def _write(
+    connection: Connection, batch: Batch, ids: Sequence[int], measured: Measured, batch_of: Mapping[int, int]
+) -> None:
     states = states_of(measured)
     facts = [_facts(measured, row, number, states[row]) for row, number in enumerate(ids)]
     gradients.insert(connection, batch.recipe_id, batch.direction_set_id, facts)
@@ -145,13 +149,12 @@ def _write(connection: Connection, batch: Batch, ids: Sequence[int], measured: M
             detail = f"loss {float(measured.loss_B[row])}, gradient norm {float(measured.gradient_norm_B[row])}"
             examples.quarantine_example(connection, ids[row], NonfiniteGradient.code, detail)
     if numbers.size:
-        of = examples.batches_by_example(connection, numbers.tolist())
         work.offer(
             connection,
             Stage.SCORES,
             numbers.tolist(),
             recipe_id=batch.recipe_id,
-            batch_ids=[of[number] for number in numbers.tolist()],
+            batch_ids=[batch_of[number] for number in numbers.tolist()],
         )
 
 
@@ -167,10 +170,3 @@ def _facts(measured: Measured, row: int, number: int, state: GradientState) -> d
         "whitened_norm": float(measured.whitened_norm_B[row]) if ok else None,
         "exact": exact,
     }
-
-
-def _offer_verdicts(connection: Connection, batch: Batch, held: frozenset[int]) -> None:
-    """A batch whose last examples end here, without a score, can be judged."""
-    if batch.direction_set_id is not None and held:
-        touched = scores.batches_of(connection, list(held))
-        scores.offer_verdicts(connection, batch.recipe_id, batch.direction_set_id, touched)

@@ -23,7 +23,7 @@ from curator.errors import (
     TooFewTrusted,
 )
 from curator.settings import Settings
-from curator.store import directions, work
+from curator.store import directions, offers, work
 from curator.store.directions import NewValidationExample
 from curator.types import Record, Stage
 
@@ -149,6 +149,7 @@ def ask(connection: Connection, settings: Settings) -> int | None:
     A recipe keeps the curvature of the trusted data it was fitted on: a validation set that is added later gets a
     direction under the same recipe, and no gradient has to be computed again.
     """
+    directions.change_footing(connection)
     checkpoint = directions.checkpoint_in_use(connection)
     sets = directions.validation_sets_in_use(connection)
     if checkpoint is None or not sets:
@@ -165,6 +166,7 @@ def ask(connection: Connection, settings: Settings) -> int | None:
     work.withdraw(connection, recipe_id, set_id)
     if directions.direction_set_state(connection, set_id) == "ready":
         directions.use_directions(connection, set_id)
+        offers.recipe_in_use(connection)
     else:
         work.offer_again(connection, Stage.DIRECTIONS, [set_id], recipe_id=recipe_id)
     return set_id

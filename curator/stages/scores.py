@@ -18,7 +18,7 @@ from curator.influence.confidence import conformal_p
 from curator.settings import Settings
 from curator.stages import yardstick
 from curator.stages.yardstick import Scored, Yardstick
-from curator.store import directions, gradients, scores, vectors, work
+from curator.store import directions, examples, gradients, offers, scores, vectors, work
 from curator.store.directions import Recipe
 from curator.store.engine import read
 from curator.types import Counts, Lease, Stage
@@ -104,12 +104,19 @@ def _share_below(value_B: NDArray[Any], reference_N: NDArray[np.float64]) -> NDA
 
 
 def record(connection: Connection, settings: Settings, batch: Batch, result: Result) -> Counts:
-    """Scores and the state of the work in one transaction; then see which batches are through."""
+    """Scores and the state of the work in one transaction; then see which batches are through.
+
+    Work on directions that were replaced meanwhile goes back: whoever replaced them could not offer what was leased.
+    """
+    if not work.hold(connection, batch.lease):
+        return Counts(lost=len(batch.lease))
+    if directions.directions_in_use(connection, batch.recipe.id) != batch.direction_set_id:
+        return Counts(lost=work.give_back(connection, batch.lease))
     held = work.finish(connection, batch.lease)
     rows = [_row(result, row, number) for row, number in enumerate(batch.ids) if number in held]
     scores.upsert(connection, batch.recipe.id, batch.direction_set_id, rows)
-    touched = scores.batches_of(connection, list(held))
-    scores.offer_verdicts(connection, batch.recipe.id, batch.direction_set_id, touched)
+    touched = examples.batches_by_example(connection, list(held)).values()
+    offers.verdicts(connection, batch.recipe.id, sorted(set(touched)))
     return Counts(done=len(rows), lost=len(batch.lease) - len(held))
 
 

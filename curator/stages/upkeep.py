@@ -1,17 +1,18 @@
-"""What keeps the path whole without anyone looking: reclaim, give up, sweep. Torch-free; safe to run at any moment."""
+"""What keeps the path whole without anyone looking: reclaim and give up. Torch-free; safe to run at any moment."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import Connection
 
 from curator.errors import WorkerKilled
 from curator.settings import Settings
-from curator.store import directions, examples, scores, work
+from curator.store import directions, examples, offers, work
 from curator.store.work import WornOut
-from curator.types import PRIORITY_BACKFILL, PRIORITY_FRESH, Stage
+from curator.types import Stage
 
 log = logging.getLogger(__name__)
 
@@ -22,33 +23,25 @@ class Mended:
 
     reclaimed: int
     given_up: int
-    offered: int
 
 
 def run(connection: Connection, settings: Settings) -> Mended:
-    """One round, in one transaction."""
+    """One round, in one transaction. It costs what is leased and what failed, not what there is."""
     reclaimed = work.reclaim(connection, settings.limits.lease_seconds / work.BEATS_PER_LEASE * 2)
     worn = work.worn_out(connection, settings.limits.attempts)
     for item in worn:
         _give_up(connection, item, settings.limits.attempts)
     work.close_quarantined(connection, [item.id for item in worn])
+    _offer_verdicts(connection, worn)
     work.forget_windows(connection)
-    return Mended(reclaimed, len(worn), sweep(connection))
+    return Mended(reclaimed, len(worn))
 
 
-def sweep(connection: Connection) -> int:
-    """Offer whatever nobody offered: anti-joins over the tables themselves, so nothing can slip between two marks."""
-    offered = work.offer_inbox(connection)
-    recipe = directions.recipe_in_use(connection)
-    if recipe is None or recipe.state != "ready":
-        return offered
-    first = directions.latest_recipe_before(connection, recipe.id) is None
-    offered += directions.offer_gradients(connection, recipe.id, PRIORITY_FRESH if first else PRIORITY_BACKFILL)
-    set_id = directions.directions_in_use(connection, recipe.id)
-    if set_id is not None:
-        offered += directions.offer_scores(connection, recipe.id, set_id, PRIORITY_BACKFILL)
-        offered += scores.offer_verdicts(connection, recipe.id, set_id)
-    return offered
+def _offer_verdicts(connection: Connection, worn: Sequence[WornOut]) -> None:
+    """A batch whose last example was given up can be judged without it."""
+    for recipe_id in {item.recipe_id for item in worn}:
+        batches = {item.batch_id for item in worn if item.recipe_id == recipe_id and item.batch_id is not None}
+        offers.verdicts(connection, recipe_id, sorted(batches))
 
 
 def _give_up(connection: Connection, item: WornOut, attempts: int) -> None:

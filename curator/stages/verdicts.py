@@ -17,7 +17,7 @@ from sqlalchemy import Connection, Engine, Row
 from curator.errors import NothingToUndo, UnknownExample
 from curator.influence.confidence import benjamini_hochberg
 from curator.settings import Settings
-from curator.store import directions, verdicts, work
+from curator.store import directions, examples, offers, verdicts, work
 from curator.types import ACTOR_CURATOR, Counts, Lease, Review, Stage, Verdict
 
 STAGE = Stage.VERDICTS
@@ -48,12 +48,21 @@ class Judged:
 
 
 def claim(connection: Connection, settings: Settings) -> Batch | None:
-    """Lease one batch whose examples are all through."""
-    lease = work.claim(connection, STAGE, 1, settings.limits.lease_seconds)
-    if lease is None:
-        return None
-    batch_id = lease.subjects[0]
-    set_id = directions.directions_in_use(connection, lease.recipe_id) or 0
+    """Lease one batch whose examples are all through.
+
+    One that is so no longer, since the directions were replaced, is dropped: whoever finishes it offers it again.
+    """
+    while lease := work.claim(connection, STAGE, 1, settings.limits.lease_seconds):
+        (batch_id,) = lease.subjects
+        if offers.is_through(connection, lease.recipe_id, batch_id):
+            return _read(connection, settings, lease, batch_id)
+        work.finish(connection, lease)
+    return None
+
+
+def _read(connection: Connection, settings: Settings, lease: Lease, batch_id: int) -> Batch:
+    set_id = directions.directions_in_use(connection, lease.recipe_id)
+    assert set_id is not None, "a batch is through on directions"
     rows = verdicts.scores_of_batch(connection, batch_id, lease.recipe_id, set_id)
     wanted = max(0, settings.verdicts.pool - len(rows))
     earlier = verdicts.earlier_p_values(connection, batch_id, lease.recipe_id, set_id, wanted)
@@ -108,13 +117,19 @@ def _judge(row: Row[Any], q: float, ordinal: int, fdr: float, valuable: bool) ->
 
 
 def record(connection: Connection, settings: Settings, batch: Batch, result: Sequence[Judged]) -> Counts:
-    """Append what changed. A first neutral is the absence of a verdict; a person's word is never overruled."""
+    """Append what changed. A first neutral is the absence of a verdict; a person's word is never overruled.
+
+    Nor is the word on the recipe in use by that of a former one, whose last batches end after it was replaced.
+    """
     if not work.finish(connection, batch.lease):
         return Counts(lost=1)
+    if not verdicts.may_judge(connection, batch.batch_id, batch.lease.recipe_id, batch.direction_set_id):
+        return Counts(lost=1)
+    reviewed = verdicts.reviewed(connection, [judged.row.id for judged in result])
     spoken = [
         judged
         for judged in result
-        if not judged.row.reviewed and (judged.verdict != Verdict.NEUTRAL or judged.row.former is not None)
+        if judged.row.id not in reviewed and (judged.verdict != Verdict.NEUTRAL or judged.row.former is not None)
     ]
     verdicts.append(connection, [_columns(judged, batch, settings.verdicts.fdr) for judged in spoken])
     verdicts.note_judged(
@@ -163,7 +178,7 @@ def review(connection: Connection, example_id: int, said: Review, *, actor: str,
         UnknownExample: no example has that number.
         NothingToUndo: nobody has reviewed it.
     """
-    if not verdicts.resolve(connection, str(example_id)):
+    if not examples.fetch(connection, [example_id]):
         raise UnknownExample(given=example_id)
     former = verdicts.in_force(connection, example_id)
     if said is Review.UNDO:

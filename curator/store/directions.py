@@ -9,8 +9,6 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, text
 
-from curator.types import Stage
-
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
@@ -205,6 +203,20 @@ def leaked(connection: Connection, set_id: int) -> int:
 
 # --- recipes and direction sets ---------------------------------------------------------------------------
 
+# One number for every curator. Arrivals are offered under the footing that they find; if it changed beside them, they
+# would be neither offered by their intake nor seen by whoever changed it.
+_FOOTING = 0x666F6F74
+
+
+def change_footing(connection: Connection) -> None:
+    """Change recipe or directions alone, until the transaction ends: arrivals and other changes wait."""
+    connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _FOOTING})
+
+
+def keep_footing(connection: Connection) -> None:
+    """Let recipe and directions be what they are until the transaction ends."""
+    connection.execute(text("SELECT pg_advisory_xact_lock_shared(:key)"), {"key": _FOOTING})
+
 
 def use_recipe(connection: Connection, key: bytes, checkpoint_id: int, set_id: int, spec: Mapping[str, Any]) -> int:
     """The recipe of that key, made when it is new, and in use from now on. Returns its id."""
@@ -243,14 +255,6 @@ def recipe(connection: Connection, recipe_id: int) -> Recipe:
     return Recipe(row.id, checkpoint, row.spec, row.dimension or 0, row.temperature or 1.0, row.state, row.in_use)
 
 
-def latest_recipe_before(connection: Connection, recipe_id: int) -> int | None:
-    """The recipe before this one: where there was one, old examples are back-fill and not what people wait for."""
-    number: int | None = connection.scalar(
-        text("SELECT max(id) FROM curator.recipes WHERE id < :id"), {"id": recipe_id}
-    )
-    return number
-
-
 def recipe_fitted(connection: Connection, recipe_id: int, dimension: int, blocks: int, temperature: float) -> None:
     """The recipe has its curvature; gradients can be computed."""
     connection.execute(
@@ -263,20 +267,43 @@ def recipe_fitted(connection: Connection, recipe_id: int, dimension: int, blocks
 
 
 def ask_directions(connection: Connection, recipe_id: int, key: bytes, set_ids: Sequence[int]) -> int:
-    """The direction set of that key; a new one is made by the worker. Returns its id."""
-    connection.execute(
+    """The direction set of that key; a new one, or one that failed, is made by the worker. Returns its id."""
+    number = connection.scalar(
         text(
-            "INSERT INTO curator.direction_sets (recipe_id, key, validation_set_ids)"
-            " VALUES (:recipe_id, :key, :set_ids) ON CONFLICT DO NOTHING"
+            "INSERT INTO curator.direction_sets AS d (recipe_id, key, validation_set_ids)"
+            " VALUES (:recipe_id, :key, :set_ids) ON CONFLICT (recipe_id, key) DO UPDATE"
+            " SET state = CASE d.state WHEN 'failed' THEN 'pending' ELSE d.state END, detail = NULL RETURNING id"
         ),
         {"recipe_id": recipe_id, "key": key, "set_ids": list(set_ids)},
     )
-    number = connection.scalar(
-        text("SELECT id FROM curator.direction_sets WHERE recipe_id = :recipe_id AND key = :key"),
-        {"recipe_id": recipe_id, "key": key},
-    )
     assert isinstance(number, int)
     return number
+
+
+def is_asked(connection: Connection, set_id: int) -> bool:
+    """Whether a direction set is of the recipe and the validation sets in use: by content, whatever their version."""
+    return bool(
+        connection.scalar(
+            text(
+                """
+                SELECT (SELECT array_agg(v.digest ORDER BY v.name) FROM curator.validation_sets v WHERE v.in_use)
+                     = (SELECT array_agg(v.digest ORDER BY n)
+                        FROM unnest(d.validation_set_ids) WITH ORDINALITY AS t (id, n)
+                        JOIN curator.validation_sets v USING (id))
+                FROM curator.direction_sets d JOIN curator.recipes r ON r.id = d.recipe_id AND r.in_use
+                WHERE d.id = :id
+                """
+            ),
+            {"id": set_id},
+        )
+    )
+
+
+def directions_made(connection: Connection, set_id: int) -> None:
+    """A direction set is complete, and can be put to use at any time."""
+    connection.execute(
+        text("UPDATE curator.direction_sets SET state = 'ready', made_at = now() WHERE id = :id"), {"id": set_id}
+    )
 
 
 def use_directions(connection: Connection, set_id: int) -> None:
@@ -288,10 +315,7 @@ def use_directions(connection: Connection, set_id: int) -> None:
         ),
         {"id": set_id},
     )
-    connection.execute(
-        text("UPDATE curator.direction_sets SET in_use = true, state = 'ready', made_at = now() WHERE id = :id"),
-        {"id": set_id},
-    )
+    connection.execute(text("UPDATE curator.direction_sets SET in_use = true WHERE id = :id"), {"id": set_id})
 
 
 def directions_in_use(connection: Connection, recipe_id: int) -> int | None:
@@ -411,43 +435,3 @@ def references(connection: Connection, set_id: int) -> list[Row[Any]]:
             {"id": set_id},
         )
     )
-
-
-def offer_gradients(connection: Connection, recipe_id: int, priority: int) -> int:
-    """Offer every example that has no gradient work under a recipe: the anti-join that misses nothing."""
-    return connection.execute(
-        text(
-            """
-            INSERT INTO curator.work (stage, recipe_id, subject, batch_id, priority)
-            SELECT :stage, :recipe_id, e.id, e.batch_id, :priority
-            FROM curator.examples e
-            WHERE NOT EXISTS (SELECT FROM curator.work w
-                              WHERE w.stage = :stage AND w.kind = '' AND w.recipe_id = :recipe_id AND w.subject = e.id)
-            ON CONFLICT DO NOTHING
-            """
-        ),
-        {"stage": Stage.GRADIENTS, "recipe_id": recipe_id, "priority": priority},
-    ).rowcount
-
-
-def offer_scores(connection: Connection, recipe_id: int, set_id: int, priority: int) -> int:
-    """Offer every example whose scores are missing or of other directions."""
-    stale = """
-        SELECT g.example_id, e.batch_id
-        FROM curator.gradients g
-        JOIN curator.examples e ON e.id = g.example_id
-        LEFT JOIN curator.scores s ON s.recipe_id = g.recipe_id AND s.example_id = g.example_id
-        WHERE g.recipe_id = :recipe_id AND g.state = 'ok' AND s.direction_set_id IS DISTINCT FROM :set_id
-    """
-    return connection.execute(
-        text(
-            f"""
-            INSERT INTO curator.work AS w (stage, recipe_id, subject, batch_id, priority)
-            SELECT :stage, :recipe_id, stale.example_id, stale.batch_id, :priority FROM ({stale}) stale
-            ON CONFLICT (stage, kind, recipe_id, subject) DO UPDATE
-                SET state = 'ready', attempts = 0, offered_at = now(), priority = excluded.priority
-                WHERE w.state = 'done'
-            """  # noqa: S608 - the query above
-        ),
-        {"stage": Stage.SCORES, "recipe_id": recipe_id, "set_id": set_id, "priority": priority},
-    ).rowcount

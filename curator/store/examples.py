@@ -126,22 +126,21 @@ def close_intake(connection: Connection, intake_id: int, state: str, detail: str
     return close_batches(connection, intake_id)
 
 
-def close_batches(connection: Connection, intake_id: int) -> list[int]:
-    """Close what is open of an intake: nothing joins those batches any more. Returns them."""
+def close_batches(connection: Connection, intake_id: int, least: int = 0) -> list[int]:
+    """Close what is open of an intake, if it has ``least`` examples: nothing joins it any more. Returns its number."""
     return list(
         connection.scalars(
-            text("UPDATE curator.batches SET closed = true WHERE intake_id = :id AND NOT closed RETURNING id"),
-            {"id": intake_id},
+            text(
+                "UPDATE curator.batches SET closed = true WHERE intake_id = :id AND NOT closed AND examples >= :least"
+                " RETURNING id"
+            ),
+            {"id": intake_id, "least": least},
         )
     )
 
 
-def open_batch(connection: Connection, intake_id: int, limit: int) -> int:
-    """The batch that the next examples of an intake belong to; a full one is closed and another begun."""
-    connection.execute(
-        text("UPDATE curator.batches SET closed = true WHERE intake_id = :id AND NOT closed AND examples >= :limit"),
-        {"id": intake_id, "limit": limit},
-    )
+def open_batch(connection: Connection, intake_id: int) -> int:
+    """The batch that the next examples of an intake belong to; another is begun when the last is closed."""
     found: int | None = connection.scalar(
         text("SELECT id FROM curator.batches WHERE intake_id = :id AND NOT closed"), {"id": intake_id}
     )

@@ -9,23 +9,64 @@ from sqlalchemy import Connection, Row, text
 
 
 def scores_of_batch(connection: Connection, batch_id: int, recipe_id: int, set_id: int) -> list[Row[Any]]:
-    """What a batch is judged on: (id, p_value[], normalised[], influence[], stderr[], former, reviewed)."""
+    """What a batch is judged on: (id, p_value[], normalised[], influence[], stderr[], former)."""
     return list(
         connection.execute(
             text(
                 """
-                SELECT e.id, s.p_value, s.normalised, s.influence, s.stderr, f.verdict AS former,
-                       coalesce(v.review, 'undo') <> 'undo' OR coalesce(r.review, 'undo') <> 'undo' AS reviewed
+                SELECT e.id, s.p_value, s.normalised, s.influence, s.stderr, f.verdict AS former
                 FROM curator.examples e
                 JOIN curator.scores s ON s.example_id = e.id AND s.recipe_id = :recipe_id
                 LEFT JOIN curator.verdicts_in_force f ON f.example_id = e.id
-                LEFT JOIN curator.verdicts v ON v.id = f.verdict_id
-                LEFT JOIN curator.verdicts r ON r.id = v.restores
                 WHERE e.batch_id = :batch_id AND s.direction_set_id = :set_id
                 ORDER BY e.id
                 """
             ),
             {"batch_id": batch_id, "recipe_id": recipe_id, "set_id": set_id},
+        )
+    )
+
+
+def may_judge(connection: Connection, batch_id: int, recipe_id: int, set_id: int) -> bool:
+    """Whether a batch may be judged on these directions: in use with their recipe, and no later recipe has spoken.
+
+    The batch is locked: of two recipes that judge it at once, the former sees what the one in use has said.
+    """
+    connection.execute(text("SELECT FROM curator.batches WHERE id = :id FOR NO KEY UPDATE"), {"id": batch_id})
+    return bool(
+        connection.scalar(
+            text(
+                """
+                SELECT NOT EXISTS (
+                    SELECT FROM curator.judged_batches j
+                    JOIN curator.direction_sets d ON d.id = j.direction_set_id AND d.recipe_id <> :recipe_id
+                    JOIN curator.recipes r ON r.id = d.recipe_id AND r.in_use
+                    WHERE j.batch_id = :batch_id)
+                FROM curator.direction_sets WHERE id = :set_id AND in_use
+                """
+            ),
+            {"batch_id": batch_id, "recipe_id": recipe_id, "set_id": set_id},
+        )
+    )
+
+
+def reviewed(connection: Connection, example_ids: Sequence[int]) -> set[int]:
+    """Those on which a person has had the last word. All are locked: a review is seen here, or waits for the caller."""
+    ids = {"ids": list(example_ids)}
+    connection.execute(
+        text(
+            "SELECT FROM curator.verdicts_in_force WHERE example_id = ANY(:ids) ORDER BY example_id FOR NO KEY UPDATE"
+        ),
+        ids,
+    )
+    return set(
+        connection.scalars(
+            text(
+                "SELECT f.example_id FROM curator.verdicts_in_force f JOIN curator.verdicts v ON v.id = f.verdict_id"
+                " LEFT JOIN curator.verdicts r ON r.id = v.restores"
+                " WHERE f.example_id = ANY(:ids) AND (v.review <> 'undo' OR r.review <> 'undo')"
+            ),
+            ids,
         )
     )
 
@@ -148,17 +189,3 @@ def _meant(connection: Connection, verdict_id: int) -> Row[Any] | None:
         ),
         {"id": verdict_id},
     ).one_or_none()
-
-
-def resolve(connection: Connection, example: str) -> list[int]:
-    """The examples meant by a number or by a record's own id."""
-    return list(
-        connection.scalars(
-            text(
-                "SELECT id FROM curator.examples WHERE external_id = :name"
-                " UNION SELECT example_id FROM curator.occurrences WHERE external_id = :name AND :name <> ''"
-                " UNION SELECT id FROM curator.examples WHERE id = :number ORDER BY 1"
-            ),
-            {"name": example, "number": int(example) if example.isdecimal() and len(example) < 19 else -1},
-        )
-    )

@@ -62,12 +62,13 @@ _OFFER = text(
 
 
 def offer_again(connection: Connection, stage: Stage, subjects: Sequence[int], *, recipe_id: int = 0) -> None:
-    """Offer work that may have been done before, as when a batch is judged anew."""
+    """Offer work that may have been done, or given up, before: somebody asks for it anew."""
     offer(connection, stage, subjects, recipe_id=recipe_id)
     connection.execute(
         text(
             "UPDATE curator.work SET state = 'ready', attempts = 0, offered_at = now()"
-            " WHERE stage = :stage AND recipe_id = :recipe_id AND subject = ANY(:subjects) AND state = 'done'"
+            " WHERE stage = :stage AND recipe_id = :recipe_id AND subject = ANY(:subjects)"
+            " AND state IN ('done', 'quarantined')"
         ),
         {"stage": stage, "recipe_id": recipe_id, "subjects": list(subjects)},
     )
@@ -183,7 +184,8 @@ def fail(connection: Connection, lease: Lease, error: str, *, counts: bool = Tru
         text(
             "UPDATE curator.work SET state = 'ready', owner = NULL, lease_until = NULL,"
             " attempts = attempts + CASE WHEN :counts THEN 1 ELSE 0 END, last_error = :error,"
-            " not_before = clock_timestamp() + make_interval(secs => CAST(:backoff AS float8) * power(2, attempts))"
+            " not_before = clock_timestamp()"
+            " + make_interval(secs => CAST(:backoff AS float8) * power(2, least(attempts, 10)))"
             " WHERE id = ANY(:ids) AND owner = :owner AND state = 'leased'"
         ),
         {
@@ -201,6 +203,8 @@ def reclaim(connection: Connection, grace_seconds: float = 0.0) -> int:
 
     After a restart of the server, living owners have ``grace_seconds`` to beat again before anything is taken.
 
+    What a transaction holds locked is being recorded, so its owner lives.
+
     A lease that the server's own restart outlived is no evidence against the work: nobody could beat. The same
     holds for a lease that began in an earlier life of the server.
     """
@@ -212,7 +216,9 @@ def reclaim(connection: Connection, grace_seconds: float = 0.0) -> int:
                 attempts = attempts + CASE WHEN leased_at > pg_postmaster_start_time() THEN 1 ELSE 0 END,
                 last_error = coalesce(last_error, 'the worker that held it stopped'),
                 lease_until = NULL
-            WHERE state = 'leased' AND lease_until < clock_timestamp()
+            WHERE id = ANY(ARRAY(SELECT id FROM curator.work
+                                 WHERE state = 'leased' AND lease_until < clock_timestamp()
+                                 ORDER BY id FOR UPDATE SKIP LOCKED))
               AND clock_timestamp() > pg_postmaster_start_time() + make_interval(secs => :grace)
             """
         ),
@@ -228,31 +234,25 @@ class WornOut:
     stage: str
     kind: str
     subject: int
+    recipe_id: int
     batch_id: int | None
     error: str
 
 
 def worn_out(connection: Connection, attempts: int) -> list[WornOut]:
-    """Work that workers died on at least ``attempts`` times, locked for the caller."""
+    """Work that workers died on at least ``attempts`` times, locked for the caller.
+
+    A batch is no record: judging it is never given up, or none of its examples would have a verdict.
+    """
     rows = connection.execute(
         text(
-            "SELECT id, stage, kind, subject, batch_id, coalesce(last_error, '') AS error FROM curator.work"
-            " WHERE state = 'ready' AND attempts >= :attempts ORDER BY id FOR UPDATE SKIP LOCKED"
+            "SELECT id, stage, kind, subject, recipe_id, batch_id, coalesce(last_error, '') AS error FROM curator.work"
+            " WHERE state = 'ready' AND attempts >= :attempts AND stage <> 'verdicts'"
+            " ORDER BY id FOR UPDATE SKIP LOCKED"
         ),
         {"attempts": attempts},
     )
     return [WornOut(*row) for row in rows]
-
-
-def offer_inbox(connection: Connection) -> int:
-    """Offer rows of the inbox that no trigger saw, as after a restore or with triggers disabled."""
-    return connection.execute(
-        text(
-            "INSERT INTO curator.work (stage, kind, subject) SELECT 'examples', 'inbox', i.id FROM curator.inbox i"
-            " WHERE NOT EXISTS (SELECT FROM curator.work w WHERE w.stage = 'examples' AND w.kind = 'inbox'"
-            " AND w.subject = i.id) ON CONFLICT DO NOTHING"
-        )
-    ).rowcount
 
 
 def close_quarantined(connection: Connection, work_ids: Sequence[int]) -> None:
@@ -267,7 +267,7 @@ def withdraw(connection: Connection, recipe_id: int, direction_set_id: int) -> i
     """Take back what was asked for under another recipe, or for directions that nobody asks for any more.
 
     What is leased is left to its owner: it finishes, or fails, on its own account. A recipe that comes back to use
-    is offered its work again by the sweep.
+    is offered its work again with it.
     """
     return connection.execute(
         text(

@@ -7,7 +7,7 @@ import threading
 import pytest
 from sqlalchemy import Engine, text
 
-from curator.store import work
+from curator.store import offers, work
 from curator.store.engine import begin
 from curator.types import PRIORITY_BACKFILL, PRIORITY_FRESH, Lease, Stage
 
@@ -192,5 +192,5 @@ def test_what_no_trigger_saw_is_swept(engine: Engine) -> None:
         connection.execute(text("ALTER TABLE curator.inbox DISABLE TRIGGER inbox_offers_work"))
         connection.execute(text("INSERT INTO curator.inbox (source, record) VALUES ('sql', '{\"text\": \"x\"}')"))
         assert work.waiting(connection) == {}
-        assert work.offer_inbox(connection) == 1
-        assert work.offer_inbox(connection) == 0
+        assert offers.inbox(connection) == 1
+        assert offers.inbox(connection) == 0
