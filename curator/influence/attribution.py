@@ -50,7 +50,8 @@ class RecipeSpec:
     ``measurement`` is what the plain influence is an influence on: the ``margin`` of the validation examples, their
     ``calibrated`` loss, or their ``loss``; the normalised influence is the same for all three. ``exact`` fits the
     Kronecker factors of the full layers too; their ``exact_curvature`` is ``kfac``, or ``ekfac``, which takes one more
-    pass over the trusted data.
+    pass over the trusted data. ``exact_norm`` takes the norm of the full gradient, at about the price of the weight
+    gradients that the pass saves; without it the norm is estimated from the kept entries (``KeptEntries``).
 
     ``importance`` draws the mask by measured gradients (``rms``) instead of evenly (``none``), ``budget`` shares
     ``dimension`` over the layers evenly (``uniform``) or by their part of the gradient's ``energy``; both take one
@@ -69,6 +70,7 @@ class RecipeSpec:
     bias: bool = False
     exact: bool = True
     exact_curvature: str = "kfac"
+    exact_norm: bool = False
     importance: str = "none"
     budget: str = "uniform"
     code: str = "none"
@@ -185,7 +187,7 @@ class Attributor:
         losses_N: list[Tensor] = []
         reached: set[str] = set()
         for batch in trusted:
-            kept = KeptEntries(masks)
+            kept = KeptEntries(masks, norm="kept")  # nothing here asks for the length of the full gradient
             readers: list[Reader] = [kept, kronecker] if spec.exact else [kept]
             loss_B = capture(model, layers, lambda batch=batch: losses(model, batch), each(*readers))  # type: ignore[misc]
             reached |= kept.kept_Bk.keys()
@@ -233,7 +235,7 @@ class Attributor:
             batch: what the workload's ``losses`` takes, on the model's device.
             towards: exact directions of today's slices; their scores come back as ``exact_BS``.
         """
-        kept = KeptEntries(self.masks)
+        kept = KeptEntries(self.masks, "exact" if self.spec.exact_norm else "kept")
         exact = ExactScores(self._roots(), _on(towards, self.device)) if towards else None
         loss_B = self._pass(batch, kept, *([exact] if exact else []))
         return self._assemble(loss_B, kept, exact)
@@ -375,7 +377,7 @@ def _whitened(
 
     def chunks() -> Iterable[Tensor]:
         for batch in trusted:
-            kept = KeptEntries(masks)
+            kept = KeptEntries(masks, norm="kept")  # nothing here asks for the length of the full gradient
             loss_B = capture(model, layers, lambda batch=batch: losses(model, batch), kept)  # type: ignore[misc]
             # Every example counts alike, as in the curvature.
             yield scoring.unit(whitening.apply(kept.g_BK(loss_B)))[0]

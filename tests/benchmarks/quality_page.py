@@ -34,12 +34,13 @@ def write(folder: Path, doc: str) -> None:
     (folder / "quality_per_byte.svg").write_text(plot(scenes), encoding="utf-8")
 
 
-EXPLAINED = """LDS: mean over 200 queries of the rank correlation, over 100 random half-subsets, of summed scores with the
-margin after retraining (mean of two initialisations), with a bootstrap interval over subsets and queries. Curvature
+EXPLAINED = """LDS: mean over 200 queries of the rank correlation, over 100 random half-subsets, of summed scores with
+the margin after retraining (mean of two initialisations), with a bootstrap interval over subsets and queries. Curvature
 and codes are fitted on 1,500 examples that are neither scored nor trained on. Damping c is chosen for each recipe
 at 1 KB on 100 other queries, from .1, 1 and 10. All rows store half precision and a norm. "Normalised" is the cosine of
 whitened gradients, curator's default score; "plain" is influence on the margin. Spearman is to the un-compressed score;
-AUC is for 10.6 % flipped labels among 1,000 arrivals, by the mean over queries. One seed of data and masks.
+AUC is for 10.6 % flipped labels among 1,000 arrivals, by the mean over queries. One seed of data and masks. Where a
+row is missing it was not run.
 
 ![LDS by bytes](quality_per_byte.svg)
 """
@@ -112,7 +113,8 @@ def plot(scenes: list[tuple[str, str, Found]]) -> str:
     rows = math.ceil(len(scenes) / 3)
     body = [panel(i, *scene) for i, scene in enumerate(scenes)]
     legend = [
-        f'<text x="{20 + 330 * (i % 3)}" y="{rows * HEIGHT + 24 + 18 * (i // 3)}" fill="{COLOURS[i]}">&#9632; {name}</text>'
+        f'<text x="{20 + 330 * (i % 3)}" y="{rows * HEIGHT + 24 + 18 * (i // 3)}" fill="{COLOURS[i]}">'
+        f"&#9632; {name}</text>"
         for i, name in enumerate(PLOTTED)
     ]
     size = f'width="{3 * WIDTH}" height="{rows * HEIGHT + 80}"'
