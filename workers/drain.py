@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 
@@ -25,7 +26,7 @@ def drain(runtime: Runtime) -> bool:
     Raises:
         UsageError: the operator has to mend something; the work waits for it.
     """
-    turn = Turn(runtime.engine, runtime.settings, stopping.is_set, strict=True)
+    turn = Turn(runtime.engine, runtime.settings, stopping.is_set, strict=True, abandon=lambda: os._exit(1))
     while not stopping.is_set():
         with begin(runtime.engine) as connection:
             upkeep.run(connection, runtime.settings)

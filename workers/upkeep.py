@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 @shared_task(base=StageTask, bind=True, name=UPKEEP_TASK)  # type: ignore[untyped-decorator]
 def run(self: StageTask) -> str:
     """One round of upkeep, by whichever scheduler is first in its window; then ring for what is left."""
-    runtime = self.runtime
     try:
+        runtime = self.runtime
         with begin(runtime.engine) as connection:
             if not work.take_window(connection, UPKEEP_TASK, runtime.settings.schedule.upkeep, f"{os.getpid()}"):
                 return "another scheduler was first"
@@ -37,15 +37,16 @@ def run(self: StageTask) -> str:
 @shared_task(base=StageTask, bind=True, name="curator.folders")  # type: ignore[untyped-decorator]
 def look(self: StageTask) -> str:
     """Open the files that are complete."""
-    runtime = self.runtime
     try:
+        runtime = self.runtime
         with read(runtime.engine) as connection:
             watched = examples.folders(connection)
         found = folders.settled_files(shared.watcher, watched)
         if not found:
             return "nothing new"
         with begin(runtime.engine) as connection:
-            new = folders.open_files(connection, runtime.settings, shared.watcher, found)
+            new = folders.open_files(connection, found)
+        folders.note_files(shared.watcher, found)
     except DependencyDown as error:
         log.warning("folders: %s", error)
         return "dependency down"

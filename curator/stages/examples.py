@@ -144,7 +144,7 @@ def record(connection: Connection, settings: Settings, batch: Batch, result: Res
     if result.ended:
         _end(connection, settings, batch, result)
     else:
-        work.give_back(connection, batch.lease)
+        work.go_on(connection, batch.lease)
     return counts
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from sqlalchemy import Connection
 
 from curator.errors import DataError
-from curator.settings import Settings
 from curator.sources import folder, jsonl
 from curator.sources.folder import Look, Sighting
 from curator.stages import examples as stage
@@ -62,16 +61,20 @@ def settled_files(watcher: Watcher, folders: list[tuple[str, str]]) -> list[tupl
     return found
 
 
-def open_files(
-    connection: Connection, settings: Settings, watcher: Watcher, found: list[tuple[str, Path, str, bytes]]
-) -> int:
-    """Open each as an intake; returns how many were new to the database."""
-    new = 0
-    for path, file, source, digest in found:
-        intake = stage.open_file(connection, file, source, digest)
+def open_files(connection: Connection, found: list[tuple[str, Path, str, bytes]]) -> int:
+    """Open each as an intake; returns how many were new to the database.
+
+    The caller notes them (``note_files``) once this is committed, and not before: a file that was noted and whose
+    commit failed would not be opened again in the life of the process.
+    """
+    opened = [stage.open_file(connection, file, source, digest) for _, file, source, digest in found]
+    return sum(intake.state == "reading" for intake in opened)
+
+
+def note_files(watcher: Watcher, found: list[tuple[str, Path, str, bytes]]) -> None:
+    """Remember files that are intakes now."""
+    for path, file, _, _ in found:
         watcher.note(path, file)
-        new += intake.state == "reading"
-    return new
 
 
 def watch(connection: Connection, path: Path, source: str) -> None:

@@ -137,7 +137,11 @@ def close_batches(connection: Connection, intake_id: int) -> list[int]:
 
 
 def open_batch(connection: Connection, intake_id: int, limit: int) -> int:
-    """The batch that the next examples of an intake belong to; a full one is closed and another begun."""
+    """The batch that the next examples of an intake belong to; a full one is closed and another begun.
+
+    The intake is locked: rows of the inbox may be taken by two at once, and each would begin a batch.
+    """
+    connection.execute(text("SELECT FROM curator.intakes WHERE id = :id FOR UPDATE"), {"id": intake_id})
     connection.execute(
         text("UPDATE curator.batches SET closed = true WHERE intake_id = :id AND NOT closed AND examples >= :limit"),
         {"id": intake_id, "limit": limit},

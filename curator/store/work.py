@@ -152,6 +152,36 @@ def give_back(connection: Connection, lease: Lease) -> int:
     ).rowcount
 
 
+def go_on(connection: Connection, lease: Lease) -> None:
+    """Return a lease whose work came a step further, as a file of which a chunk was read: what stopped it is past."""
+    connection.execute(
+        text(
+            "UPDATE curator.work SET state = 'ready', owner = NULL, lease_until = NULL, attempts = 0, last_error = NULL"
+            " WHERE id = ANY(:ids) AND owner = :owner AND state = 'leased'"
+        ),
+        {"ids": list(lease.work_ids), "owner": lease.owner},
+    )
+
+
+def excuse(connection: Connection, lease: Lease) -> None:
+    """The work itself is not touched for now: should the worker die, that is no evidence against it."""
+    connection.execute(
+        text("UPDATE curator.work SET leased_at = NULL WHERE id = ANY(:ids) AND owner = :owner AND state = 'leased'"),
+        {"ids": list(lease.work_ids), "owner": lease.owner},
+    )
+
+
+def suspect(connection: Connection, lease: Lease) -> None:
+    """From now on a death counts again."""
+    connection.execute(
+        text(
+            "UPDATE curator.work SET leased_at = clock_timestamp()"
+            " WHERE id = ANY(:ids) AND owner = :owner AND state = 'leased'"
+        ),
+        {"ids": list(lease.work_ids), "owner": lease.owner},
+    )
+
+
 def fail(connection: Connection, lease: Lease, error: str, *, counts: bool = True) -> int:
     """Return a lease after a failure, to be tried later.
 
@@ -185,7 +215,8 @@ def reclaim(connection: Connection, grace_seconds: float = 0.0) -> int:
     After a restart of the server, living owners have ``grace_seconds`` to beat again before anything is taken.
 
     A lease that the server's own restart outlived is no evidence against the work: nobody could beat. The same
-    holds for a lease that began in an earlier life of the server.
+    holds for a lease that began in an earlier life of the server, and for one whose holder had not got to the work
+    yet (``excuse``).
     """
     return connection.execute(
         text(
