@@ -103,6 +103,9 @@ class Limits:
     batch_records: int = field(default=5_000, metadata={"doc": "examples that are judged together"})
     lease_seconds: float = 60.0
     attempts: int = field(default=3, metadata={"doc": "deaths of a worker before a record is quarantined"})
+    stall_seconds: float = field(
+        default=60.0, metadata={"doc": "work that nobody takes for so long has its workers started again"}
+    )
     turn_seconds: float = field(default=60.0, metadata={"doc": "how long one Celery message drains the table"})
 
 
@@ -313,6 +316,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("limits.batch_records", 1, 1_000_000),
     ("limits.lease_seconds", 1, 86_400),
     ("limits.attempts", 1, 100),
+    ("limits.stall_seconds", 2, 86_400),
 )
 
 

@@ -29,5 +29,13 @@ def status(here: Invocation, form: Form) -> None:
            if f.name not in {"stages", "notes"}})  # fmt: skip
     click.echo()
     show(found.stages, form)
-    for note in found.notes:
+    for note in (*found.notes, *_trouble(here)):
         click.echo(f"! {cell(note)}")
+
+
+def _trouble(here: Invocation) -> list[str]:
+    """What the daemon of the project has to say of itself."""
+    from curator.embedded.supervisor import daemon_status
+
+    daemon = daemon_status(here.settings().home)
+    return [f"the daemon says: {daemon.trouble}"] if daemon and daemon.trouble else []

@@ -14,6 +14,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 from sqlalchemy import Connection, text
 
@@ -307,6 +308,35 @@ def claimable(connection: Connection) -> list[Stage]:
         text("SELECT DISTINCT stage FROM curator.work WHERE state = 'ready' AND not_before <= clock_timestamp()")
     )
     return [Stage(stage) for stage in rows]
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """The next piece of work of a stage and kind that anybody could take. Unchanged means that nobody took it."""
+
+    stage: Stage
+    kind: str
+    id: int
+    leased_at: datetime | None
+    not_before: datetime
+
+
+def standing(connection: Connection) -> tuple[frozenset[Standing], frozenset[Stage]]:
+    """What could be claimed next, and the stages where somebody holds work: what a watchdog compares."""
+    rows = connection.execute(
+        text(
+            """
+            SELECT DISTINCT ON (stage, kind) stage, kind, id, leased_at, not_before FROM curator.work
+            WHERE state = 'ready' AND not_before <= clock_timestamp()
+            ORDER BY stage, kind, priority, attempts, id
+            """
+        )
+    )
+    heads = frozenset(Standing(Stage(row.stage), *row[1:]) for row in rows)
+    held = connection.scalars(
+        text("SELECT DISTINCT stage FROM curator.work WHERE state = 'leased' AND lease_until > clock_timestamp()")
+    )
+    return heads, frozenset(map(Stage, held))
 
 
 def take_window(connection: Connection, job: str, seconds: float, owner: str) -> bool:

@@ -233,6 +233,7 @@ class Chaos:
     accepted: set[str] = field(default_factory=set)
     history: list[str] = field(default_factory=list)
     later: list[threading.Thread] = field(default_factory=list)
+    failures: list[BaseException] = field(default_factory=list)
 
     def run(self) -> Counter[str]:
         self.rng = random.Random(self.seed)
@@ -241,7 +242,9 @@ class Chaos:
         (self.project / "arriving").mkdir()
         must(curator(self.project, "watch", str(self.project / "arriving")))
         with Servers(self.project) as self.servers, self._daemon(), self._workers() as self.pool:
-            producers = [threading.Thread(target=bring) for bring in (self._files, self._rows, self._ingest)]
+            producers = [
+                threading.Thread(target=self._told, args=(b,)) for b in (self._files, self._rows, self._ingest)
+            ]
             self.producing = threading.Event()
             for producer in producers:
                 producer.start()
@@ -250,6 +253,7 @@ class Chaos:
                 self.producing.set()
                 for thread in (*producers, *self.later):
                     thread.join()
+                assert not self.failures, self.failures
                 self._settle()
                 self._check_end()
             finally:
@@ -293,6 +297,14 @@ class Chaos:
     def _tend(self) -> None:
         self._up()
         self.pool.tend()
+
+    def _told(self, bring: Callable[[], None]) -> None:
+        """A producer's failure ends the run."""
+        try:
+            bring()
+        except BaseException as error:
+            self.failures.append(error)
+            raise
 
     # --- producers --------------------------------------------------------------------------------------------
 
@@ -605,7 +617,7 @@ class Chaos:
         assert sorted(examples) == sorted(self.brought.ids), "every record is there once"
         assert set(terminal) == {1}, "every record is in exactly one terminal state"
         assert not doubled
-        seen = dict(row._tuple() for row in occurrences)
+        seen = {row.origin: row.n for row in occurrences}
         for origin, accepted, duplicates, refused in intakes:
             assert seen.get(origin) == accepted + duplicates
             if origin == "inbox":
