@@ -85,11 +85,14 @@ class Verdicts:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """How often the daemon looks by itself, in seconds."""
+    """How often the daemon looks by itself, in seconds, and what it may leave for later."""
 
     stages: float = 5.0
     folders: float = 1.0
     upkeep: float = 15.0
+    backfill: bool = field(
+        default=True, metadata={"doc": "false: measure new arrivals only; old ones wait, as after a new checkpoint"}
+    )
 
 
 @dataclass(frozen=True, slots=True)

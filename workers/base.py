@@ -47,7 +47,7 @@ class StageTask(Task):  # type: ignore[misc]
         try:
             counts = shared.turn.run(stage, self.runtime.settings.limits.turn_seconds)
             with read(self.runtime.engine) as connection:
-                left = work.claimable(connection)
+                left = work.claimable(connection, backfill=self.runtime.settings.schedule.backfill)
         except DependencyDown as error:
             log.warning("%s: %s", stage.STAGE, error)
             return "dependency down"

@@ -33,7 +33,7 @@ def drain(runtime: Runtime) -> bool:
         for stage in STAGES:
             turn.run(stage, runtime.settings.limits.turn_seconds)
         with read(runtime.engine) as connection:
-            if not work.waiting(connection):
+            if not work.waiting(connection, backfill=runtime.settings.schedule.backfill):
                 return True
         stopping.wait(PATIENCE_SECONDS)
     return False

@@ -26,7 +26,7 @@ def run(self: StageTask) -> str:
             if not work.take_window(connection, UPKEEP_TASK, runtime.settings.schedule.upkeep, f"{os.getpid()}"):
                 return "another scheduler was first"
             mended = upkeep.run(connection, runtime.settings)
-            left = work.claimable(connection)
+            left = work.claimable(connection, backfill=runtime.settings.schedule.backfill)
     except DependencyDown as error:
         log.warning("upkeep: %s", error)
         return "dependency down"

@@ -80,7 +80,7 @@ def _watchdog(opened: Runtime) -> Watchdog:
 
     def look() -> tuple[dict[str, frozenset[work.Standing]], frozenset[str]]:
         with engine.read(opened.engine) as connection:
-            heads, held = work.standing(connection)
+            heads, held = work.standing(connection, backfill=opened.settings.schedule.backfill)
         queues = {QUEUES[head.stage] for head in heads}
         return (
             {queue: frozenset(head for head in heads if QUEUES[head.stage] == queue) for queue in queues},

@@ -34,8 +34,11 @@ def status(here: Invocation, form: Form) -> None:
 
 
 def _trouble(here: Invocation) -> list[str]:
-    """What the daemon of the project has to say of itself."""
+    """What the daemon of the project has to say of itself, and what the settings hold back."""
     from curator.embedded.supervisor import daemon_status
 
-    daemon = daemon_status(here.settings().home)
-    return [f"the daemon says: {daemon.trouble}"] if daemon and daemon.trouble else []
+    settings = here.settings()
+    daemon = daemon_status(settings.home)
+    said = [f"the daemon says: {daemon.trouble}"] if daemon and daemon.trouble else []
+    paused = [] if settings.schedule.backfill else ["back-fill is paused: [schedule] backfill = false"]
+    return [*said, *paused]

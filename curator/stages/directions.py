@@ -26,7 +26,7 @@ from curator.stages.instrument import Instrument, finite, states_of
 from curator.store import directions, tensors, vectors, work
 from curator.store.directions import ValidationExample
 from curator.store.engine import read
-from curator.types import PRIORITY_BACKFILL, PRIORITY_FRESH, Counts, GradientState, Lease, Stage
+from curator.types import PRIORITY_BACKFILL, Counts, GradientState, Lease, Stage
 from curator.workloads import base
 
 STAGE = Stage.DIRECTIONS
@@ -206,8 +206,7 @@ def offer(connection: Connection, recipe_id: int, set_id: int) -> None:
     """Offer what a new recipe or direction leaves to do: the latest arrivals first, the past as back-fill."""
     recipe = directions.recipe(connection, recipe_id)
     if recipe.in_use:
-        first = directions.latest_recipe_before(connection, recipe_id) is None
-        directions.offer_gradients(connection, recipe_id, PRIORITY_FRESH if first else PRIORITY_BACKFILL)
+        directions.offer_gradients(connection, recipe_id)
     directions.offer_scores(connection, recipe_id, set_id, PRIORITY_BACKFILL)
 
 

@@ -11,7 +11,7 @@ from curator.errors import WorkerKilled
 from curator.settings import Settings
 from curator.store import directions, examples, scores, work
 from curator.store.work import WornOut
-from curator.types import PRIORITY_BACKFILL, PRIORITY_FRESH, Stage
+from curator.types import PRIORITY_BACKFILL, Stage
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +42,7 @@ def sweep(connection: Connection) -> int:
     recipe = directions.recipe_in_use(connection)
     if recipe is None or recipe.state != "ready":
         return offered
-    first = directions.latest_recipe_before(connection, recipe.id) is None
-    offered += directions.offer_gradients(connection, recipe.id, PRIORITY_FRESH if first else PRIORITY_BACKFILL)
+    offered += directions.offer_gradients(connection, recipe.id)
     set_id = directions.directions_in_use(connection, recipe.id)
     if set_id is not None:
         offered += directions.offer_scores(connection, recipe.id, set_id, PRIORITY_BACKFILL)

@@ -9,7 +9,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, text
 
-from curator.types import Stage
+from curator.types import PRIORITY_BACKFILL, PRIORITY_FRESH, Stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,14 +230,6 @@ def recipe(connection: Connection, recipe_id: int) -> Recipe:
     return Recipe(row.id, checkpoint, row.spec, row.dimension or 0, row.temperature or 1.0, row.state, row.in_use)
 
 
-def latest_recipe_before(connection: Connection, recipe_id: int) -> int | None:
-    """The recipe before this one: where there was one, old examples are back-fill and not what people wait for."""
-    number: int | None = connection.scalar(
-        text("SELECT max(id) FROM curator.recipes WHERE id < :id"), {"id": recipe_id}
-    )
-    return number
-
-
 def recipe_fitted(connection: Connection, recipe_id: int, dimension: int, blocks: int, temperature: float) -> None:
     """The recipe has its curvature; gradients can be computed."""
     connection.execute(
@@ -399,20 +391,26 @@ def references(connection: Connection, set_id: int) -> list[Row[Any]]:
     )
 
 
-def offer_gradients(connection: Connection, recipe_id: int, priority: int) -> int:
-    """Offer every example that has no gradient work under a recipe: the anti-join that misses nothing."""
+def offer_gradients(connection: Connection, recipe_id: int) -> int:
+    """Offer every example that has no gradient work under a recipe: the anti-join that misses nothing.
+
+    What was measured under another recipe is back-fill; what never was, somebody waits for.
+    """
     return connection.execute(
         text(
             """
             INSERT INTO curator.work (stage, recipe_id, subject, batch_id, priority)
-            SELECT :stage, :recipe_id, e.id, e.batch_id, :priority
+            SELECT :stage, :recipe_id, e.id, e.batch_id,
+                   CASE WHEN EXISTS (SELECT FROM curator.gradients g
+                                     WHERE g.example_id = e.id AND g.recipe_id <> :recipe_id)
+                        THEN :backfill ELSE :fresh END
             FROM curator.examples e
             WHERE NOT EXISTS (SELECT FROM curator.work w
                               WHERE w.stage = :stage AND w.kind = '' AND w.recipe_id = :recipe_id AND w.subject = e.id)
             ON CONFLICT DO NOTHING
             """
         ),
-        {"stage": Stage.GRADIENTS, "recipe_id": recipe_id, "priority": priority},
+        {"stage": Stage.GRADIENTS, "recipe_id": recipe_id, "backfill": PRIORITY_BACKFILL, "fresh": PRIORITY_FRESH},
     ).rowcount
 
 

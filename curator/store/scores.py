@@ -35,6 +35,9 @@ def upsert(connection: Connection, recipe_id: int, set_id: int, rows: Sequence[M
 def offer_verdicts(connection: Connection, recipe_id: int, set_id: int, batch_ids: Sequence[int] | None = None) -> int:
     """Offer every closed batch all of whose examples are through, and that was not judged on these directions.
 
+    An example that has no work under this recipe yet, as of a batch that arrived while the recipe was fitted, is not
+    through: a batch judged without it would never be judged with it.
+
     Called by whoever may have finished a batch; when two finish it at once each may see the other still at work,
     and the sweep, which calls this for all batches, finds it.
     """
@@ -49,6 +52,11 @@ def offer_verdicts(connection: Connection, recipe_id: int, set_id: int, batch_id
                               WHERE j.batch_id = b.id AND j.direction_set_id = :set_id)
               AND NOT EXISTS (SELECT FROM curator.work o
                               WHERE o.batch_id = b.id AND o.recipe_id = :recipe_id AND o.state IN ('ready', 'leased'))
+              AND NOT EXISTS (SELECT FROM curator.examples e
+                              WHERE e.batch_id = b.id
+                                AND NOT EXISTS (SELECT FROM curator.work o
+                                                WHERE o.stage = :gradients AND o.kind = '' AND o.recipe_id = :recipe_id
+                                                  AND o.subject = e.id))
               AND EXISTS (SELECT FROM curator.examples e
                           JOIN curator.scores s ON s.example_id = e.id AND s.recipe_id = :recipe_id
                           WHERE e.batch_id = b.id AND s.direction_set_id = :set_id)
@@ -59,6 +67,7 @@ def offer_verdicts(connection: Connection, recipe_id: int, set_id: int, batch_id
         ),
         {
             "stage": Stage.VERDICTS,
+            "gradients": Stage.GRADIENTS,
             "recipe_id": recipe_id,
             "set_id": set_id,
             "ids": None if batch_ids is None else list(batch_ids),

@@ -18,7 +18,7 @@ from datetime import datetime
 
 from sqlalchemy import Connection, text
 
-from curator.types import PRIORITY_FRESH, Lease, Stage
+from curator.types import PRIORITY_BACKFILL, PRIORITY_FRESH, Lease, Stage
 
 BACKOFF_SECONDS = 2.0
 MENDING_SECONDS = 10.0
@@ -74,21 +74,36 @@ def offer_again(connection: Connection, stage: Stage, subjects: Sequence[int], *
     )
 
 
-def claim(connection: Connection, stage: Stage, limit: int, lease_seconds: float, *, kind: str = "") -> Lease | None:
+def claim(
+    connection: Connection,
+    stage: Stage,
+    limit: int,
+    lease_seconds: float,
+    *,
+    kind: str = "",
+    backfill: bool = True,
+) -> Lease | None:
     """Lease up to ``limit`` pieces of work of one recipe, or None when there is nothing.
 
     Work that a worker has died on is claimed in ever smaller groups (a sixteenth, then one at a time), so that a
     record that kills its worker ends up alone and its neighbours go on: a bisection in three deaths.
+
+    Back-fill comes last, and not at all where ``backfill`` is False.
     """
     owner = uuid.uuid4().hex
     rows = connection.execute(
         _CLAIM,
-        {"stage": stage, "kind": kind, "owner": owner, "limit": limit, "lease": lease_seconds},
+        {"stage": stage, "kind": kind, "owner": owner, "limit": limit, "lease": lease_seconds} | _up_to(backfill),
     ).all()
     if not rows:
         return None
     rows = sorted(rows, key=lambda row: row.id)
-    return Lease(owner, stage, rows[0].recipe_id, tuple(r.id for r in rows), tuple(r.subject for r in rows))
+    ids, subjects = tuple(r.id for r in rows), tuple(r.subject for r in rows)
+    return Lease(owner, stage, rows[0].recipe_id, ids, subjects, rows[0].priority)
+
+
+def _up_to(backfill: bool) -> dict[str, int]:
+    return {"priority": PRIORITY_BACKFILL if backfill else PRIORITY_BACKFILL - 1}
 
 
 _CLAIM = text(
@@ -96,6 +111,7 @@ _CLAIM = text(
     WITH head AS (
         SELECT recipe_id, priority, attempts FROM curator.work
         WHERE stage = :stage AND kind = :kind AND state = 'ready' AND not_before <= clock_timestamp()
+          AND priority <= :priority
         ORDER BY priority, attempts, id LIMIT 1
     ), picked AS (
         SELECT w.id FROM curator.work w, head
@@ -109,7 +125,7 @@ _CLAIM = text(
     SET state = 'leased', owner = :owner, leased_at = clock_timestamp(),
         lease_until = clock_timestamp() + make_interval(secs => :lease)
     FROM picked WHERE w.id = picked.id
-    RETURNING w.id, w.subject, w.recipe_id
+    RETURNING w.id, w.subject, w.recipe_id, w.priority
     """
 )
 
@@ -278,10 +294,14 @@ def close_quarantined(connection: Connection, work_ids: Sequence[int]) -> None:
     )
 
 
-def waiting(connection: Connection) -> dict[Stage, int]:
+def waiting(connection: Connection, *, backfill: bool = True) -> dict[Stage, int]:
     """How much is claimable now, or held, for each stage that has any."""
     rows = connection.execute(
-        text("SELECT stage, count(*) FROM curator.work WHERE state IN ('ready', 'leased') GROUP BY stage")
+        text(
+            "SELECT stage, count(*) FROM curator.work WHERE state IN ('ready', 'leased') AND priority <= :priority"
+            " GROUP BY stage"
+        ),
+        _up_to(backfill),
     )
     return {Stage(stage): n for stage, n in rows}
 
@@ -302,10 +322,14 @@ def blocked(connection: Connection) -> str | None:
     return error
 
 
-def claimable(connection: Connection) -> list[Stage]:
+def claimable(connection: Connection, *, backfill: bool = True) -> list[Stage]:
     """The stages that have work nobody holds."""
     rows = connection.scalars(
-        text("SELECT DISTINCT stage FROM curator.work WHERE state = 'ready' AND not_before <= clock_timestamp()")
+        text(
+            "SELECT DISTINCT stage FROM curator.work WHERE state = 'ready' AND not_before <= clock_timestamp()"
+            " AND priority <= :priority"
+        ),
+        _up_to(backfill),
     )
     return [Stage(stage) for stage in rows]
 
@@ -321,16 +345,17 @@ class Standing:
     not_before: datetime
 
 
-def standing(connection: Connection) -> tuple[frozenset[Standing], frozenset[Stage]]:
+def standing(connection: Connection, *, backfill: bool = True) -> tuple[frozenset[Standing], frozenset[Stage]]:
     """What could be claimed next, and the stages where somebody holds work: what a watchdog compares."""
     rows = connection.execute(
         text(
             """
             SELECT DISTINCT ON (stage, kind) stage, kind, id, leased_at, not_before FROM curator.work
-            WHERE state = 'ready' AND not_before <= clock_timestamp()
+            WHERE state = 'ready' AND not_before <= clock_timestamp() AND priority <= :priority
             ORDER BY stage, kind, priority, attempts, id
             """
-        )
+        ),
+        _up_to(backfill),
     )
     heads = frozenset(Standing(Stage(row.stage), *row[1:]) for row in rows)
     held = connection.scalars(
