@@ -28,16 +28,21 @@ def test_twenty_faults_change_nothing(project: Path, digits_files: digits.Files)
 @pytest.mark.campaign
 @pytest.mark.timeout(0)
 def test_a_campaign(digits_files: digits.Files) -> None:
-    """CURATOR_CHAOS_FAULTS faults (500), in rounds of 50, each against a project of its own."""
+    """Rounds of faults, each against a project of its own, until CURATOR_CHAOS_FAULTS (500) have happened.
+
+    CURATOR_CHAOS_SECONDS bounds it: no round begins after that.
+    """
     wanted = int(os.environ.get("CURATOR_CHAOS_FAULTS", "500"))
+    bound = float(os.environ.get("CURATOR_CHAOS_SECONDS", "inf"))
     total: Counter[str] = Counter()
-    began = time.monotonic()
-    for seed in range(SEED, SEED + (wanted + 49) // 50):
+    began, seed = time.monotonic(), SEED
+    while sum(total.values()) < wanted and time.monotonic() - began < bound:
         with open_folder() as folder:
-            brought = chaos.delivery(digits_files, n_files=12, n_rows=120, seed=seed)
+            brought = chaos.delivery(digits_files, n_files=20, n_rows=200, seed=seed)
             calm = chaos.quiet(digits.make_project(folder / "quiet", digits_files), digits_files, brought)
             project = digits.make_project(folder / "project", digits_files)
-            total += chaos.Chaos(project, digits_files, brought, calm, seed, faults=50).run()
+            total += chaos.Chaos(project, digits_files, brought, calm, seed, faults=100, pause=0.5).run()
+        seed += 1
         print(f"{sum(total.values())} faults in {time.monotonic() - began:.0f} s, lost 0, double 0", flush=True)
-    for name, n in sorted(total.items()):
-        print(f"| {name} | {n} |")
+        for name, n in sorted(total.items()):
+            print(f"| {name} | {n} |", flush=True)
