@@ -87,7 +87,7 @@ class Verdicts:
 class Schedule:
     """How often the daemon looks by itself, in seconds, and what it may leave for later."""
 
-    stages: float = 5.0
+    stages: float = 2.0
     folders: float = 1.0
     upkeep: float = 15.0
     backfill: bool = field(

@@ -58,7 +58,7 @@ def status(connection: Connection) -> Status:
         directions=footing.directions_state,
         **totals._mapping,
         stages=stages,
-        notes=(*_missing(footing), *_blocked(connection), *_stuck(stages), *_held(connection)),
+        notes=(*_missing(footing), *_blocked(connection), *_read_only(connection), *_stuck(stages), *_held(connection)),
     )
 
 
@@ -83,6 +83,11 @@ def _stuck(stages: tuple[StageState, ...]) -> Iterator[str]:
         yield f"work has waited for {waiting:.0f} s and nobody is at it: `curator up`, or `curator drain` to do it here"
     if given_up := sum(stage.n for stage in stages if stage.state == "quarantined"):
         yield f"{given_up} pieces of work were given up: `curator quarantine list`"
+
+
+def _read_only(connection: Connection) -> Iterator[str]:
+    if health.read_only(connection):
+        yield "the database is read-only: nothing is taken in until it can be written to; then all goes on by itself"
 
 
 def _held(connection: Connection) -> Iterator[str]:

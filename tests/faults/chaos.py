@@ -327,16 +327,19 @@ class Chaos:
     def _rows(self) -> None:
         """A client that tries again until the server says yes."""
         for row in self.brought.rows:
-            while True:
-                try:
-                    with psycopg.connect(self.servers.plain_url, connect_timeout=5) as connection:
-                        connection.execute("SET default_transaction_read_only = off")
-                        connection.execute("INSERT INTO curator.inbox (source, record) VALUES ('sql', %s)", [row])
-                    break
-                except psycopg.Error:
-                    time.sleep(0.2)
-            self.accepted.add(json.loads(row)["id"])
+            self._row(row)
             self.producing.wait(self.faults * self.pause * 0.6 / len(self.brought.rows))
+
+    def _row(self, row: str) -> None:
+        while True:
+            try:
+                with psycopg.connect(self.servers.plain_url, connect_timeout=5) as connection:
+                    connection.execute("SET default_transaction_read_only = off")
+                    connection.execute("INSERT INTO curator.inbox (source, record) VALUES ('sql', %s)", [row])
+                break
+            except psycopg.Error:
+                time.sleep(0.2)
+        self.accepted.add(json.loads(row)["id"])
 
     def _ingest(self) -> None:
         file = self.project / "ingested.jsonl"

@@ -194,3 +194,21 @@ def test_what_no_trigger_saw_is_swept(engine: Engine) -> None:
         assert work.waiting(connection) == {}
         assert work.offer_inbox(connection) == 1
         assert work.offer_inbox(connection) == 0
+
+
+def test_a_claim_does_not_walk_over_what_is_done(engine: Engine) -> None:
+    """However much there is in the ledger, a claim reads its own rows: months of work must not slow the next record."""
+    with begin(engine) as connection:
+        connection.execute(
+            text(
+                "INSERT INTO curator.work (stage, recipe_id, subject, state)"
+                " SELECT 'gradients', 1, n, 'ready' FROM generate_series(1, 52000) n"
+            )
+        )
+        connection.execute(text("ANALYZE curator.work"))  # the statistics of a queue are always old
+        connection.execute(text("UPDATE curator.work SET state = 'done' WHERE subject <= 50000"))
+        given = {"stage": "gradients", "kind": "", "owner": "me", "limit": 256, "lease": 30.0, "priority": 5}
+        plan = connection.execute(text(f"EXPLAIN (ANALYZE, BUFFERS) {work._CLAIM}"), given).scalars().all()
+    removed = [int(line.split(":")[1]) for line in plan if "Rows Removed by Filter" in line]
+    assert sum(removed) < 1000, "\n".join(plan)
+    assert not any("Seq Scan on work" in line for line in plan), "\n".join(plan)
