@@ -19,9 +19,9 @@ SEED = int(os.environ.get("CURATOR_CHAOS_SEED", random.SystemRandom().randrange(
 
 @pytest.mark.timeout(240)
 def test_twenty_faults_change_nothing(project: Path, digits_files: digits.Files) -> None:
-    brought = chaos.delivery(digits_files, n_files=4, n_rows=40, seed=SEED)
+    brought = chaos.delivery(digits_files, n_files=3, n_rows=30, seed=SEED)
     calm = chaos.quiet(digits.make_project(project.parent / "quiet", digits_files), digits_files, brought)
-    done = chaos.Chaos(project, digits_files, brought, calm, SEED, faults=20, pause=0.6).run()
+    done = chaos.Chaos(project, digits_files, brought, calm, SEED, faults=20, pause=0.4).run()
     assert sum(done.values()) == 20
 
 
