@@ -696,6 +696,13 @@ class NoSuchCheckpoint(UsageError):
     hint = "`curator checkpoint list` shows those there are; `curator checkpoint add NAME PATH` adds one."
 
 
+class CheckpointInUse(UsageError):
+    """The checkpoint {name!r} is the one that new arrivals are measured with."""
+
+    code = "CUR-CKP-008"
+    hint = "Put another one to use first: `curator checkpoint use NAME`; `curator checkpoint list` shows them."
+
+
 class CheckpointChanged(UsageError):
     """The checkpoint {name!r} at {path} is not the one that was added: its digest is {found}, not {wanted}."""
 

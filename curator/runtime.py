@@ -22,6 +22,7 @@ from curator.types import TASKS, UPKEEP_TASK, Stage
 
 if TYPE_CHECKING:
     from celery import Celery
+    from kombu.entity import Queue
 
     from curator.embedded.server import Server
 
@@ -33,6 +34,20 @@ WAKE_SECONDS = 30
 # Stages that need the model run where the GPU is; the others must not wait behind them.
 MODEL_QUEUE, TABLE_QUEUE = "model", "table"
 QUEUES = {stage: MODEL_QUEUE if stage in (Stage.DIRECTIONS, Stage.GRADIENTS) else TABLE_QUEUE for stage in Stage}
+
+
+def doorbells() -> list[Queue]:
+    """The queues, each declared anew by every message.
+
+    A broker that was emptied has forgotten where messages go, and kombu, which remembers having declared the queue,
+    would send them nowhere until it connects again.
+    """
+    from kombu.entity import Queue
+
+    class Doorbell(Queue):
+        can_cache_declaration = False
+
+    return [Doorbell(name) for name in (MODEL_QUEUE, TABLE_QUEUE)]  # type: ignore[no-untyped-call]
 
 
 @dataclass
@@ -82,6 +97,7 @@ class Runtime:
 
         app = Celery("curator", broker=self.broker_url, set_as_current=False)
         app.conf.broker_connection_retry = False
+        app.conf.task_queues = doorbells()
         app.conf.broker_transport_options = {"socket_connect_timeout": 2, "socket_timeout": 2}
         self.held.callback(app.close)
         return app

@@ -85,11 +85,14 @@ class Verdicts:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """How often the daemon looks by itself, in seconds."""
+    """How often the daemon looks by itself, in seconds, and what it may leave for later."""
 
-    stages: float = 5.0
+    stages: float = 2.0
     folders: float = 1.0
     upkeep: float = 15.0
+    backfill: bool = field(
+        default=True, metadata={"doc": "false: measure new arrivals only; old ones wait, as after a new checkpoint"}
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +106,9 @@ class Limits:
     batch_records: int = field(default=5_000, metadata={"doc": "examples that are judged together"})
     lease_seconds: float = 60.0
     attempts: int = field(default=3, metadata={"doc": "deaths of a worker before a record is quarantined"})
+    stall_seconds: float = field(
+        default=60.0, metadata={"doc": "work that nobody takes for so long has its workers started again"}
+    )
     turn_seconds: float = field(default=60.0, metadata={"doc": "how long one Celery message drains the table"})
 
 
@@ -324,6 +330,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("limits.batch_records", 1, 1_000_000),
     ("limits.lease_seconds", 1, 86_400),
     ("limits.attempts", 1, 100),
+    ("limits.stall_seconds", 2, 86_400),
 )
 
 

@@ -130,6 +130,7 @@ class Lease:
     recipe_id: int
     work_ids: tuple[int, ...]
     subjects: tuple[int, ...]
+    priority: int = PRIORITY_FRESH
 
     def __len__(self) -> int:
         """How many pieces of work are held."""

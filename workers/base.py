@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import threading
 from functools import cached_property
 from typing import Any
@@ -42,17 +44,23 @@ class StageTask(Task):  # type: ignore[misc]
 
         A database that is away is no error of the task: the scheduler rings again.
         """
-        limits = self.runtime.settings.limits
         try:
-            counts = shared.turn.run(stage, limits.turn_seconds)
+            counts = shared.turn.run(stage, self.runtime.settings.limits.turn_seconds)
             with read(self.runtime.engine) as connection:
-                left = work.claimable(connection)
+                left = work.claimable(connection, backfill=self.runtime.settings.schedule.backfill)
         except DependencyDown as error:
             log.warning("%s: %s", stage.STAGE, error)
             return "dependency down"
         if counts != Counts():
             self.runtime.wake(*left)
         return str(counts)
+
+
+def _abandon() -> None:
+    """End a process that was asked to and whose batch goes on and on; the lease has gone back."""
+    log.warning("asked to stop in the middle of a long batch: its work went back")
+    logging.shutdown()
+    os._exit(128 + signal.SIGTERM)
 
 
 class Process:
@@ -66,14 +74,18 @@ class Process:
             SchemaBehind: another release of curator owns the schema now. The worker refuses and names the command.
         """
         runtime = Runtime(settings.load(), application="curator worker")
-        with read(runtime.engine) as connection:
-            migrate.require_revision(connection)
+        try:
+            with read(runtime.engine) as connection:
+                migrate.require_revision(connection)
+        except BaseException:
+            runtime.close()  # the next message tries anew
+            raise
         return runtime
 
     @cached_property
     def turn(self) -> Turn:
         """The stages of this process, which keep a model between messages."""
-        return Turn(self.runtime.engine, self.runtime.settings, stopping.is_set)
+        return Turn(self.runtime.engine, self.runtime.settings, stopping.is_set, abandon=_abandon)
 
     @cached_property
     def watcher(self) -> Watcher:

@@ -7,10 +7,9 @@ from typing import Any
 
 from celery import Celery
 from celery.signals import worker_shutdown, worker_shutting_down
-from kombu.entity import Queue
 
 from curator import settings
-from curator.runtime import MODEL_QUEUE, QUEUES, TABLE_QUEUE, WAKE_SECONDS, Runtime
+from curator.runtime import QUEUES, TABLE_QUEUE, WAKE_SECONDS, Runtime, doorbells
 from curator.types import TASKS, UPKEEP_TASK, Stage
 from workers.base import shared, stopping
 
@@ -43,10 +42,11 @@ def make_app() -> Celery:
     )
     app.conf.update(
         task_ignore_result=True,
-        task_queues=[Queue(name) for name in (MODEL_QUEUE, TABLE_QUEUE)],  # type: ignore[no-untyped-call]
+        task_queues=doorbells(),
         task_default_queue=TABLE_QUEUE,
         worker_prefetch_multiplier=1,
         broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,  # a broker that is away for a night comes back to workers that wait for it
         # Doorbells only: a short timeout would deliver a long turn's message again, which does no harm and no good.
         broker_transport_options={"visibility_timeout": 3600},
         worker_cancel_long_running_tasks_on_connection_loss=False,

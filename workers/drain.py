@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 
@@ -25,14 +26,15 @@ def drain(runtime: Runtime) -> bool:
     Raises:
         UsageError: the operator has to mend something; the work waits for it.
     """
-    turn = Turn(runtime.engine, runtime.settings, stopping.is_set, strict=True)
+    turn = Turn(runtime.engine, runtime.settings, stopping.is_set, strict=True, abandon=lambda: os._exit(1))
     while not stopping.is_set():
         with begin(runtime.engine) as connection:
             upkeep.run(connection, runtime.settings)
         for stage in STAGES:
             turn.run(stage, runtime.settings.limits.turn_seconds)
         with begin(runtime.engine) as connection:
-            if not work.waiting(connection) and not offers.missing(connection):
+            backfill = runtime.settings.schedule.backfill
+            if not work.waiting(connection, backfill=backfill) and not offers.missing(connection):
                 return True
         stopping.wait(PATIENCE_SECONDS)
     return False

@@ -23,8 +23,8 @@ SWEEP_SECONDS = 600.0
 @shared_task(base=StageTask, bind=True, name=UPKEEP_TASK)  # type: ignore[untyped-decorator]
 def run(self: StageTask) -> str:
     """One round of upkeep, by whichever scheduler is first in its window; then ring for what is left."""
-    runtime = self.runtime
     try:
+        runtime = self.runtime
         with begin(runtime.engine) as connection:
             if not work.take_window(connection, UPKEEP_TASK, runtime.settings.schedule.upkeep, f"{os.getpid()}"):
                 return "another scheduler was first"
@@ -32,7 +32,7 @@ def run(self: StageTask) -> str:
         with begin(runtime.engine) as connection:
             if work.take_window(connection, "curator.sweep", SWEEP_SECONDS, f"{os.getpid()}"):
                 offers.missing(connection)
-            left = work.claimable(connection)
+            left = work.claimable(connection, backfill=runtime.settings.schedule.backfill)
     except DependencyDown as error:
         log.warning("upkeep: %s", error)
         return "dependency down"
@@ -43,8 +43,8 @@ def run(self: StageTask) -> str:
 @shared_task(base=StageTask, bind=True, name="curator.folders")  # type: ignore[untyped-decorator]
 def look(self: StageTask) -> str:
     """Open the files that are complete."""
-    runtime = self.runtime
     try:
+        runtime = self.runtime
         with read(runtime.engine) as connection:
             watched = examples.folders(connection)
         found = folders.settled_files(shared.watcher, watched)

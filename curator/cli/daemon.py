@@ -18,6 +18,7 @@ from curator.errors import DaemonNotRunning, DaemonRunning
 
 if TYPE_CHECKING:
     from curator.embedded.children import Child
+    from curator.embedded.watchdog import Watchdog
     from curator.runtime import Runtime
     from curator.settings import Settings
 
@@ -43,7 +44,8 @@ def up(here: Invocation, detach: bool) -> None:
         children = _children(opened)
         servers = opened.servers
         say(f"curator is up in {settings.project}: {', '.join(child.name for child in children)}; Ctrl-C ends it")
-        raise click.exceptions.Exit(Supervisor(settings.home, children, servers).run())
+        supervisor = Supervisor(settings.home, children, servers, watchdog=_watchdog(opened))
+        raise click.exceptions.Exit(supervisor.run())
 
 
 def _ask_again(opened: Runtime) -> None:
@@ -80,6 +82,24 @@ def _children(opened: Runtime) -> list[Child]:
         file.unlink()
     beat = [sys.executable, "-m", "celery", "-A", "workers", "beat", "--loglevel=WARNING", "--pidfile="]
     return [*workers, tables, Child("scheduler", beat, env, settings.project)]
+
+
+def _watchdog(opened: Runtime) -> Watchdog:
+    """Each queue has its workers: one that stands still is not excused by the other."""
+    from curator.embedded.watchdog import Watchdog
+    from curator.runtime import QUEUES
+    from curator.store import engine, work
+
+    def look() -> tuple[dict[str, frozenset[work.Standing]], frozenset[str]]:
+        with engine.read(opened.engine) as connection:
+            heads, held = work.standing(connection, backfill=opened.settings.schedule.backfill)
+        queues = {QUEUES[head.stage] for head in heads}
+        return (
+            {queue: frozenset(head for head in heads if QUEUES[head.stage] == queue) for queue in queues},
+            frozenset(QUEUES[stage] for stage in held),
+        )
+
+    return Watchdog(look, opened.settings.limits.stall_seconds)
 
 
 def _worker(kind: type[Child], name: str, queue: str, env: Mapping[str, str], settings: Settings) -> Child:

@@ -72,6 +72,22 @@ def use_checkpoint(here: Invocation, name: str) -> None:
     say(f"checkpoint {name} is in use")
 
 
+@checkpoint.command("drop")
+@click.argument("name")
+@pass_invocation
+def drop_checkpoint(here: Invocation, name: str) -> None:
+    """Remove the vectors and scores that were taken at NAME, to free their space; verdicts and reviews stay.
+
+    Until then they stay readable in influence_scores, with in_use false.
+    """
+    from curator.stages import recipes
+    from curator.store import engine
+
+    with here.runtime() as opened, engine.begin(opened.engine) as connection:
+        gone = recipes.drop_checkpoint(connection, name)
+    say(f"checkpoint {name}: the scores of {gone} examples are gone")
+
+
 @click.group()
 def validation() -> None:
     """Say what good looks like: trusted examples, never trained on."""

@@ -24,7 +24,12 @@ def status(here: Invocation, form: Form) -> None:
 
     with here.runtime() as opened, engine.read(opened.engine) as connection:
         settings = opened.settings
-        found = view.status(connection, daemon_status(settings.home), elsewhere=bool(settings.broker.url))
+        found = view.status(
+            connection,
+            daemon_status(settings.home),
+            elsewhere=bool(settings.broker.url),
+            backfill=settings.schedule.backfill,
+        )
     if form is not Form.TEXT:
         show([found], form)
         return

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import select
 import signal
@@ -33,9 +34,12 @@ from curator.embedded.children import Backoff, Charge, Child, Guard
 from curator.embedded.directory import write_whole
 from curator.embedded.locks import EXCLUSIVE, SHARED, FileLock
 from curator.embedded.server import Server
+from curator.embedded.watchdog import Watchdog
 from curator.errors import CuratorError, DaemonFailed, DaemonRunning
 
 __all__ = ["Backoff", "Child", "ChildStatus", "DaemonStatus", "Supervisor", "daemon_status", "detach", "stop_daemon"]
+
+_log = logging.getLogger(__name__)
 
 # Of the 30 s that a stop may take, the rest is for the servers.
 GRACE_SECONDS = 15.0
@@ -45,6 +49,8 @@ _KILL_SECONDS = 5.0
 _TICK_SECONDS = 1.0
 # `daemon_status` holds the lock for an instant; only who keeps it longer is a daemon.
 _GLANCE_SECONDS = 0.3
+# How often the watchdog looks while its patience lasts.
+_LOOKS = 6
 _LOCK = "daemon.lock"
 _STATUS = "daemon.json"
 
@@ -79,13 +85,16 @@ class Supervisor:
         servers: Sequence[Server] = (),
         backoff: Backoff | None = None,
         grace: float = GRACE_SECONDS,
+        watchdog: Watchdog | None = None,
     ) -> None:
-        """``servers`` are acquired already and are started again when they die."""
+        """``servers`` are acquired already and are started again when they die; ``watchdog`` restarts the children."""
         self.home = home.resolve()
         self._children = children
         self._servers = servers
         self._backoff = backoff or Backoff()
         self._grace = grace
+        self._watchdog = watchdog
+        self._stalled: str | None = None
         self._started = datetime.now(UTC).isoformat(timespec="seconds")
         self._recorded: DaemonStatus | None = None
         self._trouble: dict[str, str] = {}
@@ -110,11 +119,21 @@ class Supervisor:
     def _tend(self, charges: Sequence[Charge], guard: Guard, signals: _Signals) -> None:
         while not signals.asked:
             guard.renew()
+            self._renew_idle(charges)
             for charge in charges:
                 charge.tend()
                 logs.bound(charge.log)
             self._record(charges)
             signals.wait(_until_next(charges))
+
+    def _renew_idle(self, charges: Sequence[Charge]) -> None:
+        """Kill children who leave work lying; ``tend`` starts them again. A lease that one has ends by itself."""
+        if (stalled := self._stalled) is not None:
+            self._stalled = None
+            self._trouble["watchdog"] = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC: {stalled}."
+            _log.warning("%s", stalled)
+            for charge in charges:
+                charge.kill()
 
     def _end(self, charges: Sequence[Charge], signals: _Signals) -> None:
         """Ask all at once, wait for the slowest, kill at the deadline or at a second Ctrl-C."""
@@ -161,13 +180,22 @@ class Supervisor:
     def _watched_servers(self) -> Iterator[None]:
         """Revive servers in a thread: a crash recovery must not keep us from our children or from a signal."""
         done = threading.Event()
-        watch = threading.Thread(target=self._revive, args=(done,), name="servers", daemon=True)
-        watch.start()
+        threads = [
+            threading.Thread(target=task, args=(done,), name=task.__name__, daemon=True)
+            for task in (self._revive, self._watch_progress)
+        ]
+        for thread in threads:
+            thread.start()
         try:
             yield
         finally:
             done.set()
-            watch.join(timeout=_TICK_SECONDS)
+            for thread in threads:
+                thread.join(timeout=_TICK_SECONDS)
+
+    def _watch_progress(self, done: threading.Event) -> None:
+        while self._watchdog and not done.wait(self._watchdog.patience / _LOOKS):
+            self._stalled = self._watchdog.stalled() or self._stalled
 
     def _revive(self, done: threading.Event) -> None:
         while self._servers and not done.wait(_TICK_SECONDS):

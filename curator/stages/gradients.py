@@ -55,7 +55,13 @@ class Result:
 
 def claim(connection: Connection, settings: Settings) -> Batch | None:
     """Lease a batch of examples of one recipe."""
-    lease = work.claim(connection, STAGE, settings.gradients.batch, settings.limits.lease_seconds)
+    lease = work.claim(
+        connection,
+        STAGE,
+        settings.gradients.batch,
+        settings.limits.lease_seconds,
+        backfill=settings.schedule.backfill,
+    )
     if lease is None:
         return None
     set_id = directions.directions_in_use(connection, lease.recipe_id)
@@ -155,6 +161,7 @@ def _write(
             numbers.tolist(),
             recipe_id=batch.recipe_id,
             batch_ids=[batch_of[number] for number in numbers.tolist()],
+            priority=batch.lease.priority,
         )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from curator.errors import (
+    CheckpointInUse,
     CheckpointNameTaken,
     EmptyValidation,
     MissingSliceField,
@@ -23,7 +24,7 @@ from curator.errors import (
     TooFewTrusted,
 )
 from curator.settings import Settings
-from curator.store import directions, offers, work
+from curator.store import directions, offers, retention, work
 from curator.store.directions import NewValidationExample
 from curator.types import Record, Stage
 
@@ -57,6 +58,22 @@ def use_checkpoint(connection: Connection, settings: Settings, name: str) -> Non
         raise NoSuchCheckpoint(name=name)
     directions.use_checkpoint(connection, name)
     ask(connection, settings)
+
+
+def drop_checkpoint(connection: Connection, name: str) -> int:
+    """Let go of what was measured at a checkpoint that is not in use any more; return how many examples that were.
+
+    Raises:
+        NoSuchCheckpoint: there is none of that name.
+        CheckpointInUse: new arrivals are measured with it.
+    """
+    directions.change_footing(connection)
+    checkpoint = directions.checkpoint(connection, name)
+    if checkpoint is None:
+        raise NoSuchCheckpoint(name=name)
+    if checkpoint.in_use:
+        raise CheckpointInUse(name=name)
+    return retention.drop_measurements(connection, checkpoint.id)
 
 
 def add_validation(

@@ -64,7 +64,7 @@ class Result:
 
 def claim(connection: Connection, settings: Settings) -> Batch | None:
     """Lease vectors of one recipe, and read them."""
-    lease = work.claim(connection, STAGE, CHUNK, settings.limits.lease_seconds)
+    lease = work.claim(connection, STAGE, CHUNK, settings.limits.lease_seconds, backfill=settings.schedule.backfill)
     if lease is None:
         return None
     recipe = directions.recipe(connection, lease.recipe_id)

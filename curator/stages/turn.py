@@ -2,10 +2,13 @@
 
 What an exception means is decided here, for all stages:
 
-* DependencyDown: nobody's fault. The lease goes back (or ends by itself) and the caller tries again later.
+* DependencyDown: nobody's fault. The lease goes back, as soon as there is a database to take it, and the caller tries
+  again later.
+* of these, a deadlock or another collision with somebody else's transaction: tried again at once.
 * UsageError: the operator has to mend something. The work waits, with the message where ``status`` shows it.
 * anything that ``load`` raises: no record has been looked at yet. A checkpoint that cannot be read, or a device without
   memory, is for the operator to mend too.
+* Ctrl-C: the lease goes back.
 * anything else: the work is suspected, returned, and tried again in a smaller group (``store.work.claim``).
 """
 
@@ -15,7 +18,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -24,10 +27,16 @@ from sqlalchemy import Connection, Engine
 from curator.errors import CuratorError, DependencyDown, UsageError
 from curator.settings import Settings
 from curator.store import work
-from curator.store.engine import begin
+from curator.store.engine import begin, collided
 from curator.types import Counts, Lease, Stage
 
 log = logging.getLogger(__name__)
+
+STOP_SECONDS = 5.0
+"""How long a batch may go on after the process was asked to stop; then its lease goes back, and the fence is shut."""
+
+LOOK_SECONDS = 1.0
+"""How often the heartbeat looks whether the process was asked to stop."""
 
 
 class Batch(Protocol):
@@ -55,12 +64,17 @@ class Turn:
     """A process's way of running stages; keeps the last tools of each, since a model is slow to load.
 
     ``strict``: raise what the operator has to mend, after the work went back. A command wants that; a daemon goes on.
+    ``abandon``: ends the process when a batch goes on and on after a stop; its lease has gone back by then.
+    ``owed``: leases that could not be returned because the database was away: no evidence against their work.
     """
 
     engine: Engine
     settings: Settings
     stopping: Callable[[], bool] = lambda: False
     strict: bool = False
+    abandon: Callable[[], None] = lambda: None
+    owed: list[Lease] = field(default_factory=list)
+    stop_seen: float | None = None
     kept: dict[Hashable, tuple[Hashable, Any]] = field(default_factory=dict)
 
     def run(self, stage: StageModule, seconds: float) -> Counts:
@@ -79,13 +93,14 @@ class Turn:
 
     def once(self, stage: StageModule) -> Counts | None:
         """One batch; None when there was nothing to claim, or nothing can be done before the operator mends it."""
+        self._return_owed()
         with begin(self.engine) as connection:
             batch = stage.claim(connection, self.settings)
         if batch is None:
             return None
         loaded = False
         try:
-            with heartbeat(self.engine, batch.lease, self.settings.limits.lease_seconds):
+            with heartbeat(self.engine, batch.lease, self.settings.limits.lease_seconds, self._gives_way):
                 tools = self._tools(stage, batch)
                 loaded = True
                 result = stage.compute(tools, batch)
@@ -93,27 +108,68 @@ class Turn:
                 return stage.record(connection, self.settings, batch, result)
         except Exception as error:  # noqa: BLE001 - whatever it is, the lease goes back; see above
             return self._returned(batch.lease, error, suspected=loaded and not isinstance(error, UsageError))
+        except BaseException:
+            self._give_back(batch.lease)
+            raise
 
     def _tools(self, stage: StageModule, batch: Batch) -> Any:
         kind = batch.tools[0]
         key, tools = self.kept.get(kind, (None, None))
         if key != batch.tools:
             self.kept.pop(kind, None)  # never two models in memory
-            tools = stage.load(self.engine, self.settings, batch)
+            tools = self._loaded(stage, batch)
             self.kept[kind] = batch.tools, tools
+        return tools
+
+    def _loaded(self, stage: StageModule, batch: Batch) -> Any:
+        """What a worker dies of while it loads is not the fault of the records that it took first."""
+        with begin(self.engine) as connection:
+            work.excuse(connection, batch.lease)
+        tools = stage.load(self.engine, self.settings, batch)
+        with begin(self.engine) as connection:
+            work.suspect(connection, batch.lease)
         return tools
 
     def _returned(self, lease: Lease, error: Exception, suspected: bool) -> Counts | None:
         if isinstance(error, DependencyDown):
-            with begin(self.engine) as connection:
-                work.give_back(connection, lease)
+            self._give_back(lease)
+            if collided(error):
+                return Counts(lost=len(lease))
             raise error
-        with begin(self.engine) as connection:
-            work.fail(connection, lease, _described(error), counts=suspected)
+        try:
+            with begin(self.engine) as connection:
+                work.fail(connection, lease, _described(error), counts=suspected)
+        except DependencyDown:
+            self.owed.append(lease)
+            raise
         if self.strict and not suspected:
             raise error
         log.error("%s: %s", lease.stage, _described(error), exc_info=None if isinstance(error, CuratorError) else error)
         return Counts(lost=len(lease)) if suspected else None
+
+    def _give_back(self, lease: Lease) -> None:
+        """Return a lease unharmed, now or when the database is back."""
+        self.owed.append(lease)
+        with suppress(DependencyDown):
+            self._return_owed()
+
+    def _return_owed(self) -> None:
+        if self.owed:
+            with begin(self.engine) as connection:
+                for lease in self.owed:
+                    work.give_back(connection, lease)
+            self.owed.clear()
+
+    def _gives_way(self, lease: Lease) -> bool:
+        """Whether the heartbeat is to end: the process was asked to stop and its batch does not come to an end."""
+        if not self.stopping():
+            return False
+        self.stop_seen = self.stop_seen or time.monotonic()
+        if time.monotonic() - self.stop_seen < STOP_SECONDS:
+            return False
+        self._give_back(lease)
+        self.abandon()
+        return True
 
 
 def _described(error: Exception) -> str:
@@ -122,7 +178,12 @@ def _described(error: Exception) -> str:
 
 
 @contextmanager
-def heartbeat(engine: Engine, lease: Lease, lease_seconds: float) -> Iterator[None]:
+def heartbeat(
+    engine: Engine,
+    lease: Lease,
+    lease_seconds: float,
+    gives_way: Callable[[Lease], bool] = lambda lease: False,
+) -> Iterator[None]:
     """Keep a lease alive from a thread: a long computation is no sign of death, a silent process is.
 
     A beat that fails is tried again; if the database stays away, the lease ends and the fence does the rest.
@@ -130,7 +191,13 @@ def heartbeat(engine: Engine, lease: Lease, lease_seconds: float) -> Iterator[No
     done = threading.Event()
 
     def beat() -> None:
-        while not done.wait(lease_seconds / work.BEATS_PER_LEASE):
+        due = time.monotonic() + lease_seconds / work.BEATS_PER_LEASE
+        while not done.wait(min(lease_seconds / work.BEATS_PER_LEASE, LOOK_SECONDS)):
+            if gives_way(lease):
+                break
+            if time.monotonic() < due:
+                continue
+            due = time.monotonic() + lease_seconds / work.BEATS_PER_LEASE
             try:
                 with begin(engine) as connection:
                     work.beat(connection, lease.owner, lease_seconds)

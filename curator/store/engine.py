@@ -87,10 +87,22 @@ def database_errors(engine: Engine) -> Iterator[None]:
     try:
         yield
     except DBAPIError as error:
-        if isinstance(error, OperationalError) or error.connection_invalidated:
+        if isinstance(error, OperationalError) or error.connection_invalidated or _is_read_only(error):
             reason = " ".join(str(error.orig).split())
             raise DatabaseDown(url=engine.url.render_as_string(hide_password=True), reason=reason) from error
         raise
+
+
+def collided(error: BaseException) -> bool:
+    """Whether two transactions stood in each other's way, as two files of the same records may: the server is well."""
+    cause = error.__cause__
+    collisions = (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure)
+    return isinstance(cause, DBAPIError) and isinstance(cause.orig, collisions)
+
+
+def _is_read_only(error: DBAPIError) -> bool:
+    """A standby that was not promoted yet, or a server set to read only while its disk is mended: it passes."""
+    return isinstance(error.orig, psycopg.errors.ReadOnlySqlTransaction)
 
 
 def raw(connection: Connection) -> psycopg.Connection[tuple[object, ...]]:

@@ -33,6 +33,15 @@ def missing_roles(connection: Connection) -> list[str]:
     return [name for name in ROLES if name not in found]
 
 
+def read_only(connection: Connection) -> bool:
+    """Whether transactions of this server cannot write unless they insist, as on a standby."""
+    return bool(
+        connection.scalar(
+            text("SELECT pg_is_in_recovery() OR current_setting('default_transaction_read_only')::boolean")
+        )
+    )
+
+
 def long_transactions(connection: Connection, seconds: float) -> Rows:
     """Sessions of this database that hold a transaction open: they keep vacuum from cleaning up after the workers."""
     return list(

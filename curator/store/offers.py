@@ -42,21 +42,23 @@ def inbox(connection: Connection) -> int:
 def gradients(connection: Connection, recipe_id: int) -> int:
     """Offer every example that has no gradient work under a recipe.
 
-    Under the first recipe people wait for them; under a later one they have scores already, and are back-fill.
+    What was measured under another recipe is back-fill; what never was, somebody waits for.
     """
     return connection.execute(
         text(
             """
             INSERT INTO curator.work (stage, recipe_id, subject, batch_id, priority)
             SELECT :stage, :recipe_id, e.id, e.batch_id,
-                   CASE WHEN EXISTS (SELECT FROM curator.recipes r WHERE r.id < :recipe_id) THEN :later ELSE :first END
+                   CASE WHEN EXISTS (SELECT FROM curator.gradients g
+                                     WHERE g.example_id = e.id AND g.recipe_id <> :recipe_id)
+                        THEN :backfill ELSE :fresh END
             FROM curator.examples e
             WHERE NOT EXISTS (SELECT FROM curator.work w
                               WHERE w.stage = :stage AND w.kind = '' AND w.recipe_id = :recipe_id AND w.subject = e.id)
             ON CONFLICT DO NOTHING
             """
         ),
-        {"stage": Stage.GRADIENTS, "recipe_id": recipe_id, "first": PRIORITY_FRESH, "later": PRIORITY_BACKFILL},
+        {"stage": Stage.GRADIENTS, "recipe_id": recipe_id, "fresh": PRIORITY_FRESH, "backfill": PRIORITY_BACKFILL},
     ).rowcount
 
 

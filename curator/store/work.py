@@ -14,10 +14,11 @@ from __future__ import annotations
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 from sqlalchemy import Connection, text
 
-from curator.types import PRIORITY_FRESH, Lease, Stage
+from curator.types import PRIORITY_BACKFILL, PRIORITY_FRESH, Lease, Stage
 
 BACKOFF_SECONDS = 2.0
 MENDING_SECONDS = 10.0
@@ -74,14 +75,24 @@ def offer_again(connection: Connection, stage: Stage, subjects: Sequence[int], *
     )
 
 
-def claim(connection: Connection, stage: Stage, limit: int, lease_seconds: float, *, kind: str = "") -> Lease | None:
+def claim(
+    connection: Connection,
+    stage: Stage,
+    limit: int,
+    lease_seconds: float,
+    *,
+    kind: str = "",
+    backfill: bool = True,
+) -> Lease | None:
     """Lease up to ``limit`` pieces of work of one recipe, or None when there is nothing.
 
     The latest recipe goes first: what a former one has left over must not keep the GPU from the one in use.
     Work that a worker has died on is claimed in ever smaller groups (a sixteenth, then one at a time), so that a
     record that kills its worker ends up alone and its neighbours go on: a bisection in three deaths.
+
+    Back-fill comes last, and not at all where ``backfill`` is False.
     """
-    head = connection.execute(_HEAD, {"stage": stage, "kind": kind}).one_or_none()
+    head = connection.execute(_HEAD, {"stage": stage, "kind": kind} | _up_to(backfill)).one_or_none()
     if head is None:
         return None
     group = {0: limit, 1: max(1, limit // 16)}.get(head.attempts, 1)
@@ -91,7 +102,12 @@ def claim(connection: Connection, stage: Stage, limit: int, lease_seconds: float
         {"stage": stage, "kind": kind, **head._mapping, "owner": owner, "limit": group, "lease": lease_seconds},
     ).all()
     rows = sorted(rows, key=lambda row: row.id)
-    return Lease(owner, stage, head.recipe_id, tuple(r.id for r in rows), tuple(r.subject for r in rows))
+    ids, subjects = tuple(r.id for r in rows), tuple(r.subject for r in rows)
+    return Lease(owner, stage, head.recipe_id, ids, subjects, head.priority)
+
+
+def _up_to(backfill: bool) -> dict[str, int]:
+    return {"most": PRIORITY_BACKFILL if backfill else PRIORITY_BACKFILL - 1}
 
 
 # Two statements, each a walk along ``work_claimable``. In one, joined to its own head, the planner reads the ledger
@@ -100,6 +116,7 @@ _HEAD = text(
     """
     SELECT recipe_id, priority, attempts FROM curator.work
     WHERE stage = :stage AND kind = :kind AND state = 'ready' AND not_before <= clock_timestamp()
+      AND priority <= :most
     ORDER BY priority, attempts, recipe_id DESC, id LIMIT 1 FOR UPDATE SKIP LOCKED
     """
 )
@@ -165,9 +182,31 @@ def go_on(connection: Connection, lease: Lease) -> None:
     A long file is one piece of work. Else three deaths in as many days would end it, however far it has come.
     """
     connection.execute(
-        text("UPDATE curator.work SET attempts = 0, last_error = NULL WHERE id = ANY(:ids)"), {"ids": [*lease.work_ids]}
+        text(
+            "UPDATE curator.work SET state = 'ready', owner = NULL, lease_until = NULL, attempts = 0, last_error = NULL"
+            " WHERE id = ANY(:ids) AND owner = :owner AND state = 'leased'"
+        ),
+        {"ids": list(lease.work_ids), "owner": lease.owner},
     )
-    give_back(connection, lease)
+
+
+def excuse(connection: Connection, lease: Lease) -> None:
+    """The work itself is not touched for now: should the worker die, that is no evidence against it."""
+    connection.execute(
+        text("UPDATE curator.work SET leased_at = NULL WHERE id = ANY(:ids) AND owner = :owner AND state = 'leased'"),
+        {"ids": list(lease.work_ids), "owner": lease.owner},
+    )
+
+
+def suspect(connection: Connection, lease: Lease) -> None:
+    """From now on a death counts again."""
+    connection.execute(
+        text(
+            "UPDATE curator.work SET leased_at = clock_timestamp()"
+            " WHERE id = ANY(:ids) AND owner = :owner AND state = 'leased'"
+        ),
+        {"ids": list(lease.work_ids), "owner": lease.owner},
+    )
 
 
 def fail(connection: Connection, lease: Lease, error: str, *, counts: bool = True) -> int:
@@ -206,7 +245,8 @@ def reclaim(connection: Connection, grace_seconds: float = 0.0) -> int:
     What a transaction holds locked is being recorded, so its owner lives.
 
     A lease that the server's own restart outlived is no evidence against the work: nobody could beat. The same
-    holds for a lease that began in an earlier life of the server.
+    holds for a lease that began in an earlier life of the server, and for one whose holder had not got to the work
+    yet (``excuse``).
     """
     return connection.execute(
         text(
@@ -278,10 +318,14 @@ def withdraw(connection: Connection, recipe_id: int, direction_set_id: int) -> i
     ).rowcount
 
 
-def waiting(connection: Connection) -> dict[Stage, int]:
+def waiting(connection: Connection, *, backfill: bool = True) -> dict[Stage, int]:
     """How much is claimable now, or held, for each stage that has any."""
     rows = connection.execute(
-        text("SELECT stage, count(*) FROM curator.work WHERE state IN ('ready', 'leased') GROUP BY stage")
+        text(
+            "SELECT stage, count(*) FROM curator.work WHERE state IN ('ready', 'leased') AND priority <= :most"
+            " GROUP BY stage"
+        ),
+        _up_to(backfill),
     )
     return {Stage(stage): n for stage, n in rows}
 
@@ -302,7 +346,7 @@ def blocked(connection: Connection) -> str | None:
     return error
 
 
-def claimable(connection: Connection) -> list[Stage]:
+def claimable(connection: Connection, *, backfill: bool = True) -> list[Stage]:
     """The stages that have work nobody holds.
 
     One look into ``work_claimable`` for each. Without an order to be kept, the planner reads the table in the hope of
@@ -313,14 +357,44 @@ def claimable(connection: Connection) -> list[Stage]:
             """
             SELECT s FROM unnest(CAST(:stages AS text[])) s CROSS JOIN LATERAL (
                 SELECT FROM curator.work w
-                WHERE w.stage = s AND w.state = 'ready' AND w.not_before <= clock_timestamp()
+                WHERE w.stage = s AND w.state = 'ready' AND w.not_before <= clock_timestamp() AND w.priority <= :most
                 ORDER BY w.kind, w.priority, w.attempts, w.recipe_id DESC, w.id LIMIT 1
             ) first
             """
         ),
-        {"stages": list(Stage)},
+        {"stages": list(Stage)} | _up_to(backfill),
     )
     return [Stage(stage) for stage in rows]
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """The next piece of work of a stage and kind that anybody could take. Unchanged means that nobody took it."""
+
+    stage: Stage
+    kind: str
+    id: int
+    leased_at: datetime | None
+    not_before: datetime
+
+
+def standing(connection: Connection, *, backfill: bool = True) -> tuple[frozenset[Standing], frozenset[Stage]]:
+    """What could be claimed next, and the stages where somebody holds work: what a watchdog compares."""
+    rows = connection.execute(
+        text(
+            """
+            SELECT DISTINCT ON (stage, kind) stage, kind, id, leased_at, not_before FROM curator.work
+            WHERE state = 'ready' AND not_before <= clock_timestamp() AND priority <= :most
+            ORDER BY stage, kind, priority, attempts, recipe_id DESC, id
+            """
+        ),
+        _up_to(backfill),
+    )
+    heads = frozenset(Standing(Stage(row.stage), *row[1:]) for row in rows)
+    held = connection.scalars(
+        text("SELECT DISTINCT stage FROM curator.work WHERE state = 'leased' AND lease_until > clock_timestamp()")
+    )
+    return heads, frozenset(map(Stage, held))
 
 
 def take_window(connection: Connection, job: str, seconds: float, owner: str) -> bool:

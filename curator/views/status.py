@@ -49,13 +49,16 @@ class Status:
     notes: tuple[str, ...]
 
 
-def status(connection: Connection, daemon: DaemonStatus | None = None, *, elsewhere: bool = False) -> Status:
+def status(
+    connection: Connection, daemon: DaemonStatus | None = None, *, elsewhere: bool = False, backfill: bool = True
+) -> Status:
     """Read it.
 
     Args:
         connection: a read transaction.
         daemon: what runs here.
         elsewhere: workers may also run on other machines, where nothing but their claims is seen of them.
+        backfill: false while it is paused: what waits for nothing else is not stuck.
     """
     footing, totals = reads.footing(connection), reads.totals(connection)
     stages = tuple(StageState(row.stage, row.state, row.n, row.oldest_seconds) for row in reads.pipeline(connection))
@@ -71,7 +74,9 @@ def status(connection: Connection, daemon: DaemonStatus | None = None, *, elsewh
         notes=(
             *_missing(footing),
             *_blocked(connection),
-            *_stuck(connection, stages, daemon, elsewhere),
+            *_read_only(connection),
+            *_paused(backfill),
+            *(_stuck(connection, stages, daemon, elsewhere) if work.waiting(connection, backfill=backfill) else ()),
             *_troubled(daemon),
             *_given_up(connection, footing),
             *_held(connection),
@@ -124,7 +129,7 @@ def _stuck(
 
 def _troubled(daemon: DaemonStatus | None) -> Iterator[str]:
     if daemon is not None and daemon.trouble:
-        yield f"a server of the daemon is in trouble: {daemon.trouble}"
+        yield f"the daemon says: {daemon.trouble}"
     for child in daemon.children if daemon else ():
         if child.pid is None:
             yield f"{child.name} is not running; it last ended with {child.last_exit}: its log is in .curator/log"
@@ -141,6 +146,16 @@ def _given_up(connection: Connection, footing: Row[Any]) -> Iterator[str]:
     if examples:
         what = "1 example was given up" if examples == 1 else f"{examples} examples were given up"
         yield f"{what}: `curator quarantine list`"
+
+
+def _read_only(connection: Connection) -> Iterator[str]:
+    if health.read_only(connection):
+        yield "the database is read-only: nothing is taken in until it can be written to; then all goes on by itself"
+
+
+def _paused(backfill: bool) -> Iterator[str]:
+    if not backfill:
+        yield "back-fill is paused: [schedule] backfill = false"
 
 
 def _held(connection: Connection) -> Iterator[str]:

@@ -194,3 +194,34 @@ def test_what_no_trigger_saw_is_swept(engine: Engine) -> None:
         assert work.waiting(connection) == {}
         assert offers.inbox(connection) == 1
         assert offers.inbox(connection) == 0
+
+
+def test_a_claim_does_not_walk_over_what_is_done(engine: Engine) -> None:
+    """However much there is in the ledger, a claim reads its own rows: months of work must not slow the next record."""
+    with begin(engine) as connection:
+        connection.execute(
+            text(
+                "INSERT INTO curator.work (stage, recipe_id, subject, state)"
+                " SELECT 'gradients', 1, n, 'ready' FROM generate_series(1, 52000) n"
+            )
+        )
+        connection.execute(text("ANALYZE curator.work"))  # the statistics of a queue are always old
+        connection.execute(text("UPDATE curator.work SET state = 'done' WHERE subject <= 50000"))
+        where = {"stage": "gradients", "kind": ""}
+        head = connection.execute(work._HEAD, {**where, "most": PRIORITY_BACKFILL}).one()._mapping
+        given = {**where, **head, "owner": "me", "limit": 256, "lease": 30.0}
+        plan = connection.execute(text(f"EXPLAIN (ANALYZE, BUFFERS) {work._CLAIM}"), given).scalars().all()
+    removed = [int(line.split(":")[1]) for line in plan if "Rows Removed by Filter" in line]
+    assert sum(removed) < 1000, "\n".join(plan)
+    assert not any("Seq Scan on work" in line for line in plan), "\n".join(plan)
+
+
+def test_backfill_that_is_paused_is_neither_claimed_nor_waited_for(engine: Engine) -> None:
+    offer(engine, range(3), priority=PRIORITY_BACKFILL)
+    with begin(engine) as connection:
+        assert work.claim(connection, Stage.GRADIENTS, 10, LEASE, backfill=False) is None
+        assert work.waiting(connection, backfill=False) == {}
+        assert work.claimable(connection, backfill=False) == []
+        lease = work.claim(connection, Stage.GRADIENTS, 10, LEASE)
+    assert lease is not None
+    assert lease.priority == PRIORITY_BACKFILL
