@@ -111,7 +111,8 @@ def _up_to(backfill: bool) -> dict[str, int]:
 
 
 # Two statements, each a walk along ``work_claimable``. In one, joined to its own head, the planner reads the ledger
-# from its beginning for every claim. The head is locked, so that there is something left to pick.
+# from its beginning for every claim. The head is locked, so that there is something left to pick. BETWEEN where = would
+# do: by = the order would be that of the primary key too, and statistics of a queue, always old, make that look short.
 _HEAD = text(
     """
     SELECT recipe_id, priority, attempts FROM curator.work
@@ -129,8 +130,8 @@ _CLAIM = text(
     WHERE id = ANY(ARRAY(
         SELECT id FROM curator.work
         WHERE stage = :stage AND kind = :kind AND state = 'ready' AND not_before <= clock_timestamp()
-          AND recipe_id = :recipe_id AND priority = :priority AND attempts = :attempts
-        ORDER BY id LIMIT :limit FOR UPDATE SKIP LOCKED
+          AND recipe_id = :recipe_id AND priority BETWEEN :priority AND :priority AND attempts = :attempts
+        ORDER BY priority, id LIMIT :limit FOR UPDATE SKIP LOCKED
     ))
     RETURNING id, subject
     """
