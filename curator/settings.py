@@ -324,6 +324,10 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("limits.batch_records", 1, 1_000_000),
     ("limits.lease_seconds", 1, 86_400),
     ("limits.attempts", 1, 100),
+    ("limits.nesting", 1, 900),
+    ("limits.quarantine_bytes", 0, 1 << 30),
+    ("limits.expansion", 1, 1_000_000),
+    ("limits.turn_seconds", 1, 86_400),
 )
 
 
