@@ -26,6 +26,7 @@ TOLERANCE = 1e-3
 """Relative difference of a loss or gradient norm alone and in a batch: padding in float32 stays well below."""
 
 OVERCONFIDENT = 1.3
+HOTTEST = 19.9
 
 
 def main() -> int:
@@ -84,6 +85,8 @@ def batch_dependence(tools: Instrument, records: list[Mapping[str, Any]]) -> flo
 
 
 def _meaning(recipe: directions.Recipe) -> str:
+    if recipe.temperature >= HOTTEST:
+        return " (the end of the search: the checkpoint is wrong on most trusted examples)"
     if recipe.temperature <= OVERCONFIDENT:
         return ""
     return " (overconfident: rank by normalised influence; the plain influence of its loss would mislead)"

@@ -50,7 +50,8 @@ def ingest(here: Invocation, files: tuple[Path, ...], source: str, form: Form) -
         _clear_spool(opened)
     show([_shown(row, row.file in before) for row in counts], form)
     if refused := sum(row.refused for row in counts if row.file not in before):
-        say(f"{refused} records were refused: curator quarantine list")
+        what = "1 record was" if refused == 1 else f"{refused} records were"
+        say(f"{what} refused: curator quarantine list")
     if [problem for row in counts for problem in _said(row, row.file in before)]:
         raise click.exceptions.Exit(EXIT_FINDINGS)
 

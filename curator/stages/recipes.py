@@ -189,6 +189,7 @@ def spec(settings: Settings) -> dict[str, Any]:
             "damping": settings.scores.damping,
             "measurement": _measurement(settings),
             "exact": asked.exact,
+            "exact_norm": asked.exact,
         },
     }
 

@@ -47,7 +47,7 @@ COMMENT ON COLUMN curator.influence_scores.self_influence IS 'squared whitened n
 COMMENT ON COLUMN curator.influence_scores.harm IS
 'combined evidence that the example harms, in [0, 1], higher is worse; NULL where nothing speaks';
 COMMENT ON COLUMN curator.influence_scores.loss IS 'training loss at the checkpoint, in nats';
-COMMENT ON COLUMN curator.influence_scores.gradient_norm IS 'norm of the un-compressed gradient of the captured layers';
+COMMENT ON COLUMN curator.influence_scores.gradient_norm IS 'norm of the un-compressed gradient of the captured layers; estimated from the kept entries where [gradients] exact is off';
 COMMENT ON COLUMN curator.influence_scores.calibrated_loss IS 'the loss after the checkpoint''s temperature';
 COMMENT ON COLUMN curator.influence_scores.exact_influence IS
 'un-compressed normalised influence taken on arrival; NULL when the directions have changed since';

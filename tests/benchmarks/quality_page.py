@@ -34,16 +34,15 @@ def write(folder: Path, doc: str) -> None:
     (folder / "quality_per_byte.svg").write_text(plot(scenes), encoding="utf-8")
 
 
-EXPLAINED = """LDS: mean over 200 queries of the rank correlation, over 100 random half-subsets, of summed scores with
-the margin after retraining (mean of two initialisations), with a bootstrap interval over subsets and queries. Curvature
-and codes are fitted on 1,500 examples that are neither scored nor trained on. Damping c is chosen for each recipe
-at 1 KB on 100 other queries, from .1, 1 and 10. All rows store half precision and a norm. "Normalised" is the cosine of
-whitened gradients, curator's default score; "plain" is influence on the margin. Spearman is to the un-compressed score;
-AUC is for 10.6 % flipped labels among 1,000 arrivals, by the mean over queries. One seed of data and masks. Where a
-row is missing it was not run.
+EXPLAINED = """LDS: mean over 200 queries of the rank correlation, over 100 random half-subsets, of summed scores
+with the margin after retraining (mean of two initialisations), and a bootstrap interval over subsets and queries.
+Curvature and codes are fitted on 1,500 examples that are neither scored nor trained on. Damping c is chosen for
+each recipe at 1 KB on 100 other queries, from .1, 1 and 10 (the rows that docs/quality.md marks: from .1 and 10).
+All rows store half precision and a norm. "Normalised" is the cosine of whitened gradients, curator's default score;
+"plain" is influence on the margin. Spearman is to the un-compressed score; AUC is for 10.6 % flipped labels among
+1,000 arrivals, by the mean over queries. One seed of data and masks. Where a row is missing it was not run.
 
-![LDS by bytes](quality_per_byte.svg)
-"""
+![LDS by bytes](quality_per_byte.svg)"""
 
 
 def page_of(model: str, stage: str, s: Found) -> str:

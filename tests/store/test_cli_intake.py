@@ -15,7 +15,7 @@ GOOD = '{"text": "a", "label": "x"}\n{"text": "b", "label": "y"}\n'
 def test_refused_lines_alone_leave_it_0(new_curator: Curator, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(GOOD + "{broken\n")
     result = new_curator("ingest", str(tmp_path / "a.jsonl"))
-    assert (result.exit_code, result.stderr) == (0, "1 records were refused: curator quarantine list\n")
+    assert (result.exit_code, result.stderr) == (0, "1 record was refused: curator quarantine list\n")
 
 
 def test_a_damaged_file_is_a_finding(new_curator: Curator, tmp_path: Path) -> None:
