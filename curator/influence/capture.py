@@ -237,6 +237,22 @@ class _Saved(torch.autograd.Function):
         return anchor.new_empty(0)
 
 
+class _Root(torch.autograd.Function):
+    """Where the backward pass ends: the output asks for a gradient although nothing under it does.
+
+    A detached leaf would do it too, but would keep that gradient, and refuse an in-place ReLU.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, x: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *d: Tensor) -> tuple[None, None]:
+        return None, None
+
+
 @dataclass
 class _Call:
     """One call of a module that waits for the gradient of its output."""
@@ -289,8 +305,9 @@ class _Tap:
             self.hidden += not self.in_backward
             return None
         if not output.requires_grad:
-            # The lowest layer: nothing under it needs a gradient. A bare leaf would refuse an in-place ReLU.
-            output = output.detach().requires_grad_().clone()
+            # The lowest layer. A view cannot ask for a gradient that its base does not have.
+            output = output.clone() if output._is_view() else output
+            output = cast(Tensor, _Root.apply(self.anchor, output))  # type: ignore[no-untyped-call]
         x = (args[0] if args else next(iter(kwargs.values()))).detach()
         if self.in_backward:
             x = x.clone()  # checkpointing does not notice that what it computed again was changed in place
@@ -376,6 +393,9 @@ def ghost_products(a_BTI: Tensor, d_BTO: Tensor, u_SOI: Tensor) -> Tensor:
     return torch.stack(columns, dim=1) if columns else a.new_zeros(len(a), 0)
 
 
+GRID_OVER_KEPT = 8
+"""A coordinate mask's grid of distinct rows and columns is multiplied out where it is at most this many times k."""
+
 NormKind = Literal["exact", "kept"]
 NORM_KINDS: tuple[NormKind, ...] = ("exact", "kept")
 
@@ -411,11 +431,16 @@ class KeptEntries:
         mask = self.masks.get(layer.name)
         if mask is None or self.norm == "exact":
             return None
-        rows, row_of = torch.unique(mask.rows, return_inverse=True)
-        columns, column_of = torch.unique(mask.columns, return_inverse=True)
-        if 2 * len(columns) > layer.n_in:
+        rows, row_of, columns, column_of = _distinct(mask)
+        if mask.cells_k is None and len(rows) * len(columns) <= GRID_OVER_KEPT * mask.kept:
+            # One matrix product of all chosen rows and columns is faster than gathering each pair.
+            cells_k = row_of * len(columns) + column_of
+            row_of, column_of = (torch.arange(len(x), device=x.device) for x in (rows, columns))
+            self._narrow[layer.name] = replace(mask, rows=row_of, columns=column_of, cells_k=cells_k)
+        elif 2 * len(columns) <= layer.n_in:
+            self._narrow[layer.name] = replace(mask, rows=row_of, columns=column_of)
+        else:
             return None
-        self._narrow[layer.name] = replace(mask, rows=row_of, columns=column_of)
         return Selection(rows, columns)
 
     def chosen(self, layer: Layer, a_BTQ: Tensor, d_BTP: Tensor, total_B: Tensor) -> None:
@@ -440,6 +465,16 @@ class KeptEntries:
     def norm_B(self) -> Tensor:
         """The norm of the full gradient, exact or estimated."""
         return torch.stack(self.square_B).sum(dim=0).sqrt()
+
+
+def _distinct(mask: LayerMask) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Each row once, which of them every row of the mask is, and the same of the columns."""
+    if mask.cells_k is not None:
+        places = (torch.arange(len(x), device=x.device) for x in (mask.rows, mask.columns))
+        return mask.rows, next(places), mask.columns, next(places)
+    rows, row_of = torch.unique(mask.rows, return_inverse=True)
+    columns, column_of = torch.unique(mask.columns, return_inverse=True)
+    return rows, row_of, columns, column_of
 
 
 def each(*readers: Reader | Selective) -> Reader | Selective:

@@ -103,7 +103,9 @@ class LayerMask:
             kept_Bk = _paired_sums(a_BTI, d_BTO, self.columns, self.rows)
         else:
             a, d = gathered(a_BTI, self.columns), gathered(d_BTO, self.rows)
-            kept_Bk = (d.transpose(1, 2) @ a).flatten(1).index_select(1, self.cells_k)
+            # A batch of products of single numbers is no job for a matrix product.
+            grid_BPQ = d.transpose(1, 2) * a if a.shape[1] == 1 else d.transpose(1, 2) @ a
+            kept_Bk = grid_BPQ.flatten(1).index_select(1, self.cells_k)
         return kept_Bk * (self.scale.to(kept_Bk.dtype) if isinstance(self.scale, Tensor) else self.scale)
 
     def coordinates(self) -> tuple[Tensor, Tensor]:
