@@ -224,8 +224,8 @@ def test_capture_costs_less_than_a_training_step(device: str) -> None:
     rounds = ROUNDS[device]
     note = (
         f"{where}. Ratios are medians over {rounds} rounds ({rounds * SHORT} of the short passes), in each of which\n"
-        "every pass runs once; in brackets their interquartile range. On a CPU it is the processor's time that counts,\n"
-        "as the machine had other work. Memory is the highest sum of live allocations of a pass over the plain step's.\n"
+        "every pass runs once; in brackets their interquartile range. On a CPU the processor's time counts,\n"
+        "as the machine had other work. Memory is the highest sum of live allocations over the plain step's.\n"
         "The norm is estimated from the kept entries where it is not called exact.\n"
     )
     text = f"{described(__doc__ or '')}\n{note}\n" + "\n".join(table(title, rows) for title, rows in found.items())
@@ -237,7 +237,8 @@ def test_capture_costs_less_than_a_training_step(device: str) -> None:
 def check(found: dict[str, dict[str, tuple[float, float, float, float]]]) -> None:
     """What must hold; NOISE is what a busy machine adds.
 
-    Two goals are missed and only shown: a coordinate mask of 1,024 entries a layer costs a fifth more than a neuron mask
+    Two goals are missed and only shown: a coordinate mask of 1,024 entries a layer costs a fifth more than a neuron
+    mask
     (the default's 40 cost 3 % more), and a convolutional net pays for a coordinate mask at every output pixel.
     """
     block, rows = list(found.values())[:2]
