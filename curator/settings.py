@@ -331,6 +331,10 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("limits.lease_seconds", 1, 86_400),
     ("limits.attempts", 1, 100),
     ("limits.stall_seconds", 2, 86_400),
+    ("limits.nesting", 1, 900),
+    ("limits.quarantine_bytes", 0, 1 << 30),
+    ("limits.expansion", 1, 1_000_000),
+    ("limits.turn_seconds", 1, 86_400),
 )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Final
+from typing import Final
 
 
 class Stage(StrEnum):
@@ -135,6 +135,3 @@ class Lease:
     def __len__(self) -> int:
         """How many pieces of work are held."""
         return len(self.work_ids)
-
-
-JSON = Mapping[str, Any]

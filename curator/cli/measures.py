@@ -37,10 +37,9 @@ def add_checkpoint(here: Invocation, name: str, path: Path) -> None:
     place = checkpoints.weights_at(path.resolve())
     digest = bytes.fromhex(checkpoints.digest(place))
     with here.runtime() as opened, engine.begin(opened.engine) as connection:
-        recipes.add_checkpoint(connection, opened.settings, name, place, digest)
-        ready = recipes.ask(connection, opened.settings)
+        asked = recipes.add_checkpoint(connection, opened.settings, name, place, digest)
     say(f"checkpoint {name} is in use ({digest.hex()[:12]})")
-    if ready is None:
+    if asked is None:
         say("next: curator validation add NAME FILE, a file of trusted examples")
 
 

@@ -237,6 +237,22 @@ class _Saved(torch.autograd.Function):
         return anchor.new_empty(0)
 
 
+class _Root(torch.autograd.Function):
+    """Where the backward pass ends: the output asks for a gradient although nothing under it does.
+
+    A detached leaf would do it too, but would keep that gradient, and refuse an in-place ReLU.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, x: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *d: Tensor) -> tuple[None, None]:
+        return None, None
+
+
 @dataclass
 class _Call:
     """One call of a module that waits for the gradient of its output."""
@@ -289,8 +305,9 @@ class _Tap:
             self.hidden += not self.in_backward
             return None
         if not output.requires_grad:
-            # The lowest layer: nothing under it needs a gradient. A bare leaf would refuse an in-place ReLU.
-            output = output.detach().requires_grad_().clone()
+            # The lowest layer. A view cannot ask for a gradient that its base does not have.
+            output = output.clone() if output._is_view() else output
+            output = cast(Tensor, _Root.apply(self.anchor, output))  # type: ignore[no-untyped-call]
         x = (args[0] if args else next(iter(kwargs.values()))).detach()
         if self.in_backward:
             x = x.clone()  # checkpointing does not notice that what it computed again was changed in place
@@ -376,6 +393,9 @@ def ghost_products(a_BTI: Tensor, d_BTO: Tensor, u_SOI: Tensor) -> Tensor:
     return torch.stack(columns, dim=1) if columns else a.new_zeros(len(a), 0)
 
 
+GRID_OVER_KEPT = 8
+"""A coordinate mask's grid of distinct rows and columns is multiplied out where it is at most this many times k."""
+
 NormKind = Literal["exact", "kept"]
 NORM_KINDS: tuple[NormKind, ...] = ("exact", "kept")
 
@@ -393,41 +413,44 @@ class KeptEntries:
     def __init__(self, masks: Mapping[str, LayerMask], norm: str = "exact") -> None:
         self.masks, self.norm = masks, norm
         self.kept_Bk: dict[str, Tensor] = {}
-        self.square_B: list[Tensor] = []
+        self._lengths_B: list[Tensor] = []
+        self._totals_B: list[Tensor] = []
         self._narrow: dict[str, LayerMask] = {}
 
     def __call__(self, layer: Layer, a_BTI: Tensor, d_BTO: Tensor) -> None:
         """Take one layer."""
-        kept_Bk = self.masks[layer.name].keep(a_BTI, d_BTO) if layer.name in self.masks else None
-        if kept_Bk is not None:
-            self.kept_Bk[layer.name] = kept_Bk
+        if layer.name in self.masks:
+            self.kept_Bk[layer.name] = self.masks[layer.name].keep(a_BTI, d_BTO)
         if self.norm == "exact":
-            self.square_B.append(ghost_inner(a_BTI, d_BTO))
+            self._lengths_B.append(ghost_inner(a_BTI, d_BTO).sqrt())
         else:
-            self._add_kept(kept_Bk, at_least_float32(d_BTO).sum(dim=(1, 2)))
+            self._totals_B.append(at_least_float32(d_BTO.flatten(1)).sum(dim=1))
 
     def selection(self, layer: Layer) -> Selection | None:
         """The mask's rows and columns; None where the norm needs all of them, or where they are most of the layer."""
         mask = self.masks.get(layer.name)
         if mask is None or self.norm == "exact":
             return None
+        if mask.cells_k is not None:
+            self._narrow[layer.name] = mask
+            return Selection(mask.rows, mask.columns)
         rows, row_of = torch.unique(mask.rows, return_inverse=True)
         columns, column_of = torch.unique(mask.columns, return_inverse=True)
-        if 2 * len(columns) > layer.n_in:
+        if 2 * len(columns) > layer.n_in and len(rows) * len(columns) > GRID_OVER_KEPT * mask.kept:
             return None
         self._narrow[layer.name] = replace(mask, rows=row_of, columns=column_of)
         return Selection(rows, columns)
 
     def chosen(self, layer: Layer, a_BTQ: Tensor, d_BTP: Tensor, total_B: Tensor) -> None:
         """Take the chosen rows and columns of one layer."""
-        kept_Bk = self._narrow[layer.name].keep(a_BTQ, d_BTP)
-        self.kept_Bk[layer.name] = kept_Bk
-        self._add_kept(kept_Bk, total_B)
-
-    def _add_kept(self, kept_Bk: Tensor | None, total_B: Tensor) -> None:
-        """A gradient that is not finite outside the mask must not pass for a finite one."""
-        spoilt_B = torch.where(total_B.isfinite(), 0.0, torch.nan)
-        self.square_B.append(spoilt_B if kept_Bk is None else kept_Bk.square().sum(dim=1) + spoilt_B)
+        mask = self._narrow[layer.name]
+        if mask.cells_k is None and _grid_is_cheaper(mask, a_BTQ, d_BTP):
+            mask = replace(mask, cells_k=mask.rows * a_BTQ.shape[2] + mask.columns)
+        if mask.cells_k is None:
+            self.kept_Bk[layer.name] = mask.keep(a_BTQ, d_BTP)
+        else:
+            self.kept_Bk[layer.name] = mask.keep_grid(at_least_float32(a_BTQ), at_least_float32(d_BTP))
+        self._totals_B.append(total_B)
 
     def g_BK(self, like: Tensor) -> Tensor:
         """All layers' kept entries, zero where a layer took no part in the loss. ``like`` is losses_B."""
@@ -438,8 +461,22 @@ class KeptEntries:
         return torch.cat(parts, dim=1)
 
     def norm_B(self) -> Tensor:
-        """The norm of the full gradient, exact or estimated."""
-        return torch.stack(self.square_B).sum(dim=0).sqrt()
+        """The norm of the full gradient, exact or estimated; not finite where any part of the gradient is not."""
+        if self.norm == "exact":
+            return _length(torch.stack(self._lengths_B), dim=0)
+        norm_B = _length(torch.stack([_length(kept_Bk, dim=1) for kept_Bk in self.kept_Bk.values()]), dim=0)
+        return torch.where(torch.stack(self._totals_B).isfinite().all(dim=0), norm_B, torch.nan)
+
+
+def _length(x: Tensor, dim: int) -> Tensor:
+    length: Tensor = torch.linalg.vector_norm(x, dim=dim)
+    return length
+
+
+def _grid_is_cheaper(mask: LayerMask, a_BTQ: Tensor, d_BTP: Tensor) -> bool:
+    """One matrix product of all chosen rows and columns, or a gather of each pair at each position."""
+    positions = a_BTQ.shape[1]
+    return positions > GRID_OVER_KEPT and a_BTQ.shape[2] * d_BTP.shape[2] <= GRID_OVER_KEPT * mask.kept
 
 
 def each(*readers: Reader | Selective) -> Reader | Selective:

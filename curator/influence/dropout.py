@@ -100,10 +100,17 @@ class LayerMask:
         Cost: two gathers and O(T P Q) (neuron) or O(T k) (coordinate) an example.
         """
         if self.cells_k is None:
-            kept_Bk = _paired_sums(a_BTI, d_BTO, self.columns, self.rows)
-        else:
-            a, d = gathered(a_BTI, self.columns), gathered(d_BTO, self.rows)
-            kept_Bk = (d.transpose(1, 2) @ a).flatten(1).index_select(1, self.cells_k)
+            return self._scaled(_paired_sums(a_BTI, d_BTO, self.columns, self.rows))
+        return self.keep_grid(gathered(a_BTI, self.columns), gathered(d_BTO, self.rows))
+
+    def keep_grid(self, a_BTQ: Tensor, d_BTP: Tensor) -> Tensor:
+        """The same of a neuron mask, whose columns and rows are gathered already."""
+        assert self.cells_k is not None
+        # A batch of products of single numbers is no job for a matrix product.
+        grid_BPQ = d_BTP.transpose(1, 2) * a_BTQ if a_BTQ.shape[1] == 1 else d_BTP.transpose(1, 2) @ a_BTQ
+        return self._scaled(grid_BPQ.flatten(1).index_select(1, self.cells_k))
+
+    def _scaled(self, kept_Bk: Tensor) -> Tensor:
         return kept_Bk * (self.scale.to(kept_Bk.dtype) if isinstance(self.scale, Tensor) else self.scale)
 
     def coordinates(self) -> tuple[Tensor, Tensor]:

@@ -35,8 +35,8 @@ FEWEST = 4
 """Trusted examples below which a slice has neither a direction nor a reference worth the name."""
 
 
-def add_checkpoint(connection: Connection, settings: Settings, name: str, path: Path, digest: bytes) -> None:
-    """Register a checkpoint and measure with it from now on.
+def add_checkpoint(connection: Connection, settings: Settings, name: str, path: Path, digest: bytes) -> int | None:
+    """Register a checkpoint and measure with it from now on; returns what ``ask`` does.
 
     Raises:
         CheckpointNameTaken: the name belongs to other content.
@@ -45,11 +45,11 @@ def add_checkpoint(connection: Connection, settings: Settings, name: str, path: 
         known = directions.checkpoint(connection, name)
         if known is None or known.digest != digest:
             raise CheckpointNameTaken(name=name)
-    use_checkpoint(connection, settings, name)
+    return use_checkpoint(connection, settings, name)
 
 
-def use_checkpoint(connection: Connection, settings: Settings, name: str) -> None:
-    """Measure with a checkpoint that is registered.
+def use_checkpoint(connection: Connection, settings: Settings, name: str) -> int | None:
+    """Measure with a checkpoint that is registered; returns what ``ask`` does.
 
     Raises:
         NoSuchCheckpoint: it is not.
@@ -57,7 +57,7 @@ def use_checkpoint(connection: Connection, settings: Settings, name: str) -> Non
     if directions.checkpoint(connection, name) is None:
         raise NoSuchCheckpoint(name=name)
     directions.use_checkpoint(connection, name)
-    ask(connection, settings)
+    return ask(connection, settings)
 
 
 def drop_checkpoint(connection: Connection, name: str) -> int:

@@ -65,7 +65,7 @@ def _read(connection: Connection, settings: Settings, lease: Lease, batch_id: in
     assert set_id is not None, "a batch is through on directions"
     rows = verdicts.scores_of_batch(connection, batch_id, lease.recipe_id, set_id)
     wanted = max(0, settings.verdicts.pool - len(rows))
-    earlier = verdicts.earlier_p_values(connection, batch_id, lease.recipe_id, set_id, wanted)
+    earlier = verdicts.earlier_p_values(connection, rows[0].id, lease.recipe_id, set_id, wanted) if rows else []
     return Batch(lease, batch_id, set_id, rows, earlier, verdicts.reference_count(connection, set_id))
 
 

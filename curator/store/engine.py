@@ -19,6 +19,9 @@ from curator.errors import BadDatabaseUrl, DatabaseDown
 
 CONNECT_SECONDS = 10
 
+SILENCE = {"keepalives_idle": 15, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 30_000}
+"""A server whose machine is gone answers nothing, not even that: without these a heartbeat waits for it for hours."""
+
 
 def make_engine(url: str, *, pooled: bool = True, application: str = "curator") -> Engine:
     """An engine for ``url``.
@@ -38,7 +41,7 @@ def make_engine(url: str, *, pooled: bool = True, application: str = "curator") 
         make_url(url)
     except ArgumentError as error:
         raise BadDatabaseUrl(reason=str(error)) from None
-    arguments = {"connect_timeout": CONNECT_SECONDS, "application_name": application}
+    arguments = {"connect_timeout": CONNECT_SECONDS, "application_name": application, **SILENCE}
     engine = (
         create_engine(url, connect_args=arguments, pool_pre_ping=True, pool_size=4)
         if pooled

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,16 +75,7 @@ def check(engine: Engine) -> list[str]:
     """
     with read(engine) as connection:
         require_revision(connection)
-        context = MigrationContext.configure(
-            connection,
-            opts={
-                "include_schemas": True,
-                "include_name": lambda name, kind, _: kind != "schema" or name == SCHEMA,
-                "include_object": _is_ours,
-                "version_table": "schema_version",
-                "version_table_schema": SCHEMA,
-            },
-        )
+        context = MigrationContext.configure(connection, opts=dict(COMPARED))
         return [str(difference) for difference in compare_metadata(context, metadata)]
 
 
@@ -123,3 +115,13 @@ def _is_ours(item: Any, name: str | None, kind: str, reflected: bool, compare_to
     """Partitions come and go while running and are nobody's drift."""
     del item, compare_to
     return not (kind == "table" and reflected and (name or "").startswith("gradient_blocks_r"))
+
+
+# What belongs to the schema, for whoever compares: ``check``, and alembic when it drafts the next migration.
+COMPARED: Mapping[str, Any] = {
+    "include_schemas": True,
+    "include_name": lambda name, kind, _: kind != "schema" or name == SCHEMA,
+    "include_object": _is_ours,
+    "version_table": "schema_version",
+    "version_table_schema": SCHEMA,
+}

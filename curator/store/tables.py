@@ -6,7 +6,7 @@ about them (``gradients`` / ``gradient_blocks``), since a vector is written once
 
 from __future__ import annotations
 
-from pgvector.sqlalchemy import HALFVEC, VECTOR
+from pgvector.sqlalchemy import HALFVEC
 from sqlalchemy import (
     ARRAY,
     REAL,
@@ -133,7 +133,7 @@ examples = Table(
     UniqueConstraint("digest", comment="One example however often it arrives: it is computed once."),
     Index(None, "batch_id"),
     Index(None, "external_id", postgresql_where=text("external_id <> ''")),
-    Index(None, "source_id"),
+    Index(None, "source_id", "id"),
 )
 
 occurrences = Table(
@@ -507,5 +507,3 @@ jobs = Table(
     _now("at"),
     PrimaryKeyConstraint("job", "window", comment="Two schedulers do scheduled work once."),
 )
-
-__all__ = ["SCHEMA", "VECTOR", "metadata"]

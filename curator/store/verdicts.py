@@ -72,22 +72,21 @@ def reviewed(connection: Connection, example_ids: Sequence[int]) -> set[int]:
 
 
 def earlier_p_values(
-    connection: Connection, batch_id: int, recipe_id: int, set_id: int, limit: int
+    connection: Connection, first_id: int, recipe_id: int, set_id: int, limit: int
 ) -> list[Sequence[float]]:
-    """p-values of the latest arrivals of the same source before a batch: what a small batch is judged with."""
+    """p-values of the latest arrivals of the same source before an example: what its small batch is judged with."""
     return list(
         connection.scalars(
             text(
                 """
-                SELECT s.p_value FROM curator.batches b
-                JOIN curator.intakes i ON i.id = b.intake_id
-                JOIN curator.examples e ON e.source_id = i.source_id AND e.batch_id < b.id
+                SELECT s.p_value FROM curator.examples e
                 JOIN curator.scores s ON s.example_id = e.id AND s.recipe_id = :recipe_id
-                WHERE b.id = :batch_id AND s.direction_set_id = :set_id
+                WHERE e.source_id = (SELECT source_id FROM curator.examples WHERE id = :first)
+                  AND e.id < :first AND s.example_id < :first AND s.direction_set_id = :set_id
                 ORDER BY e.id DESC LIMIT :limit
                 """
             ),
-            {"batch_id": batch_id, "recipe_id": recipe_id, "set_id": set_id, "limit": limit},
+            {"first": first_id, "recipe_id": recipe_id, "set_id": set_id, "limit": limit},
         )
     )
 
@@ -104,17 +103,14 @@ def reference_count(connection: Connection, set_id: int) -> int:
     return n or 0
 
 
-def append(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> int:
+def append(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
     """Append verdicts and put them in force. A delivery that repeats one changes nothing.
 
     A row has: example_id, verdict, reason, review, restores, note, actor, policy, recipe_id, direction_set_id, ordinal,
     influence, stderr, p_value, q_value. ``previous`` is read here, in the same statement.
     """
-    return sum(_append_one(connection, row) for row in rows)
-
-
-def _append_one(connection: Connection, row: Mapping[str, Any]) -> int:
-    return connection.execute(_APPEND, dict(row)).rowcount
+    if rows:
+        connection.execute(_APPEND, [dict(row) for row in rows])
 
 
 _APPEND = text(

@@ -13,7 +13,8 @@ CREATE TRIGGER inbox_offers_work AFTER INSERT ON curator.inbox
     REFERENCING NEW TABLE AS arrived
     FOR EACH STATEMENT EXECUTE FUNCTION curator.offer_inbox();
 
--- Partitions belong to the owner; a worker that needs one asks here. One LIST partition for each (recipe, block).
+-- Partitions belong to the owner; a worker that needs one asks here. One LIST partition for each (recipe, block), made
+-- on their own and attached at the end: CREATE TABLE .. PARTITION OF would lock out whoever reads or writes the others.
 -- PLAIN storage: a TOASTed vector is read 2.3 times slower.
 CREATE FUNCTION curator.make_partitions(recipe bigint, dimensions integer[]) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = curator, public, pg_temp
@@ -23,11 +24,13 @@ DECLARE
     leaf text;
 BEGIN
     PERFORM pg_advisory_xact_lock(hashtext('curator.make_partitions'));
-    EXECUTE format('CREATE TABLE IF NOT EXISTS curator.%I PARTITION OF curator.gradient_blocks
-                    FOR VALUES IN (%s) PARTITION BY LIST (block)', parent, recipe);
+    IF to_regclass(format('curator.%I', parent)) IS NOT NULL THEN
+        RETURN;
+    END IF;
+    EXECUTE format('CREATE TABLE curator.%I (LIKE curator.gradient_blocks INCLUDING INDEXES) PARTITION BY LIST (block)',
+                   parent);
     FOR i IN 1 .. array_length(dimensions, 1) LOOP
         leaf := format('%s_b%s', parent, i - 1);
-        CONTINUE WHEN to_regclass(format('curator.%I', leaf)) IS NOT NULL;
         EXECUTE format('CREATE TABLE curator.%I PARTITION OF curator.%I
                         (CONSTRAINT dimension CHECK (vector_dims(vector) = %s)) FOR VALUES IN (%s)',
                        leaf, parent, dimensions[i], i - 1);
@@ -36,11 +39,5 @@ BEGIN
             EXECUTE format('GRANT SELECT, INSERT, DELETE ON curator.%I TO curator_worker', leaf);
         END IF;
     END LOOP;
-END $$;
-
-CREATE FUNCTION curator.drop_partitions(recipe bigint) RETURNS void
-    LANGUAGE plpgsql SECURITY DEFINER SET search_path = curator, pg_temp
-AS $$
-BEGIN
-    EXECUTE format('DROP TABLE IF EXISTS curator.%I', format('gradient_blocks_r%s', recipe));
+    EXECUTE format('ALTER TABLE curator.gradient_blocks ATTACH PARTITION curator.%I FOR VALUES IN (%s)', parent, recipe);
 END $$;

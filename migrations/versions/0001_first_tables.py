@@ -420,7 +420,7 @@ def upgrade() -> None:
         schema="curator",
         postgresql_where=sa.text("external_id <> ''"),
     )
-    op.create_index(op.f("examples_source_id_idx"), "examples", ["source_id"], unique=False, schema="curator")
+    op.create_index(op.f("examples_source_id_id_idx"), "examples", ["source_id", "id"], unique=False, schema="curator")
     op.create_table(
         "reference_scores",
         sa.Column("direction_set_id", sa.BigInteger(), nullable=False),
@@ -644,7 +644,7 @@ def downgrade() -> None:
                         WHERE schemaname = 'curator' AND tablename <> 'schema_version' LOOP
                 EXECUTE format('DROP TABLE IF EXISTS curator.%I CASCADE', item.tablename);
             END LOOP;
-            DROP FUNCTION IF EXISTS curator.offer_inbox, curator.make_partitions, curator.drop_partitions;
+            DROP FUNCTION IF EXISTS curator.offer_inbox, curator.make_partitions;
         END $$
         """
     )

@@ -17,6 +17,7 @@ from tests.faults import chaos
 SEED = int(os.environ.get("CURATOR_CHAOS_SEED", random.SystemRandom().randrange(1_000_000)))
 
 
+@pytest.mark.campaign  # a minute and a half, which the default run has not got
 @pytest.mark.timeout(240)
 def test_twenty_faults_change_nothing(project: Path, digits_files: digits.Files) -> None:
     brought = chaos.delivery(digits_files, n_files=3, n_rows=30, seed=SEED)
