@@ -41,3 +41,11 @@ BEGIN
     END LOOP;
     EXECUTE format('ALTER TABLE curator.gradient_blocks ATTACH PARTITION curator.%I FOR VALUES IN (%s)', parent, recipe);
 END $$;
+
+-- A recipe's vectors go all at once: its partitions are dropped, and nothing is deleted row by row.
+CREATE FUNCTION curator.drop_partitions(recipe bigint) RETURNS void
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = curator, pg_temp
+AS $$
+BEGIN
+    EXECUTE format('DROP TABLE IF EXISTS curator.%I', format('gradient_blocks_r%s', recipe));
+END $$;
