@@ -776,6 +776,13 @@ class WorkerKilled(DataError):
     hint = "The record may need more memory than there is; shorten it, or give the worker more, then retry it."
 
 
+class TrainingDiverged(DataError):
+    """In epoch {epoch} of training, at a learning rate of {rate:g}, the loss became {loss}."""
+
+    code = "CUR-VRF-001"
+    hint = "Give `curator verify` a lower --learning-rate; if it stays, a record gives a loss that is not finite."
+
+
 # --- daemon and intake ------------------------------------------------------------------------------------
 
 

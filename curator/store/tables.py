@@ -335,6 +335,7 @@ gradients = Table(
     Column("whitened_norm", REAL, comment="of the kept entries; its square is the self-influence"),
     Column("direction_set_id", BigInteger, comment="the directions `exact` was taken against, on arrival"),
     Column("exact", ARRAY(REAL), comment="un-compressed normalised influence on each of them"),
+    Column("tokens", Integer, nullable=False, server_default="1", comment="what the workload counts of the record"),
     _now("computed_at"),
     PrimaryKeyConstraint("recipe_id", "example_id", comment="Delivered twice, computed twice, kept once."),
     _one_of("state", "ok", "no_signal", "nonfinite"),

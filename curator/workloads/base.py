@@ -27,7 +27,8 @@ class Workload(Protocol):
     """What a user's factory returns. ``load`` is called before ``collate`` and ``losses``.
 
     Optional, with defaults in this module: ``layers(model) -> names``, ``validation_losses(model, batch) -> (B,)``,
-    ``n_tokens(record) -> int``, ``validate(record) -> None or a reason``.
+    ``n_tokens(record) -> int``, ``validate(record) -> None or a reason``, ``correct(model, batch) -> (B,)`` of zeros
+    and ones, ``training() -> Training`` and ``train(model, records, *, seed, device, how) -> model``.
     """
 
     def load(self, checkpoint: Path, device: torch.device) -> nn.Module:

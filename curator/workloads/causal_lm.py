@@ -21,6 +21,7 @@ from curator.errors import BadWorkloadOption, NotLoaded, RecordUnusable
 from curator.influence.capture import find_layers
 from curator.workloads.base import Record
 from curator.workloads.huggingface import pretrained
+from curator.workloads.training import Training
 
 KIND = "causal-lm"
 IGNORED = -100
@@ -173,6 +174,10 @@ class CausalLM:
         sum_B = loss_BT.sum(dim=1)
         counted_B = (target_BT != IGNORED).sum(dim=1).clamp_min(1)
         return sum_B if self.reduction == "sum" else sum_B / counted_B
+
+    def training(self) -> Training:
+        """A pass of fine-tuning."""
+        return Training(epochs=1, batch=8, learning_rate=2e-5)
 
     def n_tokens(self, record: Record) -> int:
         """Tokens of the record after cutting."""
