@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from curator.errors import NoCurvature
 from curator.influence import fitting, parts, scoring
-from curator.influence.capture import KeptEntries, Reader, capture, each, find_layers
+from curator.influence.capture import Reader, capture, each, find_layers
 from curator.influence.confidence import calibrated_loss, measurement_slope
 from curator.influence.exact import DirectionSums, ExactDirections, ExactScores, ExactTerms
 from curator.influence.fitting import Fitted, Losses, device_of
+from curator.influence.kept import KeptEntries
 from curator.influence.kronecker import KroneckerRoots
 from curator.influence.measured import Measured, Signal
 from curator.influence.parts import LayerScores, PositionScores

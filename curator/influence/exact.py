@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curator.influence.capture import Layer, ghost_products, ghost_terms
+from curator.influence.capture import Layer
+from curator.influence.ghost import ghost_products, ghost_terms
 from curator.influence.kronecker import KroneckerRoots
 from curator.influence.parts import Floats, LayerScores, PositionScores
 
