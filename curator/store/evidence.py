@@ -6,6 +6,7 @@ Both queries read every vector they compare with: exact, at the speed of memory,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,20 +14,24 @@ from numpy.typing import NDArray
 from safetensors.numpy import load
 from sqlalchemy import Connection, Row, text
 
+from curator.store import vectors
 from curator.store.reads import Rows
+
+# A label may be worth grouping by; `->>` refuses a record with an escaped NUL, wherever in it that is.
+_LABEL = "CASE WHEN position('\\u0000' IN v.record::text) = 0 THEN v.record ->> 'label' END"
 
 
 def pulls(connection: Connection, recipe_id: int, direction_set_id: int, example_id: int) -> Rows:
     """What each validation example adds to the normalised influence of one example; the sum over a slice is it.
 
-    A row: validation_set, slice, validation_example_id, external_id, record, pull.
+    A row: ordinal, validation_set, slice, validation_example_id, label, pull; the lowest first in each slice.
     """
     return list(
         connection.execute(
             text(
-                """
+                f"""
                 SELECT s.name AS validation_set, d.slice, d.ordinal, v.id AS validation_example_id,
-                       nullif(v.external_id, '') AS external_id, v.record, t.product / d.n AS pull
+                       {_LABEL} AS label, t.product / d.n AS pull
                 FROM curator.directions d
                 JOIN curator.validation_sets s ON s.id = d.validation_set_id
                 JOIN curator.validation_examples v
@@ -39,11 +44,49 @@ def pulls(connection: Connection, recipe_id: int, direction_set_id: int, example
                 ) t ON t.product IS NOT NULL
                 WHERE d.direction_set_id = :directions
                 ORDER BY d.ordinal, pull, v.id
-                """
+                """  # noqa: S608 - the expression above
             ),
             {"recipe": recipe_id, "directions": direction_set_id, "example": example_id},
         )
     )
+
+
+def validation_records(connection: Connection, ids: Sequence[int]) -> dict[int, Row[Any]]:
+    """(id, external_id, record) of some validation examples: of the few that are named, not of all that pull."""
+    rows = connection.execute(
+        text(
+            "SELECT id, nullif(external_id, '') AS external_id, record FROM curator.validation_examples"
+            " WHERE id = ANY(:ids)"
+        ),
+        {"ids": list(ids)},
+    )
+    return {row.id: row for row in rows}
+
+
+def layer_pulls(
+    connection: Connection, recipe_id: int, direction_set_id: int, example_id: int
+) -> list[tuple[str, int, NDArray[np.float64]]]:
+    """(layer, kept entries, pull_S): what each layer adds to the normalised influence, S slices in their order.
+
+    A vector is its layers' kept entries one after another, so the parts of the product are the layers' and sum to it.
+    Empty for a recipe whose code mixes the layers: only a pass through the model could tell them apart again.
+    """
+    recipe = connection.execute(
+        text("SELECT dimension, layers FROM curator.recipes WHERE id = :id"), {"id": recipe_id}
+    ).one()
+    if not recipe.layers:
+        return []
+    unit_K = vectors.read(connection, recipe_id, [example_id], recipe.dimension)[0].astype(np.float64)
+    towards = connection.scalar(
+        text("SELECT tensor FROM curator.direction_tensors WHERE direction_set_id = :id AND part = 'mean/unit_SK'"),
+        {"id": direction_set_id},
+    )
+    product_SK = load(bytes(towards))[""] * unit_K
+    ends = np.cumsum([entries for _, entries in recipe.layers]).tolist()
+    return [
+        (name, entries, product_SK[:, end - entries : end].sum(axis=1))
+        for (name, entries), end in zip(recipe.layers, ends, strict=True)
+    ]
 
 
 def neighbours(connection: Connection, recipe_id: int, example_id: int, limit: int) -> Rows:

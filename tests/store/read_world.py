@@ -59,6 +59,8 @@ def populate(engine: Engine, *, examples: int = 600, trusted: int = 40, dimensio
         )
         reference_RS = reference_RK @ direction_SVK.mean(1).T
         _references(connection, set_id, reference_RS)
+        means = {"mean/unit_SK": direction_SVK.mean(1).astype(np.float32)}
+        tensors.keep(connection, "direction_tensors", "direction_set_id", set_id, means)
         _arrivals(connection, examples, bad, random)
         normalised_BS = unit_BK @ direction_SVK.mean(1).T
         p_BS = (1 + (reference_RS[None] <= normalised_BS[:, None]).sum(1)) / (len(reference_RS) + 1)
@@ -108,7 +110,8 @@ def _footing(connection: Connection, dimension: int, trusted: int) -> tuple[int,
     checkpoint = directions.checkpoint_in_use(connection)
     assert checkpoint
     recipe_id = directions.use_recipe(connection, b"r" * 32, checkpoint.id, set_id, {"mask": "coordinate"})
-    directions.recipe_fitted(connection, recipe_id, dimension, 1, 1.2)
+    layers = [("first", dimension // 4), ("second", dimension - dimension // 4)]
+    directions.recipe_fitted(connection, recipe_id, dimension, 1, 1.2, layers)
     direction_set = connection.scalar(
         text(
             "INSERT INTO curator.direction_sets (recipe_id, key, validation_set_ids)"
