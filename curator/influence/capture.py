@@ -53,6 +53,7 @@ __all__ = [
     "find_layers",
     "ghost_inner",
     "ghost_products",
+    "ghost_terms",
     "linear_shape",
     "refuse_coupling",
 ]
@@ -386,11 +387,16 @@ def ghost_inner(a_BTI: Tensor, d_BTO: Tensor) -> Tensor:
     return gram_BTT.sum(dim=(1, 2)).clamp_min(0)
 
 
+def ghost_terms(a_BTI: Tensor, d_BTO: Tensor, u_SOI: Tensor) -> Tensor:
+    """d_t^T u_s a_t of every position, (B, T, S)."""
+    a, d = at_least_float32(a_BTI), at_least_float32(d_BTO)
+    terms = [((d @ u_OI.to(d.dtype)) * a).sum(dim=2) for u_OI in u_SOI]
+    return torch.stack(terms, dim=2) if terms else a.new_zeros(*a.shape[:2], 0)
+
+
 def ghost_products(a_BTI: Tensor, d_BTO: Tensor, u_SOI: Tensor) -> Tensor:
     """<u_s, sum_t d_t a_t^T> = sum_t d_t^T u_s a_t, (B, S), without the per-example gradient (METHOD 8)."""
-    a, d = at_least_float32(a_BTI), at_least_float32(d_BTO)
-    columns = [((d @ u_OI.to(d.dtype)) * a).sum(dim=(1, 2)) for u_OI in u_SOI]
-    return torch.stack(columns, dim=1) if columns else a.new_zeros(len(a), 0)
+    return ghost_terms(a_BTI, d_BTO, u_SOI).sum(dim=1)
 
 
 GRID_OVER_KEPT = 8

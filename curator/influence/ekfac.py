@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from curator.influence.capture import Layer, ghost_inner
-from curator.influence.curvature import KroneckerRoots, KroneckerSums, inverse_root
+from curator.influence.curvature import inverse_root
 from curator.influence.energy import squares
+from curator.influence.kronecker import KroneckerRoots, KroneckerSums
 
 
 def bases(sums: KroneckerSums) -> KroneckerRoots:

@@ -14,11 +14,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from curator.influence.capture import Layer, ghost_products
-from curator.influence.curvature import KroneckerRoots
+from curator.influence.capture import Layer, ghost_products, ghost_terms
+from curator.influence.kronecker import KroneckerRoots
+from curator.influence.parts import Floats, LayerScores, PositionScores
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,11 @@ class ExactDirections:
     names: tuple[str, ...]
     unit_SOI: Mapping[str, Tensor]
     whitened_SOI: Mapping[str, Tensor]
+
+    def of_layer(self, layer: Layer, roots: KroneckerRoots) -> tuple[Tensor, Tensor]:
+        """Both directions of one layer, (S, O, I), ready for products with what ``roots.whiten`` gives."""
+        unit_SOI, whitened_SOI = self.unit_SOI[layer.name], self.whitened_SOI[layer.name]
+        return roots.corrected(layer, unit_SOI), roots.corrected(layer, whitened_SOI)
 
     def tensors(self) -> dict[str, Tensor]:
         """As named tensors; the names of the slices travel beside them, in this order."""
@@ -44,38 +51,82 @@ class ExactDirections:
 
 @dataclass
 class ExactScores:
-    """Reader: whitened norm of the full gradient, and its products with every slice's directions."""
+    """Reader: whitened norm of the full gradient, and its products with every slice's directions, by layer."""
 
     roots: KroneckerRoots
     towards: ExactDirections | None = None
-    square_B: list[Tensor] = field(default_factory=list)
-    towards_unit_BS: list[Tensor] = field(default_factory=list)
-    towards_mean_BS: list[Tensor] = field(default_factory=list)
+    square_B: dict[str, Tensor] = field(default_factory=dict)
+    towards_unit_BS: dict[str, Tensor] = field(default_factory=dict)
+    towards_mean_BS: dict[str, Tensor] = field(default_factory=dict)
 
     def __call__(self, layer: Layer, a_BTI: Tensor, d_BTO: Tensor) -> None:
         """Add one layer."""
         a, d = self.roots.whiten(layer, a_BTI, d_BTO)
-        self.square_B.append(self.roots.square_B(layer, a, d))
+        self.square_B[layer.name] = self.roots.square_B(layer, a, d)
         if self.towards is not None:
-            self.towards_unit_BS.append(
-                ghost_products(a, d, self.roots.corrected(layer, self.towards.unit_SOI[layer.name]))
-            )
-            self.towards_mean_BS.append(
-                ghost_products(a, d, self.roots.corrected(layer, self.towards.whitened_SOI[layer.name]))
-            )
+            unit_SOI, whitened_SOI = self.towards.of_layer(layer, self.roots)
+            self.towards_unit_BS[layer.name] = ghost_products(a, d, unit_SOI)
+            self.towards_mean_BS[layer.name] = ghost_products(a, d, whitened_SOI)
 
     def norm_B(self) -> Tensor:
         """|W|, over all captured layers."""
-        return torch.stack(self.square_B).sum(dim=0).sqrt()
+        return _total(self.square_B).sqrt()
 
     def normalised_BS(self) -> Tensor:
         """mean_v <W_v, W> / (|W_v| |W|), zero where the gradient is."""
-        norm_B = self.norm_B()
-        return torch.stack(self.towards_unit_BS).sum(dim=0) / torch.where(norm_B > 0, norm_B, 1.0)[:, None]
+        return _total(self.towards_unit_BS) * _inverse(self.norm_B())[:, None]
 
     def influence_BS(self) -> Tensor:
         """mean_v <W_v, W>."""
-        return torch.stack(self.towards_mean_BS).sum(dim=0)
+        return _total(self.towards_mean_BS)
+
+    def by_layer(self, ok_B: Tensor) -> LayerScores:
+        """The same by layer, and |W|^2; zeros where an example is not ``ok``."""
+        share_B = _inverse(self.norm_B())[:, None]
+        return LayerScores(
+            {n: _numbers(ok_B, part_BS * share_B) for n, part_BS in self.towards_unit_BS.items()},
+            {n: _numbers(ok_B, part_BS) for n, part_BS in self.towards_mean_BS.items()},
+            {n: _numbers(ok_B, part_B) for n, part_B in self.square_B.items()},
+        )
+
+
+@dataclass
+class ExactTerms:
+    """Reader: the terms d~_t^T U a~_t of every position, (B, T, S) a layer, which ``ExactScores`` sums over t."""
+
+    roots: KroneckerRoots
+    towards: ExactDirections
+    towards_unit_BTS: dict[str, Tensor] = field(default_factory=dict)
+    towards_mean_BTS: dict[str, Tensor] = field(default_factory=dict)
+
+    def __call__(self, layer: Layer, a_BTI: Tensor, d_BTO: Tensor) -> None:
+        """Add one layer."""
+        a, d = self.roots.whiten(layer, a_BTI, d_BTO)
+        unit_SOI, whitened_SOI = self.towards.of_layer(layer, self.roots)
+        self.towards_unit_BTS[layer.name] = ghost_terms(a, d, unit_SOI)
+        self.towards_mean_BTS[layer.name] = ghost_terms(a, d, whitened_SOI)
+
+    def by_position(self, norm_B: Tensor, ok_B: Tensor) -> PositionScores:
+        """As scores, given |W|; zeros where an example is not ``ok``."""
+        share_B = _inverse(norm_B)[:, None, None]
+        return PositionScores(
+            {n: _numbers(ok_B, part_BTS * share_B) for n, part_BTS in self.towards_unit_BTS.items()},
+            {n: _numbers(ok_B, part_BTS) for n, part_BTS in self.towards_mean_BTS.items()},
+        )
+
+
+def _total(by_layer: Mapping[str, Tensor]) -> Tensor:
+    return torch.stack(list(by_layer.values())).sum(dim=0)
+
+
+def _inverse(norm_B: Tensor) -> Tensor:
+    return torch.where(norm_B > 0, 1 / norm_B, 0.0)
+
+
+def _numbers(ok_B: Tensor, part: Tensor) -> Floats:
+    """Zeros where a row is not OK; a product with the mask would keep NaN."""
+    kept = torch.where(ok_B.view(-1, *(1,) * (part.ndim - 1)), part, 0.0)
+    return np.asarray(kept.double().cpu().numpy())
 
 
 @dataclass

@@ -202,6 +202,24 @@ def cosine(x: ByLayer, y: ByLayer, F: ByLayer) -> float:
     return product(x, y, F) / float(np.sqrt(product(x, x, F) * product(y, y, F)))
 
 
+def by_layer(z: ByLayer, validation: Sequence[ByLayer], F: ByLayer) -> tuple[dict[str, float], dict[str, float]]:
+    """Influence and normalised influence of each layer alone, the lengths still those of all layers."""
+    own = product(z, z, F)
+    parts, shares = {}, {}
+    for n in F:
+        terms = [product({n: v[n]}, {n: z[n]}, {n: F[n]}) for v in validation]
+        lengths = [np.sqrt(own * product(v, v, F)) for v in validation]
+        parts[n] = sum(terms) / len(terms)
+        shares[n] = sum(t / length for t, length in zip(terms, lengths, strict=True)) / len(terms)
+    return parts, shares
+
+
+def by_position(a_TI: Floats, d_TO: Floats, validation: Sequence[Floats], F: Floats) -> Floats:
+    """Influence of each position's own outer product in one layer, (T,)."""
+    G_T = [np.outer(d, a) for a, d in zip(a_TI, d_TO, strict=True)]
+    return np.array([influence({"": G}, [{"": v} for v in validation], {"": F}) for G in G_T])
+
+
 # --- confidence and evaluation ------------------------------------------------------------------------------
 
 
