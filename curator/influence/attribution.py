@@ -47,13 +47,6 @@ class Attributor:
         """Of the checkpoint; above 1 is overconfident."""
         return self.fitted.temperature
 
-    @property
-    def layout(self) -> list[tuple[str, int]] | None:
-        """(layer, kept entries) in the order of a vector; None where a code mixes the layers."""
-        if isinstance(self.whitening, FoldedCode):
-            return None
-        return [(name, mask.kept) for name, mask in self.masks.items()]
-
     def with_losses(self, losses: Losses) -> Attributor:
         """The same recipe on another loss of the same model, as a workload may measure validation data by one."""
         return Attributor(self.model, losses, self.spec, self.fitted)

@@ -200,9 +200,7 @@ def record(connection: Connection, settings: Settings, batch: Batch, result: Res
         state = {name: t.numpy() for name, t in attributor.state().items()}
         tensors.keep(connection, "curvatures", "recipe_id", batch.recipe_id, state)
         dimensions = vectors.block_dimensions(attributor.K)
-        directions.recipe_fitted(
-            connection, batch.recipe_id, attributor.K, len(dimensions), attributor.temperature, attributor.layout
-        )
+        directions.recipe_fitted(connection, batch.recipe_id, attributor.K, len(dimensions), attributor.temperature)
         vectors.make_partitions(connection, batch.recipe_id, attributor.K)
     _record_validation(connection, batch.recipe_id, result)
     counts = result.directions.count_S.tolist()

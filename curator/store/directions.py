@@ -255,27 +255,14 @@ def recipe(connection: Connection, recipe_id: int) -> Recipe:
     return Recipe(row.id, checkpoint, row.spec, row.dimension or 0, row.temperature or 1.0, row.state, row.in_use)
 
 
-def recipe_fitted(
-    connection: Connection,
-    recipe_id: int,
-    dimension: int,
-    blocks: int,
-    temperature: float,
-    layers: Sequence[tuple[str, int]] | None = None,
-) -> None:
-    """The recipe has its curvature; gradients can be computed. ``layers``: whose entries a vector is, where it is."""
+def recipe_fitted(connection: Connection, recipe_id: int, dimension: int, blocks: int, temperature: float) -> None:
+    """The recipe has its curvature; gradients can be computed."""
     connection.execute(
         text(
             "UPDATE curator.recipes SET state = 'ready', dimension = :dimension, blocks = :blocks,"
-            " temperature = :temperature, layers = CAST(:layers AS jsonb) WHERE id = :id"
+            " temperature = :temperature WHERE id = :id"
         ),
-        {
-            "id": recipe_id,
-            "dimension": dimension,
-            "blocks": blocks,
-            "temperature": temperature,
-            "layers": json.dumps(layers) if layers else None,
-        },
+        {"id": recipe_id, "dimension": dimension, "blocks": blocks, "temperature": temperature},
     )
 
 

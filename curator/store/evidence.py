@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from safetensors.numpy import load
 from sqlalchemy import Connection, Row, text
 
-from curator.store import vectors
 from curator.store.reads import Rows
 
 # A label may be worth grouping by; `->>` refuses a record with an escaped NUL, wherever in it that is.
@@ -63,30 +62,24 @@ def validation_records(connection: Connection, ids: Sequence[int]) -> dict[int, 
     return {row.id: row for row in rows}
 
 
-def layer_pulls(
-    connection: Connection, recipe_id: int, direction_set_id: int, example_id: int
-) -> list[tuple[str, int, NDArray[np.float64]]]:
-    """(layer, kept entries, pull_S): what each layer adds to the normalised influence, S slices in their order.
+def layer_columns(connection: Connection, recipe_id: int) -> dict[str, NDArray[Any]]:
+    """What the recipe keeps of its layers' columns in a vector: none where a code mixes them."""
+    return _tensors(connection, "curvatures", "recipe_id", recipe_id, "columns/%")
 
-    A vector is its layers' kept entries one after another, so the parts of the product are the layers' and sum to it.
-    Empty for a recipe whose code mixes the layers: only a pass through the model could tell them apart again.
-    """
-    recipe = connection.execute(
-        text("SELECT dimension, layers FROM curator.recipes WHERE id = :id"), {"id": recipe_id}
-    ).one()
-    if not recipe.layers:
-        return []
-    unit_K = vectors.read(connection, recipe_id, [example_id], recipe.dimension)[0].astype(np.float64)
-    towards = connection.scalar(
-        text("SELECT tensor FROM curator.direction_tensors WHERE direction_set_id = :id AND part = 'mean/unit_SK'"),
-        {"id": direction_set_id},
+
+def means(connection: Connection, direction_set_id: int) -> dict[str, NDArray[Any]]:
+    """What vectors are compared with, slices stacked in their order: ``unit_SK`` and ``whitened_SK``."""
+    found = _tensors(connection, "direction_tensors", "direction_set_id", direction_set_id, "mean/%")
+    return {part.removeprefix("mean/"): array for part, array in found.items()}
+
+
+def _tensors(connection: Connection, table: str, column: str, owner: int, like: str) -> dict[str, NDArray[Any]]:
+    """Some of what is kept under ``owner``. Not ``tensors.fetch``: the whole of it is as large as the model."""
+    rows = connection.execute(
+        text(f"SELECT part, tensor FROM curator.{table} WHERE {column} = :owner AND part LIKE :like"),  # noqa: S608
+        {"owner": owner, "like": like},
     )
-    product_SK = load(bytes(towards))[""] * unit_K
-    ends = np.cumsum([entries for _, entries in recipe.layers]).tolist()
-    return [
-        (name, entries, product_SK[:, end - entries : end].sum(axis=1))
-        for (name, entries), end in zip(recipe.layers, ends, strict=True)
-    ]
+    return {row.part: load(bytes(row.tensor))[""] for row in rows}
 
 
 def neighbours(connection: Connection, recipe_id: int, example_id: int, limit: int) -> Rows:
@@ -149,15 +142,9 @@ def _cosines(blocks: list[int]) -> str:
 
 
 def harm_scales(connection: Connection, direction_set_id: int) -> dict[str, NDArray[np.float64]]:
-    """What harm is measured on, slices stacked in the order of the directions: ``centre`` and ``spread``, (S, C).
-
-    Not ``tensors.fetch``, which would read the directions as well, and those are as large as the model.
-    """
-    rows = connection.execute(
-        text("SELECT part, tensor FROM curator.direction_tensors WHERE direction_set_id = :id AND part LIKE 'harm/%'"),
-        {"id": direction_set_id},
-    )
-    return {part.removeprefix("harm/"): load(bytes(tensor))[""] for part, tensor in rows}
+    """What harm is measured on, slices stacked in the order of the directions: ``centre`` and ``spread``, (S, C)."""
+    found = _tensors(connection, "direction_tensors", "direction_set_id", direction_set_id, "harm/%")
+    return {part.removeprefix("harm/"): array for part, array in found.items()}
 
 
 def controls(connection: Connection, recipe_id: int, example_id: int) -> Row[Any] | None:

@@ -226,7 +226,6 @@ recipes = Table(
     Column("spec", JSONB, nullable=False, comment="what was asked for; nothing filters on it"),
     Column("dimension", Integer),
     Column("blocks", SmallInteger),
-    Column("layers", JSONB, comment="[[layer, kept entries], ...] in the order of a vector; NULL: a code mixes them"),
     Column("temperature", REAL, comment="of the checkpoint, on trusted data; 1 is calibrated, above is overconfident"),
     Column("state", Text, nullable=False, server_default="fitting"),
     Column("in_use", Boolean, nullable=False, server_default=text("false")),

@@ -10,7 +10,9 @@ from typing import Any
 
 from sqlalchemy import Connection, Row
 
-from curator.store import evidence
+from curator.influence import parts
+from curator.influence.parts import Floats
+from curator.store import evidence, vectors
 from curator.views.text import preview
 
 # Labels beyond these are taken together: a regression target is no label.
@@ -96,8 +98,24 @@ def driven(
         row.validation_example_id for each in slices for row in (*each[:limit], *each[max(0, len(each) - limit) :])
     ]
     records = evidence.validation_records(connection, named)
-    layers = evidence.layer_pulls(connection, recipe_id, direction_set_id, example_id)
+    layers = layer_pulls(connection, recipe_id, direction_set_id, example_id)
     return tuple(_of_slice(each, limit, records, layers) for each in slices)
+
+
+def layer_pulls(
+    connection: Connection, recipe_id: int, direction_set_id: int, example_id: int
+) -> list[tuple[str, int, Floats]]:
+    """(layer, kept entries, pull_S): what each layer adds to the normalised influence, S slices in their order.
+
+    Empty for a recipe whose code mixes the layers: only a pass through the model tells them apart (``why --tokens``).
+    """
+    columns = parts.columns_of(evidence.layer_columns(connection, recipe_id))
+    if not columns:
+        return []
+    towards = evidence.means(connection, direction_set_id)
+    unit_BK = vectors.read(connection, recipe_id, [example_id], towards["unit_SK"].shape[1])
+    found = parts.of_stored(unit_BK, [1.0], towards["unit_SK"], towards["whitened_SK"], columns).normalised
+    return [(name, c.stop - c.start, found[name][0]) for name, c in columns.items()]
 
 
 def _of_slice(

@@ -200,12 +200,6 @@ def upgrade() -> None:
         sa.Column("dimension", sa.Integer(), nullable=True),
         sa.Column("blocks", sa.SmallInteger(), nullable=True),
         sa.Column(
-            "layers",
-            postgresql.JSONB(astext_type=sa.Text()),
-            nullable=True,
-            comment="[[layer, kept entries], ...] in the order of a vector; NULL: a code mixes them",
-        ),
-        sa.Column(
             "temperature",
             sa.REAL(),
             nullable=True,

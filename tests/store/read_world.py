@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import Connection, Engine, text
 
+from curator.influence.parts import COLUMNS
 from curator.store import directions, scores, tensors, vectors, verdicts
 from curator.store.engine import begin
 
@@ -59,7 +60,8 @@ def populate(engine: Engine, *, examples: int = 600, trusted: int = 40, dimensio
         )
         reference_RS = reference_RK @ direction_SVK.mean(1).T
         _references(connection, set_id, reference_RS)
-        means = {"mean/unit_SK": direction_SVK.mean(1).astype(np.float32)}
+        mean_SK = direction_SVK.mean(1).astype(np.float32)
+        means = {"mean/unit_SK": mean_SK, "mean/whitened_SK": 2 * mean_SK}
         tensors.keep(connection, "direction_tensors", "direction_set_id", set_id, means)
         _arrivals(connection, examples, bad, random)
         normalised_BS = unit_BK @ direction_SVK.mean(1).T
@@ -110,8 +112,15 @@ def _footing(connection: Connection, dimension: int, trusted: int) -> tuple[int,
     checkpoint = directions.checkpoint_in_use(connection)
     assert checkpoint
     recipe_id = directions.use_recipe(connection, b"r" * 32, checkpoint.id, set_id, {"mask": "coordinate"})
-    layers = [("first", dimension // 4), ("second", dimension - dimension // 4)]
-    directions.recipe_fitted(connection, recipe_id, dimension, 1, 1.2, layers)
+    directions.recipe_fitted(connection, recipe_id, dimension, 1, 1.2)
+    columns = {"first": [0, dimension // 4], "second": [dimension // 4, dimension]}
+    tensors.keep(
+        connection,
+        "curvatures",
+        "recipe_id",
+        recipe_id,
+        {f"{COLUMNS}{name}": np.array(ends) for name, ends in columns.items()},
+    )
     direction_set = connection.scalar(
         text(
             "INSERT INTO curator.direction_sets (recipe_id, key, validation_set_ids)"

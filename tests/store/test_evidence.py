@@ -5,7 +5,7 @@ from sqlalchemy import Connection, Engine
 from curator.errors import AmbiguousExample, UnknownExample
 from curator.store import evidence, reads, vectors
 from curator.store.engine import begin, read
-from curator.views import examples
+from curator.views import examples, pulls
 from tests.store.read_world import SLICES, World, populate
 
 HALF = 2e-3  # products of halves, summed in single precision
@@ -42,7 +42,7 @@ def test_every_way_to_divide_a_score_adds_up_to_it(connection: Connection, examp
 
 
 def test_a_layer_pulls_by_its_own_entries(connection: Connection, world: World) -> None:
-    found = {name: pull_S for name, _, pull_S in evidence.layer_pulls(connection, 1, 1, 5)}
+    found = {name: pull_S for name, _, pull_S in pulls.layer_pulls(connection, 1, 1, 5)}
     product_SK = world.direction_SVK.mean(1) * world.unit_BK[4]
     assert found["first"] == pytest.approx(product_SK[:, :8].sum(1), abs=HALF)
     assert found["second"] == pytest.approx(product_SK[:, 8:].sum(1), abs=HALF)
@@ -51,7 +51,7 @@ def test_a_layer_pulls_by_its_own_entries(connection: Connection, world: World) 
 def test_a_code_that_mixes_the_layers_names_none(engine: Engine) -> None:
     populate(engine, examples=20)
     with begin(engine) as connection:
-        connection.exec_driver_sql("UPDATE curator.recipes SET layers = NULL")
+        connection.exec_driver_sql("DELETE FROM curator.curvatures")
     with read(engine) as connection:
         assert [driven.by_layer for driven in examples.why(connection, 1).driven_by] == [(), ()]
 
