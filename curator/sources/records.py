@@ -106,7 +106,11 @@ def parse_strictly(
 
 
 def take_row(
-    row: Mapping[str, Any], position: int, limits: Limits, any_shape: bool = False, fields: Mapping[str, str] = NO_FIELDS
+    row: Mapping[str, Any],
+    position: int,
+    limits: Limits,
+    any_shape: bool = False,
+    fields: Mapping[str, str] = NO_FIELDS,
 ) -> Record | Refusal:
     """The record in a row of a table: as ``parse_record``, for values that were never JSON.
 
@@ -130,9 +134,9 @@ def take_row(
 def mapped(record: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
     """The record under curator's own names.
 
-    ``fields`` gives for each name the field that holds it; ``a.b`` is the field ``b`` of the object ``a``. Where none of
-    them is in the record, it stays as it is: a file may mix shapes. What is not named moves to ``meta``: it is kept, and
-    is no part of what the example is.
+    ``fields`` gives for each name the field that holds it; ``a.b`` is the field ``b`` of the object ``a``. Where none
+    of them is in the record, it stays as it is: a file may mix shapes. What is not named moves to ``meta``: it is kept,
+    and is no part of what the example is.
     """
     taken = {name: value for name, path in fields.items() if (value := _at(record, path)) is not None}
     if not taken:

@@ -1,7 +1,7 @@
 """Find near-duplicates among what has arrived, and what is like a validation example. Torch-free, beside the path.
 
-No example waits for it: it follows the intake in chunks, by whoever does the upkeep. Greedy: an example is compared with
-the heads, those that are like nothing before them, so a million near-copies of one text cost one comparison each.
+No example waits for it: it follows the intake in chunks, by whoever does the upkeep. Greedy: an example is compared
+with the heads, those that are like nothing before them, so a million near-copies of one text cost one comparison each.
 """
 
 from __future__ import annotations

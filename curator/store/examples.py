@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import psycopg
 from sqlalchemy import Connection, text
@@ -200,7 +201,7 @@ def _numbers_of(connection: Connection, digests: Collection[bytes]) -> dict[byte
         found = cursor.execute(
             "SELECT digest, id FROM curator.examples WHERE digest = ANY(%b)", [list(digests)]
         ).fetchall()
-    return {bytes(digest): number for digest, number in found}  # type: ignore[call-overload]
+    return {bytes(digest): number for digest, number in cast("list[tuple[bytes, int]]", found)}
 
 
 def _insert_new(
@@ -290,7 +291,8 @@ def _note_occurrences(
             """
             INSERT INTO curator.occurrences AS o (example_id, intake_id, external_id, position, n)
             SELECT t.example_id, %s, t.external_id, t.position, t.n
-            FROM unnest(%b::bigint[], %b::text[], %b::bigint[], %b::bigint[]) AS t (example_id, external_id, position, n)
+            FROM unnest(%b::bigint[], %b::text[], %b::bigint[], %b::bigint[])
+                AS t (example_id, external_id, position, n)
             ON CONFLICT (example_id, intake_id, external_id) DO UPDATE SET n = o.n + excluded.n
             """,
             [

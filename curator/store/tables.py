@@ -174,8 +174,13 @@ leaks = Table(
 leak_checks = Table(
     "leak_checks",
     metadata,
-    Column("validation_set_id", BigInteger, ForeignKey(f"{SCHEMA}.validation_sets.id"), primary_key=True,
-           autoincrement=False),
+    Column(
+        "validation_set_id",
+        BigInteger,
+        ForeignKey(f"{SCHEMA}.validation_sets.id"),
+        primary_key=True,
+        autoincrement=False,
+    ),
     Column("checked_to", BigInteger, nullable=False, comment="the last sketch that was held against the set"),
 )
 

@@ -87,9 +87,7 @@ def watched(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_file_that_cannot_be_read_does_not_hold_up_its_neighbours(
-    watched: Path
-) -> None:
+def test_a_file_that_cannot_be_read_does_not_hold_up_its_neighbours(watched: Path) -> None:
     class Losing(folders.Watcher):
         """A file goes after it was seen and before it is read."""
 
@@ -104,9 +102,7 @@ def test_a_file_that_cannot_be_read_does_not_hold_up_its_neighbours(
     assert [file.name for _, file, _, _ in folders.settled_files(watcher, places)] == ["b.jsonl"]
 
 
-def test_a_file_is_known_only_once_it_is_committed(
-    engine: Engine, watched: Path
-) -> None:
+def test_a_file_is_known_only_once_it_is_committed(engine: Engine, watched: Path) -> None:
     """Else a database that went away at that moment would leave it unread until the daemon starts again."""
     watcher, place = folders.Watcher(still_seconds=0.0), [(str(watched), "")]
     folders.settled_files(watcher, place)
