@@ -55,6 +55,7 @@ __all__ = [
     "ghost_products",
     "linear_shape",
     "refuse_coupling",
+    "rows_in_force",
 ]
 
 Reader = Callable[[Layer, Tensor, Tensor], None]
@@ -136,6 +137,12 @@ def examples_of_rows(index_L: Tensor) -> Iterator[None]:
         yield
     finally:
         _rows_in_force.reset(token)
+
+
+def rows_in_force() -> Tensor | None:
+    """What ``examples_of_rows`` was given around this call, (L,): for a module that sends its rows to others."""
+    rows = _rows_in_force.get()
+    return None if rows is None else rows.index_L
 
 
 # --- the pass ---------------------------------------------------------------------------------------------
