@@ -202,11 +202,17 @@ def spec(settings: Settings) -> dict[str, Any]:
             "layers": list(asked.layers) or ["*"],
             "mask": asked.mask,
             "dimension": asked.dimension,
+            "kept": dict(asked.kept),
+            "importance": asked.importance,
+            "budget": asked.budget,
+            "code": asked.code,
+            "code_dimension": asked.code_dimension if asked.code != "none" else 0,
             "seed": asked.seed,
             "damping": settings.scores.damping,
             "measurement": _measurement(settings),
             "exact": asked.exact,
-            "exact_norm": asked.exact,
+            "exact_norm": asked.exact_norm,
+            "exact_curvature": settings.scores.exact_curvature,
         },
     }
 
