@@ -554,6 +554,13 @@ class NoSuchSource(UsageError):
     hint = "`curator sql 'SELECT DISTINCT source FROM curator.source_influence'` lists those with scores."
 
 
+class NoSuchField(UsageError):
+    """No record has a field {name!r}.{suggestion}"""
+
+    code = "CUR-SRC-002"
+    hint = "Group by one of: {known}; a dot leads into a field, as in meta.team.lead."
+
+
 class NoSuchSlice(UsageError):
     """No validation set has a slice {name!r}.{suggestion}"""
 

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from curator.errors import LayersUnreached, NoCurvature, StateMismatch, UnknownCurvature
-from curator.influence.capture import KeptEntries, Layer, Reader, capture, each, find_layers
+from curator.influence.capture import Layer, Reader, capture, each, find_layers
 from curator.influence.codes import FoldedCode, fit_code
 from curator.influence.confidence import fit_temperature
 from curator.influence.curvature import Chunks, FisherSums, Whitening, under
 from curator.influence.dropout import LayerMask
 from curator.influence.ekfac import EigenvalueSums, bases
 from curator.influence.energy import EnergySums
+from curator.influence.kept import KeptEntries
 from curator.influence.kronecker import KroneckerRoots, KroneckerSums
 from curator.influence.recipe import RecipeSpec, draw_masks
 from curator.influence.scoring import unit

@@ -645,7 +645,8 @@ def downgrade() -> None:
                         WHERE schemaname = 'curator' AND tablename <> 'schema_version' LOOP
                 EXECUTE format('DROP TABLE IF EXISTS curator.%I CASCADE', item.tablename);
             END LOOP;
-            DROP FUNCTION IF EXISTS curator.offer_inbox, curator.make_partitions, curator.drop_partitions;
+            DROP FUNCTION IF EXISTS curator.offer_inbox, curator.make_partitions, curator.drop_partitions,
+                curator.t975;
         END $$
         """
     )

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import Connection, Engine, text
 
+from curator.influence.parts import COLUMNS
 from curator.store import directions, recipes, scores, tensors, validation, vectors, verdicts
 from curator.store.engine import begin
 
@@ -59,6 +60,9 @@ def populate(engine: Engine, *, examples: int = 600, trusted: int = 40, dimensio
         )
         reference_RS = reference_RK @ direction_SVK.mean(1).T
         _references(connection, set_id, reference_RS)
+        mean_SK = direction_SVK.mean(1).astype(np.float32)
+        means = {"mean/unit_SK": mean_SK, "mean/whitened_SK": 2 * mean_SK}
+        tensors.keep(connection, "direction_tensors", "direction_set_id", set_id, means)
         _arrivals(connection, examples, bad, random)
         normalised_BS = unit_BK @ direction_SVK.mean(1).T
         p_BS = (1 + (reference_RS[None] <= normalised_BS[:, None]).sum(1)) / (len(reference_RS) + 1)
@@ -109,6 +113,14 @@ def _footing(connection: Connection, dimension: int, trusted: int) -> tuple[int,
     assert checkpoint
     recipe_id = recipes.use_recipe(connection, b"r" * 32, checkpoint.id, {"mask": "coordinate"})
     recipes.recipe_fitted(connection, recipe_id, [set_id], dimension, 1.2)
+    columns = {"first": [0, dimension // 4], "second": [dimension // 4, dimension]}
+    tensors.keep(
+        connection,
+        "curvatures",
+        "recipe_id",
+        recipe_id,
+        {f"{COLUMNS}{name}": np.array(ends) for name, ends in columns.items()},
+    )
     direction_set = connection.scalar(
         text(
             "INSERT INTO curator.direction_sets (recipe_id, key, validation_set_ids)"
