@@ -82,7 +82,7 @@ def page(rows: dict[str, tuple[int, float, float, float, float]]) -> str:
     lines = [
         described(__doc__ or ""),
         "MLP 784-128-128-10, 30 epochs on 1,500 examples (overconfident), fitted on 1,000 trusted examples, 2,500",
-        "arrivals with 10.6 % flipped labels; one seed, a process and thread a recipe. Seconds of the processor; memory:",
+        "arrivals with 10.6 % flipped labels; one seed, a process and thread each. Seconds of the processor; memory:",
         "what the fit added to the process's highest. Spearman: of the normalised score with the exact one (KFAC).",
         "",
         "| recipe | numbers stored | fit, s | memory, GB | AUC, wrong labels | Spearman to exact |",
