@@ -189,27 +189,12 @@ def record(connection: Connection, settings: Settings, batch: Batch, result: Res
     return counts
 
 
-<<<<<<< HEAD
 def _write(connection: Connection, settings: Settings, intake: Intake, chunk: Chunk) -> Counts:
     batch_id = examples.open_batch(connection, intake.id) if chunk.records else 0
     new = examples.insert(connection, intake, batch_id, chunk.records)
     examples.quarantine(connection, intake, chunk.refusals, settings.limits.quarantine_bytes)
-    directions.keep_footing(connection)
-    recipe = directions.recipe_in_use(connection)
-=======
-def _write(
-    connection: Connection,
-    settings: Settings,
-    intake: Intake,
-    records: Sequence[Record],
-    refusals: Sequence[Refusal],
-) -> Counts:
-    batch_id = examples.open_batch(connection, intake.id) if records else 0
-    new = examples.insert(connection, intake, batch_id, records)
-    examples.quarantine(connection, intake, refusals, settings.limits.quarantine_bytes)
     recipes.keep_footing(connection)
     recipe = recipes.recipe_in_use(connection)
->>>>>>> main
     if recipe is not None and recipe.state == "ready":
         work.offer(connection, Stage.GRADIENTS, new, recipe_id=recipe.id, batch_ids=[batch_id] * len(new))
     counts = Counts(done=len(new), duplicates=len(chunk.records) - len(new), refused=len(chunk.refusals))
