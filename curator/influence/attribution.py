@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from curator.errors import NoCurvature
 from curator.influence import fitting, parts, scoring
-from curator.influence.capture import KeptEntries, Reader, capture, each, find_layers
+from curator.influence.capture import Reader, capture, each, find_layers
 from curator.influence.confidence import calibrated_loss, measurement_slope
-from curator.influence.exact import DirectionSums, ExactDirections, ExactScores, ExactTerms
+from curator.influence.exact import DirectionSums, ExactDirections, ExactScores, ExactTerms, LowRankDirections, Towards
 from curator.influence.fitting import Fitted, Losses, device_of
+from curator.influence.kept import KeptEntries
 from curator.influence.kronecker import KroneckerRoots
 from curator.influence.measured import Measured, Signal
 from curator.influence.parts import LayerScores, PositionScores
@@ -71,7 +72,7 @@ class Attributor:
 
     # --- measuring ----------------------------------------------------------------------------------------
 
-    def measure(self, batch: Any, towards: ExactDirections | None = None) -> Measured:
+    def measure(self, batch: Any, towards: Towards | None = None) -> Measured:
         """One pass over a batch: everything that is stored of its examples.
 
         Args:
@@ -79,7 +80,7 @@ class Attributor:
             towards: exact directions of today's slices; their scores come back as ``exact_BS``.
         """
         kept = KeptEntries(self.fitted.masks, "exact" if self.spec.exact_norm else "kept")
-        exact = ExactScores(self._roots(), _on(towards, self.device)) if towards else None
+        exact = ExactScores(self._roots(), towards.to(self.device)) if towards else None
         loss_B = self._pass(batch, kept, *([exact] if exact else []))
         return self._assemble(loss_B, kept, exact)
 
@@ -134,23 +135,23 @@ class Attributor:
         x_BK, own_BK = _only(ok_B, g_BK), _only(ok_B, encoding.pull_back(w_BK))
         return parts.split(x_BK, own_BK, _only(ok_B, norm_B), unit_SK.cpu(), whitened_SK.cpu(), self.fitted.columns)
 
-    def exact_by_layer(self, batch: Any, towards: ExactDirections) -> LayerScores:
+    def exact_by_layer(self, batch: Any, towards: Towards) -> LayerScores:
         """The exact scores of a batch, split by layer; zeros for an example that carries no score.
 
         Raises:
             NoCurvature: the recipe keeps no Kronecker factors.
         """
-        exact = ExactScores(self._roots(), _on(towards, self.device))
+        exact = ExactScores(self._roots(), towards.to(self.device))
         loss_B = self._pass(batch, exact)
         return exact.by_layer(_has_score(loss_B, exact))
 
-    def by_position(self, batch: Any, towards: ExactDirections) -> PositionScores:
+    def by_position(self, batch: Any, towards: Towards) -> PositionScores:
         """The exact scores of a batch, split by layer and position; zeros for an example that carries no score.
 
         Raises:
             NoCurvature: the recipe keeps no Kronecker factors.
         """
-        exact, terms = ExactScores(self._roots()), ExactTerms(self._roots(), _on(towards, self.device))
+        exact, terms = ExactScores(self._roots()), ExactTerms(self._roots(), towards.to(self.device))
         loss_B = self._pass(batch, exact, terms)
         return terms.by_position(exact.norm_B(), _has_score(loss_B, exact))
 
@@ -167,14 +168,16 @@ class Attributor:
             raise NoCurvature()
         return scoring.directions({name: _validation_rows(m) for name, m in joined.items()})
 
-    def exact_directions(self, slices: Mapping[str, Sequence[Any]]) -> ExactDirections:
-        """Un-compressed directions of each slice from its batches, in two passes over them.
+    def exact_directions(self, slices: Mapping[str, Sequence[Any]]) -> Towards:
+        """Un-compressed directions of each slice from its batches, in two passes over them; of the recipe's rank.
 
         Raises:
             NoCurvature: the recipe keeps no Kronecker factors, or a slice has no example with a signal.
         """
         sums = [self._exact_direction(batches) for batches in slices.values()]
-        return ExactDirections(tuple(slices), _by_layer(sums, 0), _by_layer(sums, 1))
+        whole = ExactDirections(tuple(slices), _by_layer(sums, 0), _by_layer(sums, 1))
+        rank = self.spec.exact_rank
+        return LowRankDirections.fit(whole, self._roots().to(torch.device("cpu")), rank) if rank else whole
 
     def _exact_direction(self, batches: Sequence[Any]) -> dict[str, Tensor]:
         """By layer a tensor (2, O, I): the mean unit gradient and the mean gradient."""
@@ -213,11 +216,6 @@ def _only(ok_B: Tensor, value: Tensor) -> Tensor:
     """Zeros where a row is not OK; a product with the mask would keep NaN."""
     shape = (-1,) + (1,) * (value.ndim - 1)
     return torch.where(ok_B.view(shape), value, 0.0).float().cpu()
-
-
-def _on(towards: ExactDirections, device: torch.device) -> ExactDirections:
-    moved = {name: t.to(device) for name, t in towards.tensors().items()}
-    return ExactDirections.of(towards.names, moved)
 
 
 def _by_layer(slices: Sequence[Mapping[str, Tensor]], which: int) -> dict[str, Tensor]:

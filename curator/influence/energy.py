@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curator.influence.capture import Layer, ghost_inner
+from curator.influence.capture import Layer
 from curator.influence.dropout import at_least_float32
+from curator.influence.ghost import ghost_inner
 from curator.influence.kronecker import LARGEST_CHUNK
 
 

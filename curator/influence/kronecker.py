@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from curator.influence.capture import Layer, ghost_inner
+from curator.influence.capture import Layer
 from curator.influence.curvature import inverse_root, plus, times, under
+from curator.influence.ghost import ghost_inner, weighted_inner
 
 WIDEST_FACTOR = 8192
 """A Kronecker factor wider than this keeps its diagonal only: 8192^2 float64 is already half a gigabyte."""
@@ -94,11 +95,7 @@ class KroneckerRoots:
         """|W|^2 of each example, (B,), from the factors that ``whiten`` gives."""
         if (R_OI := self.corrections.get(layer.name)) is None:
             return ghost_inner(a_BTI, d_BTO)
-        if a_BTI.shape[1] == 1:
-            return ((d_BTO[:, 0].square() @ R_OI.square()) * a_BTI[:, 0].square()).sum(dim=1)
-        # A weight on each entry has no ghost: the rotated gradient is formed, one example at a time.
-        norms = [((d.T @ a) * R_OI).square().sum() for a, d in zip(a_BTI, d_BTO, strict=True)]
-        return torch.stack(norms) if norms else a_BTI.new_zeros(0)
+        return weighted_inner(a_BTI, d_BTO, R_OI)
 
     def corrected(self, layer: Layer, U: Tensor) -> Tensor:
         """R o U: makes <U, W> a product with the rotated gradient, and a sum of rotated gradients one of W."""

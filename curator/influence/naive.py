@@ -220,6 +220,31 @@ def by_position(a_TI: Floats, d_TO: Floats, validation: Sequence[Floats], F: Flo
     return np.array([influence({"": G}, [{"": v} for v in validation], {"": F}) for G in G_T])
 
 
+def mixture(scores: Mapping[str, float], weights: Mapping[str, float]) -> float:
+    """A weighted sum of one example's scores by slice."""
+    return sum(weight * scores[name] for name, weight in weights.items())
+
+
+def ensemble(scores: Sequence[float]) -> tuple[float, float, int]:
+    """Mean, standard error and number of one example's scores, those of the checkpoints that gave one."""
+    n = len(scores)
+    error = float(np.std(scores, ddof=1) / np.sqrt(n)) if n > 1 else np.nan
+    return (float(np.mean(scores)) if n else 0.0), error, n
+
+
+def low_rank(U_MOI: Sequence[ByLayer], rank: int) -> list[dict[str, Floats]]:
+    """Every direction brought to length 1 over its layers, projected onto the leading rows and columns of all, back."""
+    lengths = [norm(U) for U in U_MOI]
+    found: list[dict[str, Floats]] = [{} for _ in U_MOI]
+    for n in U_MOI[0]:
+        scaled = [U[n] / length if length else U[n] for U, length in zip(U_MOI, lengths, strict=True)]
+        rows = principal_projector([column for u in scaled for column in u.T], rank)
+        columns = principal_projector([row for u in scaled for row in u], rank)
+        for U, out in zip(U_MOI, found, strict=True):
+            out[n] = rows @ U[n] @ columns
+    return found
+
+
 # --- confidence and evaluation ------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from curator.errors import UnknownRecipeField
 from curator.influence.capture import Layer
+from curator.influence.curvature import WIDEST_BLOCK
 from curator.influence.dropout import LayerMask, budgets, draw
 from curator.influence.energy import EnergySums
 
@@ -21,8 +22,10 @@ class RecipeSpec:
     ``measurement`` is what the plain influence is an influence on: the ``margin`` of the validation examples, their
     ``calibrated`` loss, or their ``loss``; the normalised influence is the same for all three. ``exact`` fits the
     Kronecker factors of the full layers too; their ``exact_curvature`` is ``kfac``, or ``ekfac``, which takes one more
-    pass over the trusted data. ``exact_norm`` takes the norm of the full gradient, at about the price of the weight
-    gradients that the pass saves; without it the norm is estimated from the kept entries (``KeptEntries``).
+    pass over the trusted data. ``exact_rank`` cuts the exact directions of all slices to so many rows and columns a
+    layer (0: none), for many slices or wide layers (``LowRankDirections``). ``exact_norm`` takes the norm of the full
+    gradient, at about the price of the weight gradients that the pass saves; without it the norm is estimated from the
+    kept entries (``KeptEntries``).
 
     ``importance`` draws the mask by measured gradients (``rms``) instead of evenly (``none``), ``budget`` shares
     ``dimension`` over the layers evenly (``uniform``) or by their part of the gradient's ``energy``; both take one
@@ -41,6 +44,7 @@ class RecipeSpec:
     bias: bool = False
     exact: bool = True
     exact_curvature: str = "kfac"
+    exact_rank: int = 0
     exact_norm: bool = False
     importance: str = "none"
     budget: str = "uniform"
@@ -55,7 +59,8 @@ class RecipeSpec:
     @property
     def takes_passes(self) -> bool:
         """Whether fitting goes over the trusted data more than once."""
-        return self.measures_energy or self.code != "none" or self.exact_curvature != "kfac"
+        wide = max(self.dimension, *self.kept.values(), 0) > WIDEST_BLOCK
+        return wide or self.measures_energy or self.code != "none" or self.exact_curvature != "kfac"
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from curator.errors import CheckpointChanged, CodeTooWide
 from curator.influence.attribution import Attributor, Measured, RecipeSpec
 from curator.influence.dropout import budgets
-from curator.influence.exact import ExactDirections
+from curator.influence.exact import Towards, directions_of
 from curator.influence.layers import find_layers
 from curator.settings import Settings
-from curator.store import directions, tensors
-from curator.store.directions import Recipe
+from curator.store import directions, recipes, tensors
+from curator.store.recipes import Recipe
 from curator.types import GradientState
 from curator.workloads import base, checkpoints, registry
 from curator.workloads.base import Workload
@@ -43,7 +43,7 @@ class Instrument:
     batch_size: int
     attributor: Attributor | None = None
     direction_set_id: int | None = None
-    towards: ExactDirections | None = None
+    towards: Towards | None = None
 
     @property
     def fitted(self) -> Attributor:
@@ -82,7 +82,7 @@ def load(connection: Connection, settings: Settings, recipe_id: int, direction_s
         CheckpointChanged: the checkpoint is no longer what was added.
         WorkloadFailed, FactoryFailed, PickleRefused, ...: see ``curator.workloads``.
     """
-    bare = unfitted(settings, directions.recipe(connection, recipe_id))
+    bare = unfitted(settings, recipes.recipe(connection, recipe_id))
     log.info("loaded recipe %d (%s) on %s", recipe_id, bare.recipe.checkpoint.name, bare.device)
     if bare.recipe.state != "ready":
         return bare
@@ -139,11 +139,11 @@ def _spec(recipe: Recipe, workload: Workload, model: nn.Module) -> RecipeSpec:
     return RecipeSpec.from_dict({**spec.to_dict(), "layers": list(base.layers_of(workload, model))})
 
 
-def _towards(connection: Connection, set_id: int) -> ExactDirections | None:
+def _towards(connection: Connection, set_id: int) -> Towards | None:
     kept = _torch(tensors.fetch(connection, "direction_tensors", "direction_set_id", set_id))
     names = [f"{number}/{name}" for number, name in directions.direction_names(connection, set_id)]
     exact = {part.removeprefix("exact/"): t for part, t in kept.items() if part.startswith("exact/")}
-    return ExactDirections.of(names, exact) if exact else None
+    return directions_of(names, exact) if exact else None
 
 
 def _torch(arrays: Any) -> dict[str, Tensor]:
