@@ -547,6 +547,13 @@ class SelectionExists(UsageError):
     hint = "Choose another --name; selections are never changed, so that an export can be repeated."
 
 
+class UnknownQuota(UsageError):
+    """There is a quota for {source!r}, which no candidate comes from: there are {known}."""
+
+    code = "CUR-SEL-004"
+    hint = "Name a source as `curator report --by source` and the view source_influence do."
+
+
 class UnknownSelection(UsageError):
     """There is no selection {name}."""
 

@@ -152,9 +152,7 @@ def _write(
     tokens: Mapping[int, int],
 ) -> None:
     states = states_of(measured)
-    facts = [
-        {**_facts(measured, row, number, states[row]), "tokens": tokens[number]} for row, number in enumerate(ids)
-    ]
+    facts = [{**_facts(measured, row, number, states[row]), "tokens": tokens[number]} for row, number in enumerate(ids)]
     gradients.insert(connection, batch.recipe_id, batch.direction_set_id, facts)
     usable = [row for row, state in enumerate(states) if state == GradientState.OK]
     numbers = np.array([ids[row] for row in usable], np.int64)

@@ -47,8 +47,8 @@ def trained(
 ) -> nn.Module:
     """The model after training on the records, in evaluation mode.
 
-    The workload's own ``train`` if it has one. The default is AdamW on the mean of ``losses`` over shuffled batches, for
-    ``how.epochs`` passes: arms of different size take a different number of steps, as the runs they stand for would.
+    The workload's own ``train`` if it has one. The default is AdamW on the mean of ``losses`` over shuffled batches,
+    for ``how.epochs`` passes: arms of different size take a different number of steps, as the runs they stand for would.
     The same seed gives the same order of batches; the caller's random state is left alone.
 
     Raises:
@@ -71,7 +71,7 @@ def _descend(
     weights = [p for p in model.parameters() if p.requires_grad]
     adamw = torch.optim.AdamW(weights, lr=how.learning_rate, weight_decay=how.weight_decay)
     for epoch in range(how.epochs):
-        for rows in torch.randperm(len(records)).split(how.batch):
+        for rows in torch.split(torch.randperm(len(records)), how.batch):
             adamw.zero_grad()
             loss = losses(model, batch_of(workload, [records[row] for row in rows.tolist()], device)).mean()
             if not math.isfinite(float(loss)):
