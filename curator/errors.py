@@ -745,6 +745,15 @@ class TooFewTrusted(UsageError):
     hint = "Add trusted examples: part gives the direction, part is kept aside as references for p-values."
 
 
+class UnknownPolicySlice(UsageError):
+    """Policy {policy} names the slice {slice!r}, and there are {known}."""
+
+    code = "CUR-POL-001"
+    hint = (
+        "Correct [policy.{policy}] slices or [verdicts] veto in curator.toml; `curator validation list` has the names."
+    )
+
+
 class NotMeasurable(UsageError):
     """Validation slice {slice!r} has no example with a usable gradient ({states})."""
 

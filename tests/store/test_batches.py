@@ -74,6 +74,12 @@ def add_directions(connection: Connection, recipe: int) -> None:
         ),
         {"r": recipe},
     )
+    connection.execute(
+        text(
+            "INSERT INTO curator.directions (direction_set_id, validation_set_id, slice, ordinal, n)"
+            " SELECT max(id), 1, 'all', 1, 1 FROM curator.direction_sets"
+        )
+    )
 
 
 def score(connection: Connection, recipe: int, ids: Sequence[int], p_value: float = 0.001) -> None:
