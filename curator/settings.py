@@ -53,10 +53,24 @@ class Gradients:
     """How a gradient is compressed."""
 
     mask: Literal["coordinate", "neuron"] = "coordinate"
-    dimension: int = field(default=1984, metadata={"doc": "kept entries an example, over all layers"})
+    dimension: int = field(default=1984, metadata={"doc": "entries the mask keeps of a gradient, over all layers"})
+    kept: Mapping[str, int] = field(
+        default_factory=dict, metadata={"doc": "entries of single layers, a table; they count towards dimension"}
+    )
+    importance: Literal["none", "rms"] = field(
+        default="none", metadata={"doc": "rms: the mask keeps rather what carries the gradients of trusted data"}
+    )
+    budget: Literal["uniform", "energy"] = field(
+        default="uniform", metadata={"doc": "how layers share dimension; energy: by their part of the gradient"}
+    )
+    code: Literal["none", "pca", "sjlt"] = field(
+        default="none", metadata={"doc": "what brings the kept entries down to code_dimension numbers"}
+    )
+    code_dimension: int = field(default=510, metadata={"doc": "numbers stored of an example, where there is a code"})
     layers: tuple[str, ...] = field(default=(), metadata={"doc": "name patterns; empty: every linear layer"})
     seed: int = 0
     exact: bool = field(default=True, metadata={"doc": "un-compressed scores on arrival"})
+    exact_norm: bool = field(default=True, metadata={"doc": "norms of full gradients; false: estimated by the mask"})
     batch: int = field(default=256, metadata={"doc": "examples a forward pass"})
     device: str = field(default="auto", metadata={"doc": "auto, cpu, cuda, cuda:1"})
 
@@ -66,6 +80,9 @@ class Scores:
     """How influence is computed."""
 
     damping: float = field(default=0.1, metadata={"doc": "relative to the mean of the Fisher's diagonal"})
+    exact_curvature: Literal["kfac", "ekfac"] = field(
+        default="kfac", metadata={"doc": "of exact scores; ekfac: one more pass over the trusted data"}
+    )
     measurement: Literal["auto", "margin", "calibrated", "loss"] = field(
         default="auto",
         metadata={"doc": "what un-normalised influence is on; auto: margin of a classifier, loss of a language model"},
@@ -354,9 +371,17 @@ def _convert(key: str, hint: Any, value: object, origin: str) -> object:
         return _convert_number(hint, value, bad)
     if hint is str and isinstance(value, str):
         return value
-    if isinstance(value, Mapping):
-        return types.MappingProxyType(dict(value))
-    raise bad("a table" if hint is not str else "text")
+    if get_origin(hint) is Mapping:
+        return _convert_table(get_args(hint)[1], value, bad)
+    raise bad("text")
+
+
+def _convert_table(values: Any, table: object, bad: typing.Callable[[str], BadSetting]) -> Mapping[str, object]:
+    if not isinstance(table, Mapping):
+        raise bad("a table")
+    if values is int and not all(type(number) is int and number > 0 for number in table.values()):
+        raise bad("a table of whole numbers above 0")
+    return types.MappingProxyType(dict(table))
 
 
 def _convert_names(value: object, bad: typing.Callable[[str], BadSetting]) -> tuple[str, ...]:
@@ -392,6 +417,7 @@ def _convert_number(
 # (key, lowest, highest): the ranges a number may take; the lowest is allowed unless it is said to be open.
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("gradients.dimension", 8, 1_000_000),
+    ("gradients.code_dimension", 1, 100_000),
     ("gradients.batch", 1, 100_000),
     ("scores.damping", 1e-6, 1e6),
     ("scores.references", 0.05, 0.95),
@@ -424,5 +450,20 @@ def _check_ranges(settings: Settings) -> None:
         section, name = key.split(".")
         value = getattr(getattr(settings, section), name)
         if not lowest <= value <= highest:
-            origin = settings.origins.get(key, "default")
-            raise BadSetting(key=key, value=value, origin=origin, expected=f"between {lowest:g} and {highest:g}")
+            raise _bad(settings, key, value, f"between {lowest:g} and {highest:g}")
+    _check_gradients(settings)
+
+
+def _check_gradients(settings: Settings) -> None:
+    """What can be seen to be wrong without the model; ``curator.stages.instrument`` checks the rest against it."""
+    asked = settings.gradients
+    if asked.code != "none" and asked.code_dimension > asked.dimension:
+        expected = f"at most gradients.dimension = {asked.dimension}: a code is of what the mask keeps"
+        raise _bad(settings, "gradients.code_dimension", asked.code_dimension, expected)
+    if sum(asked.kept.values()) > asked.dimension:
+        expected = f"within gradients.dimension = {asked.dimension}: it adds up to {sum(asked.kept.values())}"
+        raise _bad(settings, "gradients.kept", dict(asked.kept), expected)
+
+
+def _bad(settings: Settings, key: str, value: object, expected: str) -> BadSetting:
+    return BadSetting(key=key, value=value, origin=settings.origins.get(key, "default"), expected=expected)

@@ -1,4 +1,4 @@
-"""Curvature: the empirical Fisher of the kept entries, one block a layer, and Kronecker factors of full layers.
+"""Curvature: the empirical Fisher of the kept entries, one block a layer.
 
 Partial sums are states: they add, so several workers can each take a share of the sample. Sums and decompositions
 are float64, whitening matrices are float32.
@@ -11,13 +11,11 @@ of Tyler's estimator of scatter (Annals of Statistics 15, 1987). Gradients of an
 length by many orders of magnitude, so their plain second moment is that of a handful of errors, and whitening with it
 removes the very directions in which wrong labels lie: AUC .77-.90 where angular gives .96-.99 (tests/benchmarks).
 Lengths of 1 also make the curvature the same for any increasing function of the loss.
-
-Kronecker factors are those of KFAC for layers with shared weights (arXiv:1503.05671; expand, arXiv:2311.00636).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -26,18 +24,12 @@ import torch
 from torch import Tensor
 
 from curator.errors import NoCurvature, UnknownCurvature
-from curator.influence.capture import Layer, ghost_inner
 from curator.influence.dropout import LayerMask
+from curator.influence.parts import COLUMNS, columns_of
 from curator.influence.scoring import unit
 
 CurvatureKind = Literal["angular", "fisher", "diagonal", "identity"]
 CURVATURE_KINDS: tuple[CurvatureKind, ...] = ("angular", "fisher", "diagonal", "identity")
-
-WIDEST_FACTOR = 8192
-"""A Kronecker factor wider than this keeps its diagonal only: 8192^2 float64 is already half a gigabyte."""
-
-LARGEST_CHUNK = 1 << 24
-"""Elements of a float64 copy made at once while sums are accumulated."""
 
 
 @dataclass
@@ -77,7 +69,7 @@ class FisherSums:
     def merge(self, other: FisherSums) -> FisherSums:
         """The sums over both samples."""
         names = self.blocks.keys() | other.blocks.keys()
-        blocks = {n: _plus(self.blocks.get(n), other.blocks.get(n)) for n in self.slices if n in names}
+        blocks = {n: plus(self.blocks.get(n), other.blocks.get(n)) for n in self.slices if n in names}
         return FisherSums(self.slices, self.kind, self.count + other.count, blocks)
 
     def whitening(self, damping: float) -> Whitening:
@@ -116,9 +108,29 @@ class Whitening:
         """w_BK = F^-1/2 g."""
         return torch.cat([times(g_BK[:, c], self.roots[n]) for n, c in self.slices.items()], dim=1)
 
+    def pull_back(self, u_SK: Tensor) -> Tensor:
+        """The v with <F^-1/2 g, u> = <g, v>: the matrix is its own transpose."""
+        return self.apply(u_SK)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the matrices are."""
+        return next(iter(self.roots.values())).device
+
+    @property
+    def width(self) -> int:
+        """K."""
+        return sum(c.stop - c.start for c in self.slices.values())
+
     def tensors(self) -> dict[str, Tensor]:
         """As named tensors."""
-        return {f"root/{n}": root for n, root in self.roots.items()}
+        columns = {COLUMNS + n: torch.tensor([c.start, c.stop]) for n, c in self.slices.items()}
+        return columns | {f"root/{n}": root for n, root in self.roots.items()}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Whitening:
+        """Back from ``tensors``."""
+        return cls(columns_of(tensors), under("root/", tensors))
 
     def to(self, device: torch.device) -> Whitening:
         """The same matrices on ``device``."""
@@ -202,7 +214,7 @@ def _moment_times(chunks: Chunks, basis_kr: Tensor | None, rank: int, seed: int)
         x = chunk[chunk.isfinite().all(dim=1)].double()
         if basis_kr is None:
             basis_kr = _signs(x.shape[1], min(rank, x.shape[1]), seed).to(x.device)
-        total = _plus(total, x.T @ (x @ basis_kr))
+        total = plus(total, x.T @ (x @ basis_kr))
         trace += float(x.square().sum())
         count += len(x)
     if total is None or not count:
@@ -260,132 +272,15 @@ def adam_whitening(second_moments: Mapping[str, Tensor], masks: Mapping[str, Lay
     return Whitening(slices, {n: root.float() for n, root in roots.items()})
 
 
-def _plus(left: Tensor | None, right: Tensor | None) -> Tensor:
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose name begins so, by the rest of it."""
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def plus(left: Tensor | None, right: Tensor | None) -> Tensor:
+    """The sum, where nothing yet counts as zero."""
     if left is None or right is None:
         found = left if left is not None else right
         assert found is not None
         return found
     return left + right
-
-
-# --- Kronecker factors of the full layers -------------------------------------------------------------------
-
-
-@dataclass
-class KroneckerSums:
-    """Reader: sums of a a^T and d d^T over all positions, float64.
-
-    F is modelled as A (x) S with A = mean over positions of a a^T, S = sum over positions of d d^T an example.
-    ``angular`` divides an example's d by the length of its gradient in the layer first, as the Fisher does. An example
-    whose values are not finite is left out.
-    """
-
-    angular: bool = True
-
-    examples: dict[str, int] = field(default_factory=dict)
-    positions: dict[str, int] = field(default_factory=dict)
-    inputs: dict[str, Tensor] = field(default_factory=dict)
-    outputs: dict[str, Tensor] = field(default_factory=dict)
-
-    def __call__(self, layer: Layer, a_BTI: Tensor, d_BTO: Tensor) -> None:
-        """Add a batch of one layer."""
-        finite_B = a_BTI.isfinite().all(dim=(1, 2)) & d_BTO.isfinite().all(dim=(1, 2))
-        a_BTI, d_BTO = a_BTI[finite_B], d_BTO[finite_B].double()
-        if self.angular:
-            length_B = ghost_inner(a_BTI.double(), d_BTO).sqrt()
-            d_BTO = d_BTO / torch.where(length_B > 0, length_B, 1.0)[:, None, None]
-        name = layer.name
-        self.examples[name] = self.examples.get(name, 0) + len(a_BTI)
-        self.positions[name] = self.positions.get(name, 0) + a_BTI.shape[0] * a_BTI.shape[1]
-        self.inputs[name] = _plus(self.inputs.get(name), _second_moment(a_BTI.flatten(0, 1)))
-        self.outputs[name] = _plus(self.outputs.get(name), _second_moment(d_BTO.flatten(0, 1)))
-
-    def merge(self, other: KroneckerSums) -> KroneckerSums:
-        """The sums over both samples."""
-        names = [*self.inputs, *(n for n in other.inputs if n not in self.inputs)]
-        return KroneckerSums(
-            self.angular,
-            {n: self.examples.get(n, 0) + other.examples.get(n, 0) for n in names},
-            {n: self.positions.get(n, 0) + other.positions.get(n, 0) for n in names},
-            {n: _plus(self.inputs.get(n), other.inputs.get(n)) for n in names},
-            {n: _plus(self.outputs.get(n), other.outputs.get(n)) for n in names},
-        )
-
-    def factors(self, damping: float) -> KroneckerRoots:
-        """A^-1/2 and S^-1/2 of each layer, each damped relative to its own trace.
-
-        The square root of the damping, which would put the Fisher block's damping on the identity of the product, also
-        puts it on the cross terms, and measured worse everywhere (AUC lower by .003-.013 at .1).
-        """
-        return KroneckerRoots(
-            {n: inverse_root(A / max(self.positions[n], 1), damping).float() for n, A in self.inputs.items()},
-            {n: inverse_root(S / max(self.examples[n], 1), damping).float() for n, S in self.outputs.items()},
-        )
-
-
-@dataclass(frozen=True)
-class KroneckerRoots:
-    """A^-1/2 (I, I) and S^-1/2 (O, O) by layer; a vector is a diagonal.
-
-    Or, with ``corrections`` R (O, I), their eigenvectors: then W = R o (Q_S^T G Q_A) (``curator.influence.ekfac``).
-    """
-
-    inputs: Mapping[str, Tensor]
-    outputs: Mapping[str, Tensor]
-    corrections: Mapping[str, Tensor] = field(default_factory=dict)
-
-    def whiten(self, layer: Layer, a_BTI: Tensor, d_BTO: Tensor) -> tuple[Tensor, Tensor]:
-        """A^-1/2 a and S^-1/2 d: the factors of the whitened full gradient."""
-        A, S = self.inputs[layer.name], self.outputs[layer.name]
-        return times(a_BTI, A), times(d_BTO, S)
-
-    def square_B(self, layer: Layer, a_BTI: Tensor, d_BTO: Tensor) -> Tensor:
-        """|W|^2 of each example, (B,), from the factors that ``whiten`` gives."""
-        if (R_OI := self.corrections.get(layer.name)) is None:
-            return ghost_inner(a_BTI, d_BTO)
-        if a_BTI.shape[1] == 1:
-            return ((d_BTO[:, 0].square() @ R_OI.square()) * a_BTI[:, 0].square()).sum(dim=1)
-        # A weight on each entry has no ghost: the rotated gradient is formed, one example at a time.
-        norms = [((d.T @ a) * R_OI).square().sum() for a, d in zip(a_BTI, d_BTO, strict=True)]
-        return torch.stack(norms) if norms else a_BTI.new_zeros(0)
-
-    def corrected(self, layer: Layer, U: Tensor) -> Tensor:
-        """R o U: makes <U, W> a product with the rotated gradient, and a sum of rotated gradients one of W."""
-        return U * self.corrections[layer.name].to(U.dtype) if layer.name in self.corrections else U
-
-    def to(self, device: torch.device) -> KroneckerRoots:
-        """The same matrices on ``device``."""
-        return KroneckerRoots(
-            {n: t.to(device) for n, t in self.inputs.items()},
-            {n: t.to(device) for n, t in self.outputs.items()},
-            {n: t.to(device) for n, t in self.corrections.items()},
-        )
-
-    def tensors(self) -> dict[str, Tensor]:
-        """As named tensors."""
-        named = {"in": self.inputs, "out": self.outputs, "correction": self.corrections}
-        return {f"{part}/{n}": t for part, by_layer in named.items() for n, t in by_layer.items()}
-
-    @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> KroneckerRoots:
-        """Back from ``tensors``."""
-        return cls(*(_under(part, tensors) for part in ("in/", "out/", "correction/")))
-
-
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-
-
-def _second_moment(x_NI: Tensor) -> Tensor:
-    """Sum of x x^T in float64, or its diagonal where the matrix would not fit; in chunks of bounded size."""
-    width = x_NI.shape[1]
-    total = torch.zeros((width,) if width > WIDEST_FACTOR else (width, width), dtype=torch.float64, device=x_NI.device)
-    for chunk in _chunks(x_NI):
-        x = chunk.double()
-        total += x.square().sum(dim=0) if total.ndim == 1 else x.T @ x
-    return total
-
-
-def _chunks(x_NI: Tensor) -> Sequence[Tensor]:
-    rows = max(LARGEST_CHUNK // max(x_NI.shape[1], 1), 1)
-    return torch.split(x_NI, rows) if len(x_NI) else []

@@ -27,7 +27,7 @@ from sqlalchemy import Connection, Row
 from curator.errors import UnknownPolicySlice
 from curator.influence.confidence import conformal_p, normal_p
 from curator.settings import Policy, Settings
-from curator.store import directions, offers, verdicts
+from curator.store import offers, recipes, verdicts
 
 Floats = NDArray[np.float64]
 
@@ -72,7 +72,7 @@ def adopt(connection: Connection, settings: Settings) -> int:
     if known is not None and bytes(known.digest) == digest:
         return int(known.id)
     number = verdicts.use_policies(connection, digest, json.dumps(said))
-    recipe = directions.recipe_in_use(connection)
+    recipe = recipes.recipe_in_use(connection)
     if known is not None and recipe is not None and recipe.state == "ready":
         offers.verdicts(connection, recipe.id)
     return number

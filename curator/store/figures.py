@@ -125,26 +125,6 @@ def baseline(connection: Connection, ordinal: int) -> Row[Any]:
     ).one()
 
 
-def sources(connection: Connection) -> Rows:
-    """Each source and slice: influence with its interval, and the means of the controls. Worst first."""
-    return list(
-        connection.execute(
-            text(
-                """
-                SELECT s.source, s.validation_set, s.slice, s.n, s.mean_influence, s.ci_low, s.ci_high, s.flagged,
-                       s.flagged_share, s.mean_influence - s.trusted_influence AS beside_trusted, s.mean_harm,
-                       c.loss, c.gradient_norm
-                FROM curator.source_influence s
-                LEFT JOIN (SELECT source, validation_set, slice, avg(loss) AS loss, avg(gradient_norm) AS gradient_norm
-                           FROM curator.influence_scores WHERE in_use GROUP BY source, validation_set, slice) c
-                       USING (source, validation_set, slice)
-                ORDER BY s.mean_influence, s.source, s.validation_set, s.slice
-                """
-            )
-        )
-    )
-
-
 def overlap(connection: Connection) -> Row[Any]:
     """Of F flags, how many are among the F highest of each control: what the control alone would have found."""
     return connection.execute(

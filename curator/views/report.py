@@ -11,8 +11,9 @@ from typing import Any
 from sqlalchemy import Connection, Row
 
 from curator import __version__
+from curator.influence.groups import Sample, wilson
 from curator.store import figures, reads
-from curator.views import flags
+from curator.views import flags, groups
 from curator.views.text import place, preview
 
 HARM_BINS = 40
@@ -20,8 +21,6 @@ P_BINS = 20
 POINTS = 1_200
 FLAGS = 100
 SLICES = 12
-# The spread of fewer says nothing; the view ``source_influence`` has the same limit.
-INTERVAL_AT_LEAST = 5
 
 # Half of the p-values: where harmless arrivals are nearly alone, so what is there should be uniform.
 BULK = 0.5
@@ -121,15 +120,26 @@ class Report:
     warnings: tuple[str, ...]
     slices: tuple[Slice, ...]
     slices_in_all: int
-    sources: tuple[Mapping[str, Any], ...]
+    sources: tuple[groups.Group, ...]
+    by: str | None
+    groups: tuple[groups.Group, ...]
     flags: tuple[flags.Flag, ...]
     overlap: Mapping[str, int]
     precision: Precision
     refusals: tuple[Mapping[str, Any], ...]
 
 
-def report(connection: Connection, project: str = "") -> Report:
-    """Read everything at one moment; ``project`` is its name, for the title."""
+def report(connection: Connection, project: str = "", by: str | None = None) -> Report:
+    """Read everything at one moment.
+
+    Args:
+        connection: a read transaction.
+        project: its name, for the title.
+        by: a field of the records to compare groups by, besides their source.
+
+    Raises:
+        NoSuchField: no record has it.
+    """
     footing, totals = reads.footing(connection), reads.totals(connection)
     named = figures.slices(connection)
     shown = tuple(_slice(connection, row, footing.trusted) for row in named[:SLICES])
@@ -146,7 +156,9 @@ def report(connection: Connection, project: str = "") -> Report:
         warnings=(*_of_footing(footing, figures.leaked(connection)), *_of_slices(shown)),
         slices=shown,
         slices_in_all=len(named),
-        sources=tuple(dict(row._mapping) for row in figures.sources(connection)),
+        sources=groups.by(connection),
+        by=by,
+        groups=groups.by(connection, by) if by else (),
         flags=tuple(flags.flagged(connection, limit=FLAGS)),
         overlap=dict(figures.overlap(connection)._mapping),
         precision=_precision(figures.reviewed_flags(connection)),
@@ -158,8 +170,7 @@ def report(connection: Connection, project: str = "") -> Report:
 
 
 def _baseline(row: Row[Any]) -> Baseline:
-    half = None if row.n < INTERVAL_AT_LEAST else 1.96 * row.sd / math.sqrt(row.n)
-    return Baseline(row.n, row.mean, *((None, None) if half is None else (row.mean - half, row.mean + half)))
+    return Baseline(row.n, row.mean, *Sample(row.n, row.mean, row.sd).interval())
 
 
 def _slice(connection: Connection, row: Row[Any], trusted: int) -> Slice:
@@ -228,16 +239,6 @@ def _limit(n: int, references: float) -> float:
 
 def _precision(row: Row[Any]) -> Precision:
     return Precision(row.n, row.upheld, *wilson(row.upheld, row.n))
-
-
-def wilson(k: int, n: int) -> tuple[float, float]:
-    """The 95 % interval of a share of ``k`` in ``n``."""
-    if not n:
-        return 0.0, 1.0
-    z = 1.96
-    middle = (k + z * z / 2) / (n + z * z)
-    half = z / (n + z * z) * math.sqrt(k * (n - k) / n + z * z / 4)
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 # --- warnings ---------------------------------------------------------------------------------------------

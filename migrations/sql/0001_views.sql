@@ -145,13 +145,18 @@ COMMENT ON COLUMN curator.verdict_history.directions IS 'number of the set of di
 CREATE VIEW curator.source_influence AS
 SELECT t.source, t.slice, t.n,
        t.mean AS mean_influence,
-       CASE WHEN t.n >= 5 THEN t.mean - 1.96 * t.sd / sqrt(t.n) END AS ci_low,
-       CASE WHEN t.n >= 5 THEN t.mean + 1.96 * t.sd / sqrt(t.n) END AS ci_high,
+       CASE WHEN t.n >= 5 THEN t.mean - curator.t975(t.n - 1) * t.sd / sqrt(t.n) END AS ci_low,
+       CASE WHEN t.n >= 5 THEN t.mean + curator.t975(t.n - 1) * t.sd / sqrt(t.n) END AS ci_high,
        t.flagged,
        t.flagged::double precision / t.n AS flagged_share,
        t.mean_harm,
        t.validation_set,
-       trusted.mean AS trusted_influence
+       trusted.mean AS trusted_influence,
+       greatest(0, w.middle - w.half) AS flagged_low,
+       least(1, w.middle + w.half) AS flagged_high,
+       t.mean - trusted.mean AS beside_trusted,
+       t.mean - trusted.mean - d.half AS beside_trusted_low,
+       t.mean - trusted.mean + d.half AS beside_trusted_high
 FROM (
     SELECT s.source, s.validation_set, s.slice, count(*) AS n, avg(s.normalised_influence) AS mean,
            stddev_samp(s.normalised_influence) AS sd,
@@ -163,7 +168,8 @@ FROM (
     GROUP BY s.source, s.validation_set, s.slice
 ) t
 LEFT JOIN (
-    SELECT v.name AS validation_set, d.slice, avg(r.normalised[d.ordinal]) AS mean
+    SELECT v.name AS validation_set, d.slice, count(*) AS n, avg(r.normalised[d.ordinal]) AS mean,
+           var_samp(r.normalised[d.ordinal]) AS variance
     FROM curator.directions d
     JOIN curator.direction_sets ds ON ds.id = d.direction_set_id AND ds.in_use
     JOIN curator.recipes c ON c.id = ds.recipe_id AND c.in_use
@@ -172,10 +178,31 @@ LEFT JOIN (
     JOIN curator.validation_examples e
       ON e.id = r.validation_example_id AND e.slice = d.slice AND e.validation_set_id = d.validation_set_id
     GROUP BY v.name, d.slice
-) trusted USING (validation_set, slice);
+) trusted USING (validation_set, slice)
+-- Wilson's interval of the share that is flagged.
+CROSS JOIN LATERAL (
+    SELECT (t.flagged + 1.920729) / (t.n + 3.841459) AS middle,
+           1.959964 / (t.n + 3.841459)
+               * sqrt(t.flagged::double precision * (t.n - t.flagged) / t.n + .960365) AS half
+) w
+-- Welch's interval of a difference between two means, each with a spread of its own.
+LEFT JOIN LATERAL (
+    SELECT curator.t975((s.a + s.b) ^ 2 / nullif(s.a ^ 2 / (t.n - 1) + s.b ^ 2 / (trusted.n - 1), 0))
+               * sqrt(s.a + s.b) AS half
+    FROM (SELECT (t.sd ^ 2 / t.n)::double precision AS a, (trusted.variance / trusted.n)::double precision AS b) s
+) d ON t.n >= 5 AND trusted.n >= 5;
 
 COMMENT ON VIEW curator.source_influence IS
 'One row for each source and slice: mean normalised influence with a 95 % interval. Row scores are weak, group means are strong.';
+COMMENT ON COLUMN curator.source_influence.trusted_influence IS
+'the same mean for the trusted references: the level to compare a source with';
+COMMENT ON COLUMN curator.source_influence.ci_low IS
+'of the mean, 95 %, by Student''s t over examples taken for independent; NULL below five';
+COMMENT ON COLUMN curator.source_influence.flagged_low IS 'of the flagged share, 95 %, Wilson';
+COMMENT ON COLUMN curator.source_influence.beside_trusted IS
+'the mean less that of the trusted references: below zero, the source is worse than trusted data';
+COMMENT ON COLUMN curator.source_influence.beside_trusted_low IS
+'of that difference, 95 %, Welch; of many sources one in twenty lies outside by chance, `curator report --by source` allows for it';
 
 CREATE VIEW curator.pipeline_status AS
 SELECT stage, state, count(*) AS n,
@@ -183,20 +210,22 @@ SELECT stage, state, count(*) AS n,
 FROM curator.work
 GROUP BY stage, state;
 
-COMMENT ON COLUMN curator.source_influence.trusted_influence IS
-'the same mean for the trusted references: the level to compare a source with';
-COMMENT ON COLUMN curator.source_influence.ci_low IS 'of the mean, 95 %; NULL below five examples';
-
 COMMENT ON VIEW curator.pipeline_status IS 'One row for each stage and state of the work ledger.';
 
+-- An example that was given up came from somewhere too: where it was first met.
 CREATE VIEW curator.quarantined_records AS
-SELECT src.name AS source, q.position, q.code, q.detail, q.at, i.origin, q.example_id, q.id AS quarantine_id
+SELECT src.name AS source, coalesce(q.position, met.position) AS position, q.code, q.detail, q.at,
+       coalesce(i.origin, met.origin) AS origin, q.example_id, q.id AS quarantine_id
 FROM curator.quarantine q
 LEFT JOIN curator.sources src ON src.id = q.source_id
-LEFT JOIN curator.intakes i ON i.id = q.intake_id;
+LEFT JOIN curator.intakes i ON i.id = q.intake_id
+LEFT JOIN LATERAL (
+    SELECT n.origin, o.position FROM curator.occurrences o JOIN curator.intakes n ON n.id = o.intake_id
+    WHERE o.example_id = q.example_id ORDER BY o.intake_id, o.position LIMIT 1
+) met ON true;
 
 COMMENT ON VIEW curator.quarantined_records IS 'One row for each record refused, or given up after it stopped its workers.';
-COMMENT ON COLUMN curator.quarantined_records.position IS 'line or row in its file, from 1';
+COMMENT ON COLUMN curator.quarantined_records.position IS 'line or row in its file, from 1; of an example given up, where it was first met';
 
 DO $$
 DECLARE name text;
