@@ -100,7 +100,10 @@ class Gradients:
     seed: int = 0
     exact: bool = field(default=True, metadata={"doc": "un-compressed scores on arrival"})
     exact_norm: bool = field(default=True, metadata={"doc": "norms of full gradients; false: estimated by the mask"})
-    batch: int = field(default=256, metadata={"doc": "examples a forward pass"})
+    batch: int = field(default=256, metadata={"doc": "examples a forward pass, at most"})
+    tokens: int = field(
+        default=8192, metadata={"doc": "padded tokens a forward pass, at most; halved where memory runs out"}
+    )
     device: str = field(default="auto", metadata={"doc": "auto, cpu, cuda, cuda:1"})
 
 
