@@ -721,6 +721,22 @@ class CheckpointForeign(DataError):
     hint = 'Use the [workload] kind the checkpoint was made for, or kind = "torch" with a factory of your own.'
 
 
+class AdapterBaseMissing(DataError):
+    """The adapter at {path} belongs to the base model {base!r}, which is no local folder."""
+
+    code = "CUR-CKP-013"
+    hint = (
+        "Set base_model_name_or_path in its adapter_config.json to the folder of the base model; nothing is downloaded."
+    )
+
+
+class TemplateDiffers(UsageError):
+    """The chat template {given} (SHA-256 {given_digest}) is not the checkpoint's own ({stored_digest})."""
+
+    code = "CUR-WRK-013"
+    hint = "Save the trainer's tokenizer with the checkpoint; then [workload] options.chat_template is not needed."
+
+
 # --- checkpoints and validation sets ----------------------------------------------------------------------
 
 

@@ -53,12 +53,12 @@ def add_checkpoint(here: Invocation, name: str, path: Path, check: bool) -> None
 @pass_invocation
 def list_checkpoints(here: Invocation, form: Form) -> None:
     """List the registered checkpoints."""
-    from curator.store import directions
+    from curator.store import recipes
 
     with here.reading() as connection:
         rows = [
             {"name": c.name, "in_use": c.in_use, "digest": c.digest.hex()[:12], "path": c.path}
-            for c in directions.checkpoints(connection)
+            for c in recipes.checkpoints(connection)
         ]
     show(rows, form)
 
@@ -110,16 +110,17 @@ def add_validation(here: Invocation, name: str, file: Path, field: str, check: b
     something trusted may look.
     """
     from curator.stages import recipes
-    from curator.store import directions, engine
+    from curator.store import engine
+    from curator.store import validation as stored
 
     settings = here.settings()
     records = list(_trusted(settings, file))
     with here.runtime() as opened:
         with engine.begin(opened.engine) as connection:
             slices = recipes.add_validation(connection, settings, name, field, records)
-            sets = directions.validation_sets_in_use(connection)
-            leaks = sum(directions.leaked(connection, number) for number, _ in sets)
-            waiting = directions.checkpoint_in_use(connection) is None
+            sets = stored.validation_sets_in_use(connection)
+            leaks = sum(stored.leaked(connection, number) for number, _ in sets)
+            waiting = recipes.waits_for_checkpoint(connection)
         _describe(name, slices, settings.verdicts.fdr)
         if leaks:
             say(f"warning: {leaks} validation examples are also training data; their influence says nothing")
@@ -210,8 +211,8 @@ def use_validation(here: Invocation, name: str, version: int) -> None:
 @pass_invocation
 def list_validation(here: Invocation, form: Form) -> None:
     """List the validation sets, their slices and how many examples each has."""
-    from curator.store import directions
+    from curator.store import validation as stored
 
     with here.reading() as connection:
-        rows = directions.validation_summary(connection)
+        rows = stored.validation_summary(connection)
     show((row._asdict() for row in rows), form)

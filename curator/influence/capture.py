@@ -52,6 +52,7 @@ __all__ = [
     "find_layers",
     "linear_shape",
     "refuse_coupling",
+    "rows_in_force",
 ]
 
 Reader = Callable[[Layer, Tensor, Tensor], None]
@@ -133,6 +134,12 @@ def examples_of_rows(index_L: Tensor) -> Iterator[None]:
         yield
     finally:
         _rows_in_force.reset(token)
+
+
+def rows_in_force() -> Tensor | None:
+    """What ``examples_of_rows`` was given around this call, (L,): for a module that sends its rows to others."""
+    rows = _rows_in_force.get()
+    return None if rows is None else rows.index_L
 
 
 # --- the pass ---------------------------------------------------------------------------------------------

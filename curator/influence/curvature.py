@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from curator.errors import NoCurvature, UnknownCurvature
-from curator.influence.dropout import LayerMask
+from curator.influence.dropout import LayerMask, columns
 from curator.influence.parts import COLUMNS, columns_of
 from curator.influence.scoring import unit
 
@@ -55,8 +55,8 @@ class FisherSums:
             raise UnknownCurvature(kind=self.kind, known=", ".join(CURVATURE_KINDS))
         g_BK = g_BK[g_BK.isfinite().all(dim=1)].double()
         self.count += len(g_BK)
-        for name, columns in self.slices.items():
-            block = self._block(g_BK[:, columns])
+        for name, c in self.slices.items():
+            block = self._block(g_BK[:, c])
             self.blocks[name] = self.blocks[name] + block if name in self.blocks else block
 
     def _block(self, g_Bk: Tensor) -> Tensor:
@@ -99,10 +99,10 @@ class FisherSums:
 
 @dataclass(frozen=True)
 class Whitening:
-    """F^-1/2, one block a layer: a (k, k) matrix, or a (k,) diagonal."""
+    """F^-1/2, one block a layer: a (k, k) matrix, a (k,) diagonal, or a matrix of low rank beside a multiple of 1."""
 
     slices: Mapping[str, slice]
-    roots: Mapping[str, Tensor]
+    roots: Mapping[str, Root]
 
     def apply(self, g_BK: Tensor) -> Tensor:
         """w_BK = F^-1/2 g."""
@@ -124,17 +124,30 @@ class Whitening:
 
     def tensors(self) -> dict[str, Tensor]:
         """As named tensors."""
-        columns = {COLUMNS + n: torch.tensor([c.start, c.stop]) for n, c in self.slices.items()}
-        return columns | {f"root/{n}": root for n, root in self.roots.items()}
+        named = {COLUMNS + n: torch.tensor([c.start, c.stop]) for n, c in self.slices.items()}
+        for n, root in self.roots.items():
+            parts = (
+                {f"/{part}": t for part, t in root.tensors().items()} if isinstance(root, LowRankRoot) else {"": root}
+            )
+            named |= {f"root/{n}{part}": t for part, t in parts.items()}
+        return named
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Whitening:
         """Back from ``tensors``."""
-        return cls(columns_of(tensors), under("root/", tensors))
+        slices = columns_of(tensors)
+        roots = {n: _root_of(n, tensors) for n in slices}
+        found = {n: root for n, root in roots.items() if root is not None}
+        return cls({n: c for n, c in slices.items() if n in found}, found)
 
     def to(self, device: torch.device) -> Whitening:
         """The same matrices on ``device``."""
         return Whitening(self.slices, {n: root.to(device) for n, root in self.roots.items()})
+
+
+def _root_of(name: str, tensors: Mapping[str, Tensor]) -> Root | None:
+    parts = under(f"root/{name}/", tensors)
+    return LowRankRoot.of(parts) if parts else tensors.get(f"root/{name}")
 
 
 def inverse_root(F: Tensor, damping: float) -> Tensor:
@@ -161,19 +174,30 @@ def _power(values: Tensor, least: Tensor) -> Tensor:
     return torch.where(values > least, values.clamp_min(least).rsqrt(), 0.0)
 
 
-def times(x: Tensor, root: Tensor) -> Tensor:
+def times(x: Tensor, root: Root) -> Tensor:
     """The product with a symmetric matrix, or with a diagonal given as a vector, in the matrix's precision."""
+    if isinstance(root, LowRankRoot):
+        return root.apply(x)
     x = x.to(root.dtype)
     return x * root if root.ndim == 1 else x @ root
 
 
 # --- blocks too wide for a matrix ---------------------------------------------------------------------------
 
+WIDEST_BLOCK = 2048
+"""The Fisher of more entries than this is known by its leading directions: 24 layers of as many take .8 GB."""
+
+ROOT_RANK = 512
+"""Leading directions of such a block; a smaller sample has no more, and nothing is lost."""
+
 OVERSAMPLED = 10
 """Extra directions of the randomised range finder, which make its last ones trustworthy (arXiv:0909.4061, 4.4)."""
 
 Chunks = Callable[[], Iterable[Tensor]]
 """Chunks of a sample's rows x_BK, the same ones at every call: more than one pass is made over them."""
+
+BlockChunks = Callable[[], Iterable[Mapping[str, Tensor]]]
+"""The same, of several blocks by name, so that one pass serves all of them."""
 
 
 @dataclass(frozen=True)
@@ -185,8 +209,40 @@ class Principal:
     trace: float
 
 
+@dataclass
+class _Moment:
+    """Sum of x (x^T basis), sum of |x|^2 and how many; a basis that is not given yet starts as random signs."""
+
+    basis_kr: Tensor
+    total_kr: Tensor
+    trace: float = 0.0
+    count: int = 0
+
+    def add(self, x_Bk: Tensor) -> None:
+        x = x_Bk[x_Bk.isfinite().all(dim=1)].double()
+        self.total_kr += x.T @ (x @ self.basis_kr)
+        self.trace += float(x.square().sum())
+        self.count += len(x)
+
+    def principal(self, rank: int) -> Principal:
+        small = self.basis_kr.T @ self.total_kr / self.count
+        values, vectors = torch.linalg.eigh((small + small.T) / 2)
+        values, vectors = values.flip(0)[:rank].clamp_min(0), vectors.flip(1)[:, :rank]
+        return Principal(self.basis_kr @ vectors, values, self.trace / self.count)
+
+
 def principal(chunks: Chunks, rank: int, seed: int = 0, passes: int = 3) -> Principal:
-    """Leading eigenpairs of mean x x^T, in O(k r) memory, by randomised subspace iteration.
+    """Leading eigenpairs of mean x x^T, in O(k r) memory; see ``principals``.
+
+    Raises:
+        NoCurvature: the sample is empty.
+    """
+    found = principals(lambda: ({"": chunk} for chunk in chunks()), rank, seed, passes)
+    return found[""]
+
+
+def principals(chunks: BlockChunks, rank: int, seed: int = 0, passes: int = 3) -> dict[str, Principal]:
+    """Leading eigenpairs of mean x x^T of each block, in O(k r) memory, by randomised subspace iteration.
 
     Halko, Martinsson & Tropp, arXiv:0909.4061, algorithms 4.4 and 5.3: ``passes`` over the sample, and one more for
     the values. Where the sample or k is not larger than the rank, the result is exact.
@@ -194,32 +250,25 @@ def principal(chunks: Chunks, rank: int, seed: int = 0, passes: int = 3) -> Prin
     Raises:
         NoCurvature: the sample is empty.
     """
-    basis_kr: Tensor | None = None
+    bases: dict[str, Tensor] = {}
     for _ in range(passes):
-        total_kr, _, _ = _moment_times(chunks, basis_kr, rank + OVERSAMPLED, seed)
-        basis_kr = torch.linalg.qr(total_kr)[0]
-    moved_kr, trace, count = _moment_times(chunks, basis_kr, rank + OVERSAMPLED, seed)
-    assert basis_kr is not None
-    small = basis_kr.T @ moved_kr / count
-    values, vectors = torch.linalg.eigh((small + small.T) / 2)
-    values, vectors = values.flip(0)[:rank].clamp_min(0), vectors.flip(1)[:, :rank]
-    return Principal(basis_kr @ vectors, values, trace / count)
+        moments = _moments(chunks, bases, rank + OVERSAMPLED, seed)
+        bases = {n: torch.linalg.qr(m.total_kr)[0] for n, m in moments.items()}
+    return {n: m.principal(rank) for n, m in _moments(chunks, bases, rank + OVERSAMPLED, seed).items()}
 
 
-def _moment_times(chunks: Chunks, basis_kr: Tensor | None, rank: int, seed: int) -> tuple[Tensor, float, int]:
-    """Sum of x (x^T basis), sum of |x|^2, and how many; the basis starts as random signs."""
-    total: Tensor | None = None
-    trace, count = 0.0, 0
+def _moments(chunks: BlockChunks, bases: Mapping[str, Tensor], rank: int, seed: int) -> dict[str, _Moment]:
+    found: dict[str, _Moment] = {}
     for chunk in chunks():
-        x = chunk[chunk.isfinite().all(dim=1)].double()
-        if basis_kr is None:
-            basis_kr = _signs(x.shape[1], min(rank, x.shape[1]), seed).to(x.device)
-        total = plus(total, x.T @ (x @ basis_kr))
-        trace += float(x.square().sum())
-        count += len(x)
-    if total is None or not count:
+        for name, x in chunk.items():
+            if name not in found:
+                k = x.shape[1]
+                basis = bases[name] if name in bases else _signs(k, min(rank, k), seed).to(x.device)
+                found[name] = _Moment(basis, torch.zeros_like(basis))
+            found[name].add(x)
+    if not found or not all(m.count for m in found.values()):
         raise NoCurvature()
-    return total, trace, count
+    return found
 
 
 def _signs(rows: int, columns: int, seed: int) -> Tensor:
@@ -229,7 +278,10 @@ def _signs(rows: int, columns: int, seed: int) -> Tensor:
 
 @dataclass(frozen=True)
 class LowRankRoot:
-    """F^-1/2 of a wide block known by r directions: V (s + damping)^-1/2 V^T there, damping^-1/2 elsewhere."""
+    """F^-1/2 of a wide block known by r directions: V (s + damping)^-1/2 V^T there, damping^-1/2 elsewhere.
+
+    It is off by at most damping^-1/2 - (s_r+1 + damping)^-1/2 in any direction: by nothing for a sample of at most r.
+    """
 
     vectors_kr: Tensor
     gain_r: Tensor
@@ -244,8 +296,18 @@ class LowRankRoot:
         gain_r = (found.values_r + floor).rsqrt() - floor**-0.5
         return cls(found.vectors_kr.float(), gain_r.float(), floor**-0.5)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the matrices are."""
+        return self.vectors_kr.device
+
+    def to(self, device: torch.device) -> LowRankRoot:
+        """The same on ``device``."""
+        return LowRankRoot(self.vectors_kr.to(device), self.gain_r.to(device), self.rest)
+
     def apply(self, g_Bk: Tensor) -> Tensor:
         """F^-1/2 g, in O(k r) an example."""
+        g_Bk = g_Bk.to(self.vectors_kr.dtype)
         return g_Bk * self.rest + ((g_Bk @ self.vectors_kr) * self.gain_r) @ self.vectors_kr.T
 
     def tensors(self) -> dict[str, Tensor]:
@@ -258,6 +320,9 @@ class LowRankRoot:
         return cls(tensors["vectors"], tensors["gain"], float(tensors["rest"]))
 
 
+Root = Tensor | LowRankRoot
+
+
 def adam_whitening(second_moments: Mapping[str, Tensor], masks: Mapping[str, LayerMask], epsilon: float) -> Whitening:
     """Adam's own preconditioner 1 / (sqrt(v) + epsilon), half on each side, at the kept entries (arXiv:2402.04333).
 
@@ -266,10 +331,8 @@ def adam_whitening(second_moments: Mapping[str, Tensor], masks: Mapping[str, Lay
         masks: of the same layers, in the order of the vector.
         epsilon: the optimiser's; absolute, as Adam's is.
     """
-    ends = np.cumsum([mask.kept for mask in masks.values()]).tolist()
-    slices = {n: slice(e - m.kept, e) for (n, m), e in zip(masks.items(), ends, strict=True)}
     roots = {n: (second_moments[n][m.coordinates()].double().sqrt() + epsilon).rsqrt() for n, m in masks.items()}
-    return Whitening(slices, {n: root.float() for n, root in roots.items()})
+    return Whitening(columns(masks), {n: root.float() for n, root in roots.items()})
 
 
 def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

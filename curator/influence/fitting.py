@@ -6,11 +6,11 @@ hides them (METHOD, "The overconfidence trap": AUC .42-.55 against .97).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,8 +18,18 @@ from curator.errors import LayersUnreached, NoCurvature, StateMismatch, UnknownC
 from curator.influence.capture import Layer, Reader, capture, each, find_layers
 from curator.influence.codes import FoldedCode, fit_code
 from curator.influence.confidence import fit_temperature
-from curator.influence.curvature import Chunks, FisherSums, Whitening, under
-from curator.influence.dropout import LayerMask
+from curator.influence.curvature import (
+    ROOT_RANK,
+    WIDEST_BLOCK,
+    BlockChunks,
+    Chunks,
+    FisherSums,
+    LowRankRoot,
+    Whitening,
+    principals,
+    under,
+)
+from curator.influence.dropout import LayerMask, columns
 from curator.influence.ekfac import EigenvalueSums, bases
 from curator.influence.energy import EnergySums
 from curator.influence.kept import KeptEntries
@@ -49,7 +59,7 @@ class Fitted:
     @property
     def columns(self) -> dict[str, slice]:
         """The columns of each layer among the kept entries."""
-        return columns_of_masks(self.masks)
+        return columns(self.masks)
 
     def to(self, device: torch.device) -> Fitted:
         """The same on ``device``."""
@@ -78,12 +88,6 @@ class Fitted:
         return cls(masks, _encoding_of(masks, spec, tensors), roots, float(tensors["temperature"]))
 
 
-def columns_of_masks(masks: Mapping[str, LayerMask]) -> dict[str, slice]:
-    """The columns of each layer in the concatenation of all kept entries."""
-    ends = np.cumsum([mask.kept for mask in masks.values()]).tolist()
-    return {name: slice(end - mask.kept, end) for (name, mask), end in zip(masks.items(), ends, strict=True)}
-
-
 def _masks_of(layers: Sequence[Layer], tensors: Mapping[str, Tensor]) -> dict[str, LayerMask]:
     found = {layer.name: under(f"mask/{layer.name}/", tensors) for layer in layers}
     return {name: LayerMask.of(parts) for name, parts in found.items() if parts}
@@ -100,7 +104,7 @@ def _encoding_of(masks: Mapping[str, LayerMask], spec: RecipeSpec, tensors: Mapp
             raise StateMismatch(found=found_shape, wanted=shape)
         return FoldedCode(tensors["code"])
     whitening = Whitening.of(tensors)
-    if dict(whitening.slices) != columns_of_masks(masks):
+    if dict(whitening.slices) != columns(masks):
         found = {name: c.stop - c.start for name, c in whitening.slices.items()}
         raise StateMismatch(found=found, wanted=wanted)
     return whitening
@@ -148,7 +152,7 @@ def fit(model: nn.Module, losses: Losses, trusted: Iterable[Any], spec: RecipeSp
     energy = _energy(sample) if spec.measures_energy else None
     device = device_of(model)
     masks = {name: mask.to(device) for name, mask in draw_masks(layers, spec, energy).items()}
-    fisher = FisherSums(columns_of_masks(masks), spec.curvature)
+    fisher = FisherSums(_summed(masks, spec), spec.curvature)
     kronecker = KroneckerSums(angular=spec.curvature == "angular")
     losses_N: list[Tensor] = []
     reached: set[str] = set()
@@ -156,7 +160,7 @@ def fit(model: nn.Module, losses: Losses, trusted: Iterable[Any], spec: RecipeSp
         reached |= kept.kept_Bk.keys()
         fisher.add(kept.g_BK(loss_B))
         losses_N.append(loss_B.float().cpu())
-    _check_fit(fisher, reached)
+    _check_fit(fisher, masks, reached)
     roots = _roots(sample, kronecker, spec) if spec.exact else None
     return Fitted(masks, _encoding(sample, masks, fisher, spec), roots, _temperature(losses_N, spec))
 
@@ -168,10 +172,16 @@ def _energy(sample: _Sample) -> EnergySums:
     return sums
 
 
-def _check_fit(fisher: FisherSums, reached: set[str]) -> None:
+def _summed(masks: Mapping[str, LayerMask], spec: RecipeSpec) -> dict[str, slice]:
+    """The columns whose Fisher is summed whole."""
+    narrow = WIDEST_BLOCK if spec.curvature in ("angular", "fisher") else sys.maxsize
+    return {name: c for name, c in columns(masks).items() if c.stop - c.start <= narrow}
+
+
+def _check_fit(fisher: FisherSums, masks: Mapping[str, LayerMask], reached: set[str]) -> None:
     if not fisher.count:
         raise NoCurvature()
-    if missed := [name for name in fisher.slices if name not in reached]:
+    if missed := [name for name in masks if name not in reached]:
         raise LayersUnreached(layers=", ".join(missed))
 
 
@@ -187,9 +197,31 @@ def _roots(sample: _Sample, kronecker: KroneckerSums, spec: RecipeSpec) -> Krone
 
 
 def _encoding(sample: _Sample, masks: Mapping[str, LayerMask], fisher: FisherSums, spec: RecipeSpec) -> Encoding:
-    whitening = fisher.whitening(spec.damping)
+    whitening = _whitening(sample, masks, fisher, spec)
     code = fit_code(spec.code, _whitened(sample, masks, whitening), spec.code_dimension, spec.seed)
     return FoldedCode.fold(whitening, code) if code else whitening
+
+
+def _whitening(sample: _Sample, masks: Mapping[str, LayerMask], fisher: FisherSums, spec: RecipeSpec) -> Whitening:
+    narrow, whole = fisher.whitening(spec.damping), columns(masks)
+    wide = {name: c for name, c in whole.items() if name not in fisher.slices}
+    if not wide:
+        return narrow
+    found = principals(_blocks(sample, masks, wide, spec.curvature == "angular"), ROOT_RANK, spec.seed)
+    roots = {**narrow.roots, **{name: LowRankRoot.fit(p, spec.damping) for name, p in found.items()}}
+    return Whitening(whole, {name: roots[name] for name in whole})
+
+
+def _blocks(sample: _Sample, masks: Mapping[str, LayerMask], wide: Mapping[str, slice], angular: bool) -> BlockChunks:
+    """The kept entries of the wide layers, captured again at every pass, as ``FisherSums`` would add them."""
+
+    def chunks() -> Iterator[Mapping[str, Tensor]]:
+        for loss_B, kept in sample.kept(masks):
+            g_BK = kept.g_BK(loss_B)
+            g_BK = g_BK[g_BK.isfinite().all(dim=1)]
+            yield {name: unit(g_BK[:, c])[0] if angular else g_BK[:, c] for name, c in wide.items()}
+
+    return chunks
 
 
 def _whitened(sample: _Sample, masks: Mapping[str, LayerMask], whitening: Whitening) -> Chunks:

@@ -8,6 +8,7 @@ from typing import Any
 
 from curator.errors import UnknownRecipeField
 from curator.influence.capture import Layer
+from curator.influence.curvature import WIDEST_BLOCK
 from curator.influence.dropout import LayerMask, budgets, draw
 from curator.influence.energy import EnergySums
 
@@ -58,7 +59,8 @@ class RecipeSpec:
     @property
     def takes_passes(self) -> bool:
         """Whether fitting goes over the trusted data more than once."""
-        return self.measures_energy or self.code != "none" or self.exact_curvature != "kfac"
+        wide = max(self.dimension, *self.kept.values(), 0) > WIDEST_BLOCK
+        return wide or self.measures_energy or self.code != "none" or self.exact_curvature != "kfac"
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""

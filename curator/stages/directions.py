@@ -23,9 +23,9 @@ from curator.influence.scoring import Directions
 from curator.settings import Settings
 from curator.stages import instrument, yardstick
 from curator.stages.instrument import Instrument, finite, states_of
-from curator.store import directions, offers, tensors, vectors, work
-from curator.store.directions import ValidationExample
+from curator.store import directions, offers, recipes, tensors, validation, vectors, work
 from curator.store.engine import read
+from curator.store.validation import ValidationExample
 from curator.types import Counts, GradientState, Lease, Stage
 from curator.workloads import base
 
@@ -70,8 +70,8 @@ def claim(connection: Connection, settings: Settings) -> Batch | None:
     while lease := work.claim(connection, STAGE, 1, settings.limits.lease_seconds):
         (set_id,) = lease.subjects
         if directions.is_asked(connection, set_id):
-            examples = directions.validation_examples(connection, directions.validation_sets_of(connection, set_id))
-            fitted = directions.recipe(connection, lease.recipe_id).state == "ready"
+            examples = validation.validation_examples(connection, directions.validation_sets_of(connection, set_id))
+            fitted = recipes.recipe(connection, lease.recipe_id).state == "ready"
             return Batch(lease, lease.recipe_id, set_id, examples, fitted)
         work.finish(connection, lease)
     return None
@@ -191,16 +191,16 @@ def record(connection: Connection, settings: Settings, batch: Batch, result: Res
     """
     if not work.hold(connection, batch.lease):
         return Counts(lost=1)
-    directions.change_footing(connection)
-    if result.fitted and directions.recipe(connection, batch.recipe_id).state == "ready":
+    recipes.change_footing(connection)
+    if result.fitted and recipes.recipe(connection, batch.recipe_id).state == "ready":
         return Counts(lost=work.give_back(connection, batch.lease))
     work.finish(connection, batch.lease)
     attributor = result.attributor
     if result.fitted:
         state = {name: t.numpy() for name, t in attributor.state().items()}
         tensors.keep(connection, "curvatures", "recipe_id", batch.recipe_id, state)
-        dimensions = vectors.block_dimensions(attributor.K)
-        directions.recipe_fitted(connection, batch.recipe_id, attributor.K, len(dimensions), attributor.temperature)
+        sets = directions.validation_sets_of(connection, batch.direction_set_id)
+        recipes.recipe_fitted(connection, batch.recipe_id, sets, attributor.K, attributor.temperature)
         vectors.make_partitions(connection, batch.recipe_id, attributor.K)
     _record_validation(connection, batch.recipe_id, result)
     counts = result.directions.count_S.tolist()
@@ -218,7 +218,7 @@ def record(connection: Connection, settings: Settings, batch: Batch, result: Res
 
 
 def _record_validation(connection: Connection, recipe_id: int, result: Result) -> None:
-    known = directions.measured_validation(connection, recipe_id)
+    known = validation.measured_validation(connection, recipe_id)
     states = states_of(result.measured)
     new = [row for row, example in enumerate(result.examples) if example.id not in known]
     m = result.measured
@@ -234,7 +234,7 @@ def _record_validation(connection: Connection, recipe_id: int, result: Result) -
         for row in new
     ]
     if facts:
-        directions.record_validation(connection, recipe_id, facts)
+        validation.record_validation(connection, recipe_id, facts)
     usable = [row for row in new if states[row] == GradientState.OK]
     ids = np.array([result.examples[row].id for row in usable], np.int64)
     vectors.write_validation(connection, recipe_id, ids, m.unit_BK[usable].numpy())

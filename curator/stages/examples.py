@@ -18,7 +18,7 @@ from curator.errors import DataError
 from curator.settings import Limits, Settings
 from curator.sources.jsonl import open_records
 from curator.sources.records import parse_record
-from curator.store import directions, examples, offers, work
+from curator.store import examples, offers, recipes, work
 from curator.store.examples import Intake
 from curator.types import Counts, Lease, Record, Refusal, Stage
 
@@ -160,8 +160,8 @@ def _write(
     batch_id = examples.open_batch(connection, intake.id) if records else 0
     new = examples.insert(connection, intake, batch_id, records)
     examples.quarantine(connection, intake, refusals, settings.limits.quarantine_bytes)
-    directions.keep_footing(connection)
-    recipe = directions.recipe_in_use(connection)
+    recipes.keep_footing(connection)
+    recipe = recipes.recipe_in_use(connection)
     if recipe is not None and recipe.state == "ready":
         work.offer(connection, Stage.GRADIENTS, new, recipe_id=recipe.id, batch_ids=[batch_id] * len(new))
     return Counts(done=len(new), duplicates=len(records) - len(new), refused=len(refusals))
@@ -192,7 +192,7 @@ def _end(connection: Connection, settings: Settings, batch: Batch, result: Resul
 
 def _offer_verdicts(connection: Connection, batch_ids: Sequence[int]) -> None:
     """Offer closed batches that may have been through before they were closed."""
-    recipe = directions.recipe_in_use(connection)
+    recipe = recipes.recipe_in_use(connection)
     if recipe and batch_ids:
         offers.verdicts(connection, recipe.id, batch_ids)
 

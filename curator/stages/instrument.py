@@ -19,8 +19,8 @@ from curator.influence.dropout import budgets
 from curator.influence.exact import Towards, directions_of
 from curator.influence.layers import find_layers
 from curator.settings import Settings
-from curator.store import directions, tensors
-from curator.store.directions import Recipe
+from curator.store import directions, recipes, tensors
+from curator.store.recipes import Recipe
 from curator.types import GradientState
 from curator.workloads import base, checkpoints, registry
 from curator.workloads.base import Workload
@@ -82,7 +82,7 @@ def load(connection: Connection, settings: Settings, recipe_id: int, direction_s
         CheckpointChanged: the checkpoint is no longer what was added.
         WorkloadFailed, FactoryFailed, PickleRefused, ...: see ``curator.workloads``.
     """
-    bare = unfitted(settings, directions.recipe(connection, recipe_id))
+    bare = unfitted(settings, recipes.recipe(connection, recipe_id))
     log.info("loaded recipe %d (%s) on %s", recipe_id, bare.recipe.checkpoint.name, bare.device)
     if bare.recipe.state != "ready":
         return bare

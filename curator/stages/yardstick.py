@@ -16,8 +16,8 @@ from curator.influence.attribution import Measured
 from curator.influence.confidence import measurement_slope
 from curator.influence.harm import Harm, evidence
 from curator.influence.scoring import Directions
-from curator.store import directions, tensors, vectors
-from curator.store.directions import Recipe
+from curator.store import directions, tensors, validation, vectors
+from curator.store.recipes import Recipe
 
 Key = tuple[int, str]
 Floats = NDArray[np.float64]
@@ -91,7 +91,7 @@ def load(connection: Connection, recipe: Recipe, set_id: int) -> Yardstick:
     means = {p.removeprefix("mean/"): torch.from_numpy(a.copy()) for p, a in kept.items() if p.startswith("mean/")}
     harm = {p.removeprefix("harm/"): a for p, a in kept.items() if p.startswith("harm/")}
     harms = [Harm.of({part: array[s] for part, array in harm.items()}) for s in range(len(names))]
-    rows = directions.measured_direction_examples(connection, recipe.id, set_id)
+    rows = validation.measured_direction_examples(connection, recipe.id, set_id)
     unit_VK = torch.from_numpy(vectors.read_validation(connection, recipe.id, [r.id for r in rows], recipe.dimension))
     measurement = recipe.spec["gradients"]["measurement"]
     slope_V = measurement_slope([r.loss for r in rows], measurement, recipe.temperature)

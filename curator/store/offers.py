@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from sqlalchemy import Connection, text
 
-from curator.store import directions
+from curator.store import recipes
 from curator.types import PRIORITY_BACKFILL, PRIORITY_FRESH, Stage
 
 
@@ -22,7 +22,7 @@ def missing(connection: Connection) -> int:
 
 def recipe_in_use(connection: Connection) -> int:
     """Offer what the recipe and directions in use leave to do, once there are any."""
-    recipe = directions.recipe_in_use(connection)
+    recipe = recipes.recipe_in_use(connection)
     if recipe is None or recipe.state != "ready":
         return 0
     return gradients(connection, recipe.id) + scores(connection, recipe.id) + verdicts(connection, recipe.id)

@@ -222,17 +222,16 @@ recipes = Table(
     _id(),
     Column("key", LargeBinary, nullable=False, comment="digest of everything that makes gradients comparable"),
     _ref("checkpoint_id", "checkpoints"),
-    _ref("validation_set_id", "validation_sets"),
     Column("spec", JSONB, nullable=False, comment="what was asked for; nothing filters on it"),
+    Column("fitted_on", ARRAY(BigInteger), comment="the validation sets whose directions' examples it was fitted on"),
     Column("dimension", Integer),
-    Column("blocks", SmallInteger),
     Column("temperature", REAL, comment="of the checkpoint, on trusted data; 1 is calibrated, above is overconfident"),
     Column("state", Text, nullable=False, server_default="fitting"),
     Column("in_use", Boolean, nullable=False, server_default=text("false")),
     _now("added_at"),
-    UniqueConstraint("key", comment="The same checkpoint, masks and trusted data are one recipe."),
+    UniqueConstraint("key", comment="The same checkpoint and settings are one recipe."),
     Index("recipes_one_in_use", "in_use", unique=True, postgresql_where=text("in_use")),
-    _one_of("state", "fitting", "ready", "retired"),
+    _one_of("state", "fitting", "ready"),
 )
 
 curvatures = Table(

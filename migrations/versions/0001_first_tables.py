@@ -190,15 +190,19 @@ def upgrade() -> None:
             "key", sa.LargeBinary(), nullable=False, comment="digest of everything that makes gradients comparable"
         ),
         sa.Column("checkpoint_id", sa.BigInteger(), nullable=False),
-        sa.Column("validation_set_id", sa.BigInteger(), nullable=False),
         sa.Column(
             "spec",
             postgresql.JSONB(astext_type=sa.Text()),
             nullable=False,
             comment="what was asked for; nothing filters on it",
         ),
+        sa.Column(
+            "fitted_on",
+            sa.ARRAY(sa.BigInteger()),
+            nullable=True,
+            comment="the validation sets whose directions' examples it was fitted on",
+        ),
         sa.Column("dimension", sa.Integer(), nullable=True),
-        sa.Column("blocks", sa.SmallInteger(), nullable=True),
         sa.Column(
             "temperature",
             sa.REAL(),
@@ -208,11 +212,8 @@ def upgrade() -> None:
         sa.Column("state", sa.Text(), server_default="fitting", nullable=False),
         sa.Column("in_use", sa.Boolean(), server_default=sa.text("false"), nullable=False),
         sa.Column("added_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
-        sa.CheckConstraint("state IN ('fitting', 'ready', 'retired')", name=op.f("recipes_state_check")),
+        sa.CheckConstraint("state IN ('fitting', 'ready')", name=op.f("recipes_state_check")),
         sa.ForeignKeyConstraint(["checkpoint_id"], ["curator.checkpoints.id"], name=op.f("recipes_checkpoint_id_fkey")),
-        sa.ForeignKeyConstraint(
-            ["validation_set_id"], ["curator.validation_sets.id"], name=op.f("recipes_validation_set_id_fkey")
-        ),
         sa.PrimaryKeyConstraint("id", name=op.f("recipes_pkey")),
         sa.UniqueConstraint("key", name=op.f("recipes_key_key")),
         schema="curator",

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from sqlalchemy import Connection, Engine, text
 
 from curator.influence.parts import COLUMNS
-from curator.store import directions, scores, tensors, vectors, verdicts
+from curator.store import directions, recipes, scores, tensors, validation, vectors, verdicts
 from curator.store.engine import begin
 
 EVIL = "<script>alert(1)</script> \x1b[31mred\x1b[0m \u202egnp.exe =cmd()"
@@ -94,10 +94,10 @@ def _half(x: Floats) -> Floats:
 
 
 def _footing(connection: Connection, dimension: int, trusted: int) -> tuple[int, int, list[int]]:
-    directions.add_checkpoint(connection, "base", "/models/base.safetensors", b"c" * 32)
-    directions.use_checkpoint(connection, "base")
+    recipes.add_checkpoint(connection, "base", "/models/base.safetensors", b"c" * 32)
+    recipes.use_checkpoint(connection, "base")
     rows = [
-        directions.NewValidationExample(
+        validation.NewValidationExample(
             hashlib.sha256(f"{name}{role}{i}".encode()).digest(),
             f"v-{name}-{role}-{i}",
             json.dumps({"text": f"{role} {i} of {name} <b>", "label": name}),
@@ -108,11 +108,11 @@ def _footing(connection: Connection, dimension: int, trusted: int) -> tuple[int,
         for role in ("direction", "reference")
         for i in range(trusted)
     ]
-    set_id = directions.add_validation_set(connection, "trusted", "topic", b"v" * 32, rows)
-    checkpoint = directions.checkpoint_in_use(connection)
+    set_id = validation.add_validation_set(connection, "trusted", "topic", b"v" * 32, rows)
+    checkpoint = recipes.checkpoint_in_use(connection)
     assert checkpoint
-    recipe_id = directions.use_recipe(connection, b"r" * 32, checkpoint.id, set_id, {"mask": "coordinate"})
-    directions.recipe_fitted(connection, recipe_id, dimension, 1, 1.2)
+    recipe_id = recipes.use_recipe(connection, b"r" * 32, checkpoint.id, {"mask": "coordinate"})
+    recipes.recipe_fitted(connection, recipe_id, [set_id], dimension, 1.2)
     columns = {"first": [0, dimension // 4], "second": [dimension // 4, dimension]}
     tensors.keep(
         connection,
@@ -133,7 +133,7 @@ def _footing(connection: Connection, dimension: int, trusted: int) -> tuple[int,
     directions.use_directions(connection, direction_set)
     scales = {"harm/centre": CENTRE_SC, "harm/spread": SPREAD_SC}
     tensors.keep(connection, "direction_tensors", "direction_set_id", direction_set, scales)
-    ids = [v.id for v in directions.validation_examples(connection, [set_id]) if v.role == "direction"]
+    ids = [v.id for v in validation.validation_examples(connection, [set_id]) if v.role == "direction"]
     return recipe_id, direction_set, ids
 
 
