@@ -413,6 +413,13 @@ class LongName(DataError):
     hint = "Keep id and source short; what is long belongs in meta."
 
 
+class NoJsonForm(DataError):
+    """The row holds a value of type {kind}, which has no form in JSON."""
+
+    code = "CUR-TXT-012"
+    hint = "Leave that column out, or write it as text or numbers; curator trains on what JSON can say."
+
+
 class NulEscaped(DataError):
     r"""A string of the record holds the character NUL; it was kept, as the escape \u0000."""
 

@@ -48,6 +48,35 @@ class Workload:
 
 
 @dataclass(frozen=True, slots=True)
+class Sources:
+    """What arrives, and how it is understood."""
+
+    fields: Mapping[str, Any] = field(
+        default_factory=dict, metadata={"doc": 'what records call curator\'s fields: {text = "body", label = "class"}'}
+    )
+    named: Mapping[str, Any] = field(
+        default_factory=dict, metadata={"doc": "fields of one source: written as [sources.NAME], fields = {...}"}
+    )
+    urls: tuple[str, ...] = field(
+        default=(), metadata={"doc": "prefixes that may be read: s3://bucket/folder; empty: no URL at all"}
+    )
+    url_options: Mapping[str, Any] = field(
+        default_factory=dict, metadata={"doc": "keyword arguments of the fsspec file system, a table a scheme"}
+    )
+    still_seconds: float = field(
+        default=1.0, metadata={"doc": "how long a file of a watched folder stands still before it is taken"}
+    )
+    similarity: float = field(
+        default=0.8, metadata={"doc": "share of three-word sequences in common that makes a near-duplicate"}
+    )
+
+    def fields_of(self, source: str) -> Mapping[str, str]:
+        """What the records of a source call curator's fields; nothing where they use its own names."""
+        found: Mapping[str, str] = self.named.get(source, {}).get("fields", self.fields)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
 class Gradients:
     """How a gradient is compressed."""
 
@@ -70,7 +99,10 @@ class Gradients:
     seed: int = 0
     exact: bool = field(default=True, metadata={"doc": "un-compressed scores on arrival"})
     exact_norm: bool = field(default=True, metadata={"doc": "norms of full gradients; false: estimated by the mask"})
-    batch: int = field(default=256, metadata={"doc": "examples a forward pass"})
+    batch: int = field(default=256, metadata={"doc": "examples a forward pass, at most"})
+    tokens: int = field(
+        default=8192, metadata={"doc": "padded tokens a forward pass, at most; halved where memory runs out"}
+    )
     device: str = field(default="auto", metadata={"doc": "auto, cpu, cuda, cuda:1"})
 
 
@@ -137,6 +169,7 @@ class Settings:
     database: Database = Database()
     broker: Broker = Broker()
     workload: Workload = Workload()
+    sources: Sources = Sources()
     gradients: Gradients = Gradients()
     scores: Scores = Scores()
     verdicts: Verdicts = Verdicts()
@@ -225,10 +258,18 @@ def _from_toml(path: Path) -> Iterator[tuple[str, tuple[object, str]]]:
         if section not in SECTIONS or not isinstance(table, dict):
             raise UnknownSetting(where=path.name, key=f"[{section}]", suggestion=_nearest(section, SECTIONS))
         keys = [spec.name for spec in fields(SECTIONS[section])]
+        table = _gathered(table, keys) if section == "sources" else table
         for key, value in table.items():
             if key not in keys:
                 raise UnknownSetting(where=f"{path.name} [{section}]", key=key, suggestion=_nearest(key, keys))
             yield f"{section}.{key}", (value, path.name)
+
+
+def _gathered(table: Mapping[str, Any], keys: list[str]) -> dict[str, Any]:
+    """``[sources]`` with its sub-tables, one a source, under the key ``named``."""
+    named = {key: value for key, value in table.items() if key not in keys and isinstance(value, dict)}
+    rest = {key: value for key, value in table.items() if key not in named}
+    return {**rest, "named": {**named, **rest.get("named", {})}} if named else rest
 
 
 def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, tuple[object, str]]]:
@@ -275,6 +316,7 @@ def _build(project: Path, values: Mapping[str, tuple[object, str]]) -> Settings:
     origins = {key: origin for key, (_, origin) in values.items()}
     settings = Settings(project=project, origins=origins, **sections)
     _check_ranges(settings)
+    _check_fields(settings)
     return settings
 
 
@@ -349,6 +391,8 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("verdicts.fdr", 1e-4, 0.5),
     ("verdicts.pool", 1, 1_000_000),
     ("verdicts.valuable", 0, 1),
+    ("sources.still_seconds", 0, 86_400),
+    ("sources.similarity", 0.7, 1),
     ("schedule.stages", 0.1, 86_400),
     ("schedule.folders", 0.1, 86_400),
     ("schedule.upkeep", 0.1, 86_400),
@@ -362,6 +406,16 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("limits.expansion", 1, 1_000_000),
     ("limits.turn_seconds", 1, 86_400),
 )
+
+
+def _check_fields(settings: Settings) -> None:
+    """A mapping that is not one would be found out by the first record, in the middle of the night."""
+    named = settings.sources.named
+    for key, given in [("sources.fields", settings.sources.fields), *((f"sources.{k}", v) for k, v in named.items())]:
+        table = given if key == "sources.fields" else given.get("fields") if set(given) == {"fields"} else None
+        if not isinstance(table, Mapping) or not all(isinstance(path, str) and path for path in table.values()):
+            origin = settings.origins.get("sources.fields" if key == "sources.fields" else "sources.named", "default")
+            raise BadSetting(key=key, value=given, origin=origin, expected='a table fields = {text = "body"}')
 
 
 def _check_ranges(settings: Settings) -> None:

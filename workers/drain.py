@@ -10,7 +10,7 @@ import sys
 from curator import settings
 from curator.errors import CuratorError
 from curator.runtime import Runtime
-from curator.stages import directions, examples, gradients, scores, upkeep, verdicts
+from curator.stages import directions, examples, gradients, likeness, scores, upkeep, verdicts
 from curator.stages.turn import StageModule, Turn
 from curator.store import migrate, offers, work
 from curator.store.engine import begin, read
@@ -32,6 +32,7 @@ def drain(runtime: Runtime) -> bool:
             upkeep.run(connection, runtime.settings)
         for stage in STAGES:
             turn.run(stage, runtime.settings.limits.turn_seconds)
+        likeness.run(runtime.engine, runtime.settings.sources.similarity, runtime.settings.limits.turn_seconds)
         with begin(runtime.engine) as connection:
             backfill = runtime.settings.schedule.backfill
             if not work.waiting(connection, backfill=backfill) and not offers.missing(connection):

@@ -8,7 +8,7 @@ import os
 from celery import shared_task
 
 from curator.errors import DependencyDown
-from curator.stages import folders, upkeep
+from curator.stages import folders, likeness, upkeep
 from curator.store import examples, offers, work
 from curator.store.engine import begin, read
 from curator.types import UPKEEP_TASK, Stage
@@ -18,6 +18,9 @@ log = logging.getLogger(__name__)
 
 SWEEP_SECONDS = 600.0
 """How often all tables are read for what nobody offered: 0.5 s for 200,000 examples, so not with every upkeep."""
+
+LIKENESS_SECONDS = 3.0
+"""How long near-duplicates are looked for at a time: other tasks of the table's queue wait so long."""
 
 
 @shared_task(base=StageTask, bind=True, name=UPKEEP_TASK)  # type: ignore[untyped-decorator]
@@ -33,10 +36,11 @@ def run(self: StageTask) -> str:
             if work.take_window(connection, "curator.sweep", SWEEP_SECONDS, f"{os.getpid()}"):
                 offers.missing(connection)
             left = work.claimable(connection, backfill=runtime.settings.schedule.backfill)
+        runtime.wake(*left)
+        likeness.run(runtime.engine, runtime.settings.sources.similarity, LIKENESS_SECONDS)
     except DependencyDown as error:
         log.warning("upkeep: %s", error)
         return "dependency down"
-    runtime.wake(*left)
     return str(mended)
 
 

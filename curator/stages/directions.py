@@ -84,12 +84,23 @@ def load(engine: Engine, settings: Settings, batch: Batch) -> Instrument:
 
 
 def compute(tools: Instrument, batch: Batch) -> Result:
-    """Fit, measure, take means.
+    """Fit, measure, take means; all of it again in smaller passes where memory runs out.
 
     Raises:
         NotMeasurable: a slice has no trusted example with a gradient.
         NoCurvature, LayersUnreached: see ``Attributor.fit``.
+        torch.OutOfMemoryError: one record alone does not fit.
     """
+    while True:
+        try:
+            return _made(tools, batch)
+        except torch.OutOfMemoryError:
+            if tools.room.tokens == 1:
+                raise
+            tools.room.halve(tools.room.tokens)
+
+
+def _made(tools: Instrument, batch: Batch) -> Result:
     towards = [e for e in batch.examples if e.role == "direction"]
     attributor = tools.attributor or _fit(tools, towards)
     measured = _measured(tools, attributor, batch.examples)

@@ -19,7 +19,6 @@ from curator.store import examples
 
 log = logging.getLogger(__name__)
 
-STILL_SECONDS = 1.0
 SUFFIXES = (".jsonl.gz", ".ndjson.gz", ".json.gz", ".jsonl", ".ndjson", ".json", ".gz")
 
 
@@ -27,6 +26,7 @@ SUFFIXES = (".jsonl.gz", ".ndjson.gz", ".json.gz", ".jsonl", ".ndjson", ".json",
 class Watcher:
     """What one process has seen of the folders. Forgetting it costs a look, since intakes know their files."""
 
+    still_seconds: float = 1.0
     looks: dict[str, Look] = field(default_factory=dict)
     opened: set[tuple[str, int, int]] = field(default_factory=set)
 
@@ -35,7 +35,7 @@ class Watcher:
         now = folder.look(Path(path), time.monotonic())
         before = self.looks.get(path, Look(now.at, {}))
         self.looks[path] = folder.since(before, now)
-        names = folder.settled(before, now, STILL_SECONDS)
+        names = folder.settled(before, now, self.still_seconds)
         return [(Path(path) / name, folder.source_of(name)) for name in names if self._is_new(path, name, now)]
 
     def _is_new(self, path: str, name: str, now: Look) -> bool:

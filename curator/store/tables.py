@@ -126,8 +126,9 @@ examples = Table(
     _id(),
     Column("digest", LargeBinary, nullable=False),
     Column("external_id", Text, nullable=False, server_default=""),
-    _ref("source_id", "sources"),
-    _ref("batch_id", "batches"),
+    # No foreign keys here and in occurrences: checked row by row, four of them cost as much as storing the record.
+    Column("source_id", BigInteger, nullable=False),
+    Column("batch_id", BigInteger, nullable=False),
     Column("record", JSON, nullable=False, comment="json, not jsonb: jsonb refuses an escaped NUL"),
     _now("arrived_at"),
     UniqueConstraint("digest", comment="One example however often it arrives: it is computed once."),
@@ -139,12 +140,48 @@ examples = Table(
 occurrences = Table(
     "occurrences",
     metadata,
-    _ref("example_id", "examples"),
-    _ref("intake_id", "intakes"),
+    Column("example_id", BigInteger, nullable=False),
+    Column("intake_id", BigInteger, nullable=False),
     Column("external_id", Text, nullable=False, server_default=""),
     Column("position", BigInteger, nullable=False, comment="where it was first met"),
     Column("n", BigInteger, nullable=False, server_default="1"),
     PrimaryKeyConstraint("example_id", "intake_id", "external_id"),
+)
+
+sketches = Table(
+    "sketches",
+    metadata,
+    _id(),
+    _ref("example_id", "examples"),
+    Column("bands", ARRAY(BigInteger), nullable=False, comment="MinHash, a number a band; empty: it says nothing"),
+    Column("of_id", BigInteger, comment="the earlier example it is a near-duplicate of; NULL: it is a head"),
+    Column("similarity", REAL, comment="share of the shingles of both that they have in common"),
+    UniqueConstraint("example_id", comment="Sketched twice, it is kept once."),
+    # Only heads are compared with: a million near-copies of one text must not meet each other.
+    Index("sketches_of_heads", "bands", postgresql_using="gin", postgresql_where=text("of_id IS NULL")),
+)
+
+leaks = Table(
+    "leaks",
+    metadata,
+    _ref("example_id", "examples"),
+    _ref("validation_example_id", "validation_examples"),
+    Column("similarity", REAL, nullable=False),
+    PrimaryKeyConstraint("example_id", "validation_example_id"),
+    comment="Examples that are like a validation example. One that is the same is found by its digest.",
+)
+
+leak_checks = Table(
+    "leak_checks",
+    metadata,
+    Column(
+        "validation_set_id",
+        BigInteger,
+        ForeignKey(f"{SCHEMA}.validation_sets.id"),
+        primary_key=True,
+        autoincrement=False,
+    ),
+    Column("checked_to", BigInteger, nullable=False, comment="the last sketch that was held against the set"),
 )
 
 inbox = Table(

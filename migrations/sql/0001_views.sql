@@ -224,6 +224,47 @@ COMMENT ON COLUMN curator.source_influence.beside_trusted IS
 COMMENT ON COLUMN curator.source_influence.beside_trusted_low IS
 'of that difference, 95 %, Welch; of many sources one in twenty lies outside by chance, `curator report --by source` allows for it';
 
+CREATE VIEW curator.near_duplicates AS
+SELECT k.example_id,
+       nullif(e.external_id, '') AS external_id,
+       s.name                    AS source,
+       k.of_id                   AS of_example_id,
+       nullif(h.external_id, '') AS of_external_id,
+       hs.name                   AS of_source,
+       k.similarity
+FROM curator.sketches k
+JOIN curator.examples e ON e.id = k.example_id
+JOIN curator.sources s ON s.id = e.source_id
+JOIN curator.examples h ON h.id = k.of_id
+JOIN curator.sources hs ON hs.id = h.source_id;
+
+COMMENT ON VIEW curator.near_duplicates IS
+'One row for each example that is nearly the same as one that came before it.';
+COMMENT ON COLUMN curator.near_duplicates.of_example_id IS 'the earliest one, itself a near-duplicate of nothing';
+COMMENT ON COLUMN curator.near_duplicates.similarity IS
+'share of the three-word sequences of both that they have in common, in (0, 1]';
+
+CREATE VIEW curator.validation_leaks AS
+SELECT l.example_id,
+       nullif(e.external_id, '') AS external_id,
+       s.name                    AS source,
+       v.name                    AS validation_set,
+       nullif(t.external_id, '') AS validation_external_id,
+       l.similarity
+FROM (SELECT example_id, validation_example_id, similarity FROM curator.leaks
+      UNION ALL
+      SELECT x.id, y.id, 1 FROM curator.examples x JOIN curator.validation_examples y USING (digest)
+      WHERE NOT EXISTS (SELECT FROM curator.leaks k WHERE k.example_id = x.id AND k.validation_example_id = y.id)) l
+JOIN curator.examples e ON e.id = l.example_id
+JOIN curator.sources s ON s.id = e.source_id
+JOIN curator.validation_examples t ON t.id = l.validation_example_id
+JOIN curator.validation_sets v ON v.id = t.validation_set_id AND v.in_use;
+
+COMMENT ON VIEW curator.validation_leaks IS
+'One row for each arrival that is also, or nearly, in a validation set in use: its influence says nothing.';
+COMMENT ON COLUMN curator.validation_leaks.similarity IS
+'1 where it is the same; else the share of three-word sequences they have in common';
+
 CREATE VIEW curator.pipeline_status AS
 SELECT stage, state, count(*) AS n,
        extract(epoch FROM now() - min(offered_at))::double precision AS oldest_seconds
@@ -254,7 +295,7 @@ BEGIN
         RETURN;
     END IF;
     GRANT USAGE ON SCHEMA curator TO curator_analyst, curator_worker;
-    FOREACH name IN ARRAY ARRAY['influence_scores', 'flagged_examples', 'valuable_examples', 'verdict_history',
+    FOREACH name IN ARRAY ARRAY['influence_scores', 'flagged_examples', 'valuable_examples', 'verdict_history', 'near_duplicates', 'validation_leaks',
                                 'source_influence', 'pipeline_status', 'quarantined_records', 'flag_precision'] LOOP
         EXECUTE format('GRANT SELECT ON curator.%I TO curator_analyst, curator_worker', name);
     END LOOP;

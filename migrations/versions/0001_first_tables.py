@@ -406,8 +406,6 @@ def upgrade() -> None:
             comment="json, not jsonb: jsonb refuses an escaped NUL",
         ),
         sa.Column("arrived_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
-        sa.ForeignKeyConstraint(["batch_id"], ["curator.batches.id"], name=op.f("examples_batch_id_fkey")),
-        sa.ForeignKeyConstraint(["source_id"], ["curator.sources.id"], name=op.f("examples_source_id_fkey")),
         sa.PrimaryKeyConstraint("id", name=op.f("examples_pkey")),
         sa.UniqueConstraint("digest", name=op.f("examples_digest_key")),
         schema="curator",
@@ -494,8 +492,6 @@ def upgrade() -> None:
         sa.Column("external_id", sa.Text(), server_default="", nullable=False),
         sa.Column("position", sa.BigInteger(), nullable=False, comment="where it was first met"),
         sa.Column("n", sa.BigInteger(), server_default="1", nullable=False),
-        sa.ForeignKeyConstraint(["example_id"], ["curator.examples.id"], name=op.f("occurrences_example_id_fkey")),
-        sa.ForeignKeyConstraint(["intake_id"], ["curator.intakes.id"], name=op.f("occurrences_intake_id_fkey")),
         sa.PrimaryKeyConstraint("example_id", "intake_id", "external_id", name=op.f("occurrences_pkey")),
         schema="curator",
     )
@@ -658,6 +654,68 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("draw_id", "example_id", name=op.f("review_draw_examples_pkey")),
         schema="curator",
         comment="Flags drawn at random to be reviewed: only these give an unbiased precision.",
+    )
+    op.create_table(
+        "sketches",
+        sa.Column("id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
+        sa.Column("example_id", sa.BigInteger(), nullable=False),
+        sa.Column(
+            "bands",
+            sa.ARRAY(sa.BigInteger()),
+            nullable=False,
+            comment="MinHash, a number a band; empty: it says nothing",
+        ),
+        sa.Column(
+            "of_id",
+            sa.BigInteger(),
+            nullable=True,
+            comment="the earlier example it is a near-duplicate of; NULL: it is a head",
+        ),
+        sa.Column(
+            "similarity", sa.REAL(), nullable=True, comment="share of the shingles of both that they have in common"
+        ),
+        sa.ForeignKeyConstraint(["example_id"], ["curator.examples.id"], name=op.f("sketches_example_id_fkey")),
+        sa.PrimaryKeyConstraint("id", name=op.f("sketches_pkey")),
+        sa.UniqueConstraint(
+            "example_id", name=op.f("sketches_example_id_key"), comment="Sketched twice, it is kept once."
+        ),
+        schema="curator",
+    )
+    op.create_index(
+        "sketches_of_heads",
+        "sketches",
+        ["bands"],
+        unique=False,
+        schema="curator",
+        postgresql_using="gin",
+        postgresql_where=sa.text("of_id IS NULL"),
+    )
+    op.create_table(
+        "leaks",
+        sa.Column("example_id", sa.BigInteger(), nullable=False),
+        sa.Column("validation_example_id", sa.BigInteger(), nullable=False),
+        sa.Column("similarity", sa.REAL(), nullable=False),
+        sa.ForeignKeyConstraint(["example_id"], ["curator.examples.id"], name=op.f("leaks_example_id_fkey")),
+        sa.ForeignKeyConstraint(
+            ["validation_example_id"],
+            ["curator.validation_examples.id"],
+            name=op.f("leaks_validation_example_id_fkey"),
+        ),
+        sa.PrimaryKeyConstraint("example_id", "validation_example_id", name=op.f("leaks_pkey")),
+        schema="curator",
+        comment="Examples that are like a validation example. One that is the same is found by its digest.",
+    )
+    op.create_table(
+        "leak_checks",
+        sa.Column("validation_set_id", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column(
+            "checked_to", sa.BigInteger(), nullable=False, comment="the last sketch that was held against the set"
+        ),
+        sa.ForeignKeyConstraint(
+            ["validation_set_id"], ["curator.validation_sets.id"], name=op.f("leak_checks_validation_set_id_fkey")
+        ),
+        sa.PrimaryKeyConstraint("validation_set_id", name=op.f("leak_checks_pkey")),
+        schema="curator",
     )
     for name in ("roles", "functions", "views"):
         run((SQL / f"0001_{name}.sql").read_text(encoding="utf-8"))

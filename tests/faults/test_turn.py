@@ -202,7 +202,7 @@ def test_a_file_whose_commit_failed_is_opened_again(engine: Engine, tmp_path: Pa
     (tmp_path / "vendor.jsonl").write_text('{"text": "x"}\n')
     watched = [(str(tmp_path), "")]
     folders.settled_files(watcher, watched)
-    time.sleep(folders.STILL_SECONDS + 0.1)
+    time.sleep(watcher.still_seconds + 0.1)
     found = folders.settled_files(watcher, watched)
 
     def open_and_fail() -> None:
