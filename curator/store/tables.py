@@ -478,6 +478,36 @@ verdicts_in_force = Table(
     Index(None, "verdict"),
 )
 
+reviews = Table(
+    "reviews",
+    metadata,
+    Column("verdict_id", BigInteger, ForeignKey(f"{SCHEMA}.verdicts.id"), primary_key=True, autoincrement=False),
+    _ref("example_id", "examples"),
+    Column("label", Text, comment="relabel: what the label should be"),
+    Column("origin", Text, comment="the annotation elsewhere that it was imported from"),
+    UniqueConstraint("example_id", "origin", comment="An annotation imported twice speaks once."),
+    comment="What a review brought besides its word.",
+)
+
+review_draws = Table(
+    "review_draws",
+    metadata,
+    _id(),
+    Column("seed", BigInteger, nullable=False),
+    Column("flags", BigInteger, nullable=False, comment="how many flags it was drawn from"),
+    Column("actor", Text, nullable=False),
+    _now("at"),
+)
+
+review_draw_examples = Table(
+    "review_draw_examples",
+    metadata,
+    _ref("draw_id", "review_draws"),
+    _ref("example_id", "examples"),
+    PrimaryKeyConstraint("draw_id", "example_id"),
+    comment="Flags drawn at random to be reviewed: only these give an unbiased precision.",
+)
+
 judged_batches = Table(
     "judged_batches",
     metadata,

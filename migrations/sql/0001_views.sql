@@ -130,10 +130,11 @@ COMMENT ON VIEW curator.valuable_examples IS
 COMMENT ON COLUMN curator.valuable_examples.gain IS 'normalised influence at the time of choosing';
 
 CREATE VIEW curator.verdict_history AS
-SELECT v.example_id, v.verdict, v.previous, v.reason, v.actor, v.at, v.review, v.note, v.policy, v.q_value,
-       v.p_value, v.stream_q, v.stream_level, v.policy_version, v.evidence, c.name AS checkpoint, encode(r.key, 'hex') AS recipe,
-       v.direction_set_id AS directions
+SELECT v.example_id, v.verdict, v.previous, v.reason, v.actor, v.at, v.review, v.note, v.policy, v.q_value, w.label,
+       v.p_value, v.stream_q, v.stream_level, v.policy_version, v.evidence, c.name AS checkpoint,
+       encode(r.key, 'hex') AS recipe, v.direction_set_id AS directions
 FROM curator.verdicts v
+LEFT JOIN curator.reviews w ON w.verdict_id = v.id
 LEFT JOIN curator.recipes r ON r.id = v.recipe_id
 LEFT JOIN curator.checkpoints c ON c.id = r.checkpoint_id;
 
@@ -141,6 +142,51 @@ COMMENT ON VIEW curator.verdict_history IS 'One row for each decision ever taken
 COMMENT ON COLUMN curator.verdict_history.policy_version IS 'digest of what the policy said when it was applied';
 COMMENT ON COLUMN curator.verdict_history.evidence IS 'the scores it rests on, and p and q under each policy, as JSON';
 COMMENT ON COLUMN curator.verdict_history.directions IS 'number of the set of directions it was scored against';
+
+COMMENT ON COLUMN curator.verdict_history.label IS 'what a reviewer says the label should be';
+
+CREATE VIEW curator.flag_precision AS
+WITH reviewed AS (
+    SELECT f.example_id, coalesce(u.review, v.review) IN ('drop', 'relabel') AS upheld
+    FROM curator.verdicts_in_force f
+    JOIN curator.verdicts v ON v.id = f.verdict_id
+    LEFT JOIN curator.verdicts u ON u.id = v.restores
+    WHERE coalesce(u.review, v.review) IN ('keep', 'drop', 'relabel')
+), flags AS (
+    SELECT example_id FROM (
+        SELECT DISTINCT ON (example_id) example_id, verdict FROM curator.verdicts
+        WHERE review IS NULL ORDER BY example_id, id DESC) own
+    WHERE verdict = 'harmful'
+)
+SELECT t.draw, t.at, t.flags, t.drawn, t.reviewed, t.upheld,
+       t.upheld::double precision / nullif(t.reviewed, 0) AS precision,
+       CASE WHEN t.reviewed > 0 THEN greatest(0, w.middle - w.half) END AS ci_low,
+       CASE WHEN t.reviewed > 0 THEN least(1, w.middle + w.half) END AS ci_high
+FROM (
+    SELECT d.id AS draw, d.at, d.flags, count(*) AS drawn, count(r.example_id) AS reviewed,
+           count(*) FILTER (WHERE r.upheld) AS upheld
+    FROM curator.review_draws d
+    JOIN curator.review_draw_examples x ON x.draw_id = d.id
+    LEFT JOIN reviewed r ON r.example_id = x.example_id
+    GROUP BY d.id
+    UNION ALL
+    SELECT NULL, NULL, count(*), NULL, count(r.example_id), count(*) FILTER (WHERE r.upheld)
+    FROM flags LEFT JOIN reviewed r USING (example_id)
+) t
+CROSS JOIN LATERAL (
+    SELECT (t.upheld + 1.920729) / (t.reviewed + 3.841459) AS middle,
+           1.959964 / (t.reviewed + 3.841459) * sqrt(
+               t.upheld::double precision * (t.reviewed - t.upheld) / greatest(t.reviewed, 1) + .960365) AS half
+) w;
+
+COMMENT ON VIEW curator.flag_precision IS
+'One row for each draw of flags made by `curator reviews sample`, and one (draw NULL) for all flags that were looked at.';
+COMMENT ON COLUMN curator.flag_precision.draw IS
+'NULL: all reviews, of whatever somebody chose to look at; only a draw at random estimates the precision without bias';
+COMMENT ON COLUMN curator.flag_precision.flags IS 'flags that it was drawn from';
+COMMENT ON COLUMN curator.flag_precision.upheld IS 'reviewed as drop or relabel';
+COMMENT ON COLUMN curator.flag_precision.precision IS 'upheld among reviewed: 1 less the false discovery proportion';
+COMMENT ON COLUMN curator.flag_precision.ci_low IS 'of the precision, 95 %, Wilson';
 
 CREATE VIEW curator.source_influence AS
 SELECT t.source, t.slice, t.n,
@@ -276,7 +322,7 @@ BEGIN
     END IF;
     GRANT USAGE ON SCHEMA curator TO curator_analyst, curator_worker;
     FOREACH name IN ARRAY ARRAY['influence_scores', 'flagged_examples', 'valuable_examples', 'verdict_history', 'near_duplicates', 'validation_leaks',
-                                'source_influence', 'pipeline_status', 'quarantined_records'] LOOP
+                                'source_influence', 'pipeline_status', 'quarantined_records', 'flag_precision'] LOOP
         EXECUTE format('GRANT SELECT ON curator.%I TO curator_analyst, curator_worker', name);
     END LOOP;
     GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA curator TO curator_worker;

@@ -697,6 +697,43 @@ def upgrade() -> None:  # noqa: PLR0915 - a statement for each table
         op.f("verdicts_in_force_verdict_idx"), "verdicts_in_force", ["verdict"], unique=False, schema="curator"
     )
     op.create_table(
+        "reviews",
+        sa.Column("verdict_id", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("example_id", sa.BigInteger(), nullable=False),
+        sa.Column("label", sa.Text(), nullable=True, comment="relabel: what the label should be"),
+        sa.Column("origin", sa.Text(), nullable=True, comment="the annotation elsewhere that it was imported from"),
+        sa.ForeignKeyConstraint(["example_id"], ["curator.examples.id"], name=op.f("reviews_example_id_fkey")),
+        sa.ForeignKeyConstraint(["verdict_id"], ["curator.verdicts.id"], name=op.f("reviews_verdict_id_fkey")),
+        sa.PrimaryKeyConstraint("verdict_id", name=op.f("reviews_pkey")),
+        sa.UniqueConstraint("example_id", "origin", name=op.f("reviews_example_id_origin_key")),
+        schema="curator",
+        comment="What a review brought besides its word.",
+    )
+    op.create_table(
+        "review_draws",
+        sa.Column("id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
+        sa.Column("seed", sa.BigInteger(), nullable=False),
+        sa.Column("flags", sa.BigInteger(), nullable=False, comment="how many flags it was drawn from"),
+        sa.Column("actor", sa.Text(), nullable=False),
+        sa.Column("at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.PrimaryKeyConstraint("id", name=op.f("review_draws_pkey")),
+        schema="curator",
+    )
+    op.create_table(
+        "review_draw_examples",
+        sa.Column("draw_id", sa.BigInteger(), nullable=False),
+        sa.Column("example_id", sa.BigInteger(), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["draw_id"], ["curator.review_draws.id"], name=op.f("review_draw_examples_draw_id_fkey")
+        ),
+        sa.ForeignKeyConstraint(
+            ["example_id"], ["curator.examples.id"], name=op.f("review_draw_examples_example_id_fkey")
+        ),
+        sa.PrimaryKeyConstraint("draw_id", "example_id", name=op.f("review_draw_examples_pkey")),
+        schema="curator",
+        comment="Flags drawn at random to be reviewed: only these give an unbiased precision.",
+    )
+    op.create_table(
         "sketches",
         sa.Column("id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
         sa.Column("example_id", sa.BigInteger(), nullable=False),
