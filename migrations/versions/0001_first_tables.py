@@ -18,7 +18,7 @@ depends_on = None
 SQL = Path(__file__).parents[1] / "sql"
 
 
-def upgrade() -> None:  # noqa: PLR0915 - a statement for each table
+def upgrade() -> None:
     op.create_table(
         "checkpoints",
         sa.Column("id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
