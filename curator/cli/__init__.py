@@ -40,6 +40,7 @@ COMMANDS: Final[Mapping[str, tuple[str, str]]] = {
     "why": ("curator.cli.examples:why", "Show what drove the verdict on one example."),
     "neighbours": ("curator.cli.examples:neighbours", "List the examples with the most similar gradients."),
     "review": ("curator.cli.verdicts:review", "Say what you think of one example."),
+    "reviews": ("curator.cli.reviews:reviews", "Find what is worth a look, and measure how many flags hold."),
     "select": ("curator.cli.selections:select", "Choose the examples of the next training run."),
     "selections": ("curator.cli.selections:selections", "List what was selected, and compare two selections."),
     "export": ("curator.cli.exports:export", "Write examples as JSONL with a manifest."),

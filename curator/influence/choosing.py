@@ -35,10 +35,11 @@ _SMALLEST = 1e-9
 def trust(p_B: ArrayLike) -> Floats:
     """The probability that an arrival is no worse than trusted data, (B,).
 
-    The local false discovery rate of its p-value, pi0 / f(p): pi0 is the share of p-values above one half, doubled (Storey, JRSS B 64, 2002); f is the density of
-    all p-values, estimated as the slope of the least concave majorant of their distribution function (Grenander
-    1956, the maximum likelihood of a density that does not rise). Where nothing arrives that is worse than trusted
-    data it is about 1 for all, and a fixed threshold on p would throw away the examples there is most to learn from.
+    The local false discovery rate of its p-value, pi0 / f(p): pi0 is the share of p-values above one half, doubled
+    (Storey, JRSS B 64, 2002); f is the density of all p-values, estimated as the slope of the least concave majorant of
+    their distribution function (Grenander 1956, the maximum likelihood of a density that does not rise). Where nothing
+    arrives that is worse than trusted data it is about 1 for all, and a fixed threshold on p would throw away the
+    examples there is most to learn from.
     """
     p = np.asarray(p_B, np.float64)
     if not len(p):

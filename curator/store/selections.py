@@ -78,8 +78,8 @@ def add(connection: Connection, made: Mapping[str, Any], chosen: Sequence[tuple[
             text(
                 "INSERT INTO curator.selections (name, recipe_id, direction_set_id, budget, unit, seed, gain,"
                 " gain_of_random, harmful, harmful_of_random, actor) VALUES (:name, :recipe_id, :direction_set_id,"
-                " :budget, :unit, :seed, :expected_gain, :gain_of_random, :expected_harmful, :harmful_of_random, :actor)"
-                " RETURNING id"
+                " :budget, :unit, :seed, :expected_gain, :gain_of_random, :expected_harmful, :harmful_of_random,"
+                " :actor) RETURNING id"
             ),
             dict(made),
         )

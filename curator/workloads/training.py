@@ -48,7 +48,8 @@ def trained(
     """The model after training on the records, in evaluation mode.
 
     The workload's own ``train`` if it has one. The default is AdamW on the mean of ``losses`` over shuffled batches,
-    for ``how.epochs`` passes: arms of different size take a different number of steps, as the runs they stand for would.
+    for ``how.epochs`` passes: arms of different size take a different number of steps, as the runs would that they
+    stand for.
     The same seed gives the same order of batches; the caller's random state is left alone.
 
     Raises:
@@ -74,8 +75,9 @@ def _descend(
         for rows in torch.split(torch.randperm(len(records)), how.batch):
             adamw.zero_grad()
             loss = losses(model, batch_of(workload, [records[row] for row in rows.tolist()], device)).mean()
-            if not math.isfinite(float(loss)):
-                raise TrainingDiverged(epoch=epoch + 1, loss=float(loss), rate=how.learning_rate)
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise TrainingDiverged(epoch=epoch + 1, loss=value, rate=how.learning_rate)
             loss.backward()  # type: ignore[no-untyped-call]
             adamw.step()
 
