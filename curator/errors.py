@@ -702,6 +702,13 @@ class AdapterBaseMissing(DataError):
     )
 
 
+class NoCheckpoint(UsageError):
+    """There is no checkpoint to measure with."""
+
+    code = "CUR-CKP-014"
+    hint = "curator checkpoint add NAME PATH"
+
+
 class TemplateDiffers(UsageError):
     """The chat template {given} (SHA-256 {given_digest}) is not the checkpoint's own ({stored_digest})."""
 
