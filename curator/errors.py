@@ -533,6 +533,20 @@ class NoVector(UsageError):
     hint = "`curator status` shows what is left to do; an example without signal or in quarantine never gets one."
 
 
+class NoTokens(UsageError):
+    """The model's positions have no names here, and the record has no text to leave words out of."""
+
+    code = "CUR-EXM-004"
+    hint = "Give the workload a method `positions(record)`: the text at each position that its model sees."
+
+
+class NotExplained(UsageError):
+    """The pass through the model failed: {reason}"""
+
+    code = "CUR-EXM-005"
+    hint = "`curator doctor` tries the model on a few trusted examples and says what is wrong."
+
+
 class NothingScored(UsageError):
     """No example has a score under the recipe in use."""
 
