@@ -751,6 +751,13 @@ class AdapterBaseMissing(DataError):
     )
 
 
+class NoCheckpoint(UsageError):
+    """There is no checkpoint to measure with."""
+
+    code = "CUR-CKP-014"
+    hint = "curator checkpoint add NAME PATH"
+
+
 class TemplateDiffers(UsageError):
     """The chat template {given} (SHA-256 {given_digest}) is not the checkpoint's own ({stored_digest})."""
 
@@ -822,6 +829,15 @@ class TooFewTrusted(UsageError):
 
     code = "CUR-VAL-003"
     hint = "Add trusted examples: part gives the direction, part is kept aside as references for p-values."
+
+
+class UnknownPolicySlice(UsageError):
+    """Policy {policy} names the slice {slice!r}, and there are {known}."""
+
+    code = "CUR-POL-001"
+    hint = (
+        "Correct [policy.{policy}] slices or [verdicts] veto in curator.toml; `curator validation list` has the names."
+    )
 
 
 class NotMeasurable(UsageError):

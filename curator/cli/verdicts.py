@@ -10,7 +10,7 @@ from curator.types import Review
 
 EXIT_FINDINGS = 1
 _FLAG = (
-    "example_id", "external_id", "source", "slice", "influence", "q_value", "loss",
+    "example_id", "external_id", "source", "validation_set", "slice", "influence", "q_value", "loss",
     "preview",
 )  # fmt: skip
 _CHOSEN = ("selection", "rank", "example_id", "external_id", "source", "gain", "reason", "preview")

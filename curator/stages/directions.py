@@ -7,7 +7,7 @@ here; afterwards an arrival's scores depend on nothing but itself.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,8 @@ from torch import Tensor
 from curator.errors import NotMeasurable
 from curator.influence import scoring
 from curator.influence.attribution import Attributor, Measured
+from curator.influence.confidence import code_error
+from curator.influence.exact import ExactDirections
 from curator.influence.scoring import Directions
 from curator.settings import Settings
 from curator.stages import instrument, yardstick
@@ -111,6 +113,8 @@ def _made(tools: Instrument, batch: Batch) -> Result:
         arrays |= _exact(tools, attributor, batch.examples, rows)
     stick = yardstick.fit(list(rows), rows, measured, made)
     arrays |= {f"harm/{name}": array for name, array in stick.harm_arrays().items()}
+    stick, code = _with_code_error(stick, tools, attributor, batch.examples, measured, arrays)
+    arrays |= code
     references = _references(stick, batch.examples, measured)
     return Result(attributor, tools.attributor is None, batch.examples, measured, list(rows), made, arrays, references)
 
@@ -175,6 +179,27 @@ def _exact(
     }
 
 
+def _with_code_error(
+    stick: yardstick.Yardstick,
+    tools: Instrument,
+    attributor: Attributor,
+    examples: Sequence[ValidationExample],
+    measured: Measured,
+    arrays: Mapping[str, NDArray[Any]],
+) -> tuple[yardstick.Yardstick, dict[str, NDArray[Any]]]:
+    """What the recipe's code adds to the error of a score, where it has one and exact scores to measure that with."""
+    exact = {part.removeprefix("exact/"): torch.from_numpy(a) for part, a in arrays.items() if "exact/" in part}
+    rows = [row for row, e in enumerate(examples) if e.role == "reference" and bool(measured.ok_B[row])]
+    if tools.spec.code == "none" or not exact or not rows:
+        return stick, {}
+    towards = ExactDirections.of(stick.directions.names, exact)
+    parts = [attributor.measure(batch, towards).exact_BS for batch in tools.batches([examples[r].record for r in rows])]
+    exact_NS = torch.cat([part for part in parts if part is not None]).numpy()
+    compressed_NS = (measured.unit_BK[torch.tensor(rows)] @ stick.directions.unit_SK.T).numpy()
+    error_S = np.array([code_error(x, y) for x, y in zip(compressed_NS.T, exact_NS.T, strict=True)])
+    return replace(stick, code_error_S=error_S), {"spread/code_error": error_S}
+
+
 def _references(
     stick: yardstick.Yardstick, examples: Sequence[ValidationExample], measured: Measured
 ) -> list[dict[str, Any]]:
@@ -190,6 +215,7 @@ def _references(
             "normalised": scored.normalised_BS[n].tolist(),
             "influence": scored.influence_BS[n].tolist(),
             "harm": scored.harm_BS[n].tolist(),
+            "self_influence": float(scored.self_influence_B[n]),
         }
         for n, row in enumerate(rows)
     ]

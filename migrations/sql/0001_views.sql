@@ -21,7 +21,12 @@ SELECT e.id                                         AS example_id,
        CASE WHEN g.direction_set_id = s.direction_set_id THEN g.exact[d.ordinal] END
                                                     AS exact_influence,
        s.p_value[d.ordinal]                         AS p_value,
-       r.in_use AND ds.in_use                       AS in_use
+       r.in_use AND ds.in_use                       AS in_use,
+       s.normalised_stderr[d.ordinal]               AS normalised_stderr,
+       CASE WHEN s.normalised_stderr[d.ordinal] > 0
+            THEN (1 + erf(abs(s.normalised[d.ordinal]) / s.normalised_stderr[d.ordinal] / sqrt(2.0))) / 2 END
+                                                    AS sign_stability,
+       s.neighbours[d.ordinal]                      AS neighbour_cosine
 FROM curator.scores s
 JOIN curator.directions d ON d.direction_set_id = s.direction_set_id
 JOIN curator.direction_sets ds ON ds.id = s.direction_set_id
@@ -53,6 +58,12 @@ COMMENT ON COLUMN curator.influence_scores.exact_influence IS
 'un-compressed normalised influence taken on arrival; NULL when the directions have changed since';
 COMMENT ON COLUMN curator.influence_scores.p_value IS
 'conformal: chance that a trusted example looks at least this harmful';
+COMMENT ON COLUMN curator.influence_scores.normalised_stderr IS
+'standard error of normalised_influence, from the spread over validation examples and from the compression';
+COMMENT ON COLUMN curator.influence_scores.sign_stability IS
+'probability that the sign of normalised_influence is that of its un-compressed value over all such validation examples';
+COMMENT ON COLUMN curator.influence_scores.neighbour_cosine IS
+'mean cosine with the ten trusted examples nearest in gradient space; negative: they pull against it';
 COMMENT ON COLUMN curator.influence_scores.in_use IS 'scored with the checkpoint and validation sets in use now';
 
 CREATE VIEW curator.flagged_examples AS
@@ -70,7 +81,10 @@ SELECT e.id                   AS example_id,
        v.policy               AS policy,
        v.at                   AS flagged_at,
        CASE v.review WHEN 'undo' THEN u.review ELSE v.review END AS review,
-       e.record               AS record
+       e.record               AS record,
+       v.policy_version       AS policy_version,
+       v.stream_q             AS stream_q,
+       v.stream_level         AS stream_level
 FROM curator.verdicts_in_force f
 JOIN curator.verdicts v ON v.id = f.verdict_id
 LEFT JOIN curator.verdicts u ON u.id = v.restores
@@ -86,6 +100,11 @@ COMMENT ON VIEW curator.flagged_examples IS 'One row for each flag in force: wha
 COMMENT ON COLUMN curator.flagged_examples.p_value IS 'conformal p-value of the harm against the trusted references';
 COMMENT ON COLUMN curator.flagged_examples.q_value IS
 'Benjamini-Hochberg: the lowest false discovery rate of its batch at which the example is flagged';
+COMMENT ON COLUMN curator.flagged_examples.policy_version IS 'digest of what the policy said when it was applied';
+COMMENT ON COLUMN curator.flagged_examples.stream_q IS
+'q-value within its batch alone; q_value is over what a small batch was pooled with, too';
+COMMENT ON COLUMN curator.flagged_examples.stream_level IS
+'flags with stream_q at or below it keep the false discovery rate over all batches together, not only in each';
 COMMENT ON COLUMN curator.flagged_examples.review IS 'what a person said of it: drop or relabel; NULL when nobody has looked';
 COMMENT ON COLUMN curator.flagged_examples.record IS 'the record as it arrived, canonical';
 
@@ -111,11 +130,18 @@ COMMENT ON VIEW curator.valuable_examples IS
 COMMENT ON COLUMN curator.valuable_examples.gain IS 'normalised influence at the time of choosing';
 
 CREATE VIEW curator.verdict_history AS
-SELECT v.example_id, v.verdict, v.previous, v.reason, v.actor, v.at, v.review, v.note, v.policy, v.q_value, r.label
+SELECT v.example_id, v.verdict, v.previous, v.reason, v.actor, v.at, v.review, v.note, v.policy, v.q_value, w.label,
+       v.p_value, v.stream_q, v.stream_level, v.policy_version, v.evidence, c.name AS checkpoint,
+       encode(r.key, 'hex') AS recipe, v.direction_set_id AS directions
 FROM curator.verdicts v
-LEFT JOIN curator.reviews r ON r.verdict_id = v.id;
+LEFT JOIN curator.reviews w ON w.verdict_id = v.id
+LEFT JOIN curator.recipes r ON r.id = v.recipe_id
+LEFT JOIN curator.checkpoints c ON c.id = r.checkpoint_id;
 
 COMMENT ON VIEW curator.verdict_history IS 'One row for each decision ever taken. Nothing here is changed or removed.';
+COMMENT ON COLUMN curator.verdict_history.policy_version IS 'digest of what the policy said when it was applied';
+COMMENT ON COLUMN curator.verdict_history.evidence IS 'the scores it rests on, and p and q under each policy, as JSON';
+COMMENT ON COLUMN curator.verdict_history.directions IS 'number of the set of directions it was scored against';
 
 COMMENT ON COLUMN curator.verdict_history.label IS 'what a reviewer says the label should be';
 
