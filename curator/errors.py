@@ -599,6 +599,41 @@ class NothingToUndo(UsageError):
     hint = "`curator review EXAMPLE --keep|--drop|--relabel` first; `verdict_history` holds what was said."
 
 
+class NothingToReview(UsageError):
+    """No flag has been raised, so there is nothing to draw from."""
+
+    code = "CUR-REV-002"
+    hint = "`curator reviews queue` lists what is most likely to be wrong of all that was judged."
+
+
+class NothingToRelabel(UsageError):
+    """The record of example {example} has no label that another could take the place of."""
+
+    code = "CUR-REV-003"
+    hint = "Say --relabel without --label, or --drop."
+
+
+class NoSuchDraw(UsageError):
+    """There is no draw {draw}; there are {known}."""
+
+    code = "CUR-REV-004"
+    hint = "`curator reviews sample N` makes one, `curator reviews precision` lists them."
+
+
+class NotLabelStudio(UsageError):
+    """{path} is no JSON export of Label Studio: {reason}."""
+
+    code = "CUR-REV-005"
+    hint = 'Export as "JSON" (not JSON-MIN or CSV) the project that holds the tasks of `curator reviews export`.'
+
+
+class NotOfThisProject(UsageError):
+    """Example {example} is not the one that was annotated: the task was written by another project."""
+
+    code = "CUR-REV-006"
+    hint = "Import it with --project naming the project that exported the tasks."
+
+
 # --- workloads and checkpoints ----------------------------------------------------------------------------
 
 
@@ -787,6 +822,15 @@ class ContrastOverlaps(UsageError):
 
     code = "CUR-VAL-010"
     hint = "Take them out of one of the files: an example cannot be what to do and what not to do."
+
+
+class UnknownPolicySlice(UsageError):
+    """Policy {policy} names the slice {slice!r}, and there are {known}."""
+
+    code = "CUR-POL-001"
+    hint = (
+        "Correct [policy.{policy}] slices or [verdicts] veto in curator.toml; `curator validation list` has the names."
+    )
 
 
 class NotMeasurable(UsageError):

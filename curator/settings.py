@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import tomllib
 import types
 import typing
@@ -99,7 +100,10 @@ class Gradients:
     seed: int = 0
     exact: bool = field(default=True, metadata={"doc": "un-compressed scores on arrival"})
     exact_norm: bool = field(default=True, metadata={"doc": "norms of full gradients; false: estimated by the mask"})
-    batch: int = field(default=256, metadata={"doc": "examples a forward pass"})
+    batch: int = field(default=256, metadata={"doc": "examples a forward pass, at most"})
+    tokens: int = field(
+        default=8192, metadata={"doc": "padded tokens a forward pass, at most; halved where memory runs out"}
+    )
     device: str = field(default="auto", metadata={"doc": "auto, cpu, cuda, cuda:1"})
 
 
@@ -127,6 +131,33 @@ class Verdicts:
     fdr: float = field(default=0.10, metadata={"doc": "false discovery rate of the flags of one batch"})
     pool: int = field(default=200, metadata={"doc": "a smaller batch is judged with earlier arrivals of its source"})
     valuable: float = field(default=0.20, metadata={"doc": "share of a batch that may be called valuable"})
+    stream: Literal["off", "source", "all"] = field(
+        default="off",
+        metadata={"doc": "flag only what keeps fdr over all batches together too: those of a source, or of all"},
+    )
+    veto: tuple[str, ...] = field(
+        default=(), metadata={"doc": '"set/slice": what significantly harms one of these is flagged, whatever it helps'}
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A rule that gives verdicts: a table ``[policy.NAME]``. One of the name of a built-in rule changes that rule."""
+
+    kind: Literal["harmful", "outlier", "valuable"] = "harmful"
+    score: Literal["harm", "influence"] = field(
+        default="harm", metadata={"doc": 'kind = "harmful": by the combined harm, or by a negative influence alone'}
+    )
+    slices: tuple[str, ...] = field(default=(), metadata={"doc": '"set/slice" or "set"; empty: every slice'})
+    fdr: float = field(default=0.0, metadata={"doc": "0: that of [verdicts]"})
+    share: float = field(default=0.0, metadata={"doc": 'kind = "valuable": share of a batch; 0: that of [verdicts]'})
+    enabled: bool = True
+
+
+BUILT_IN: Mapping[str, Policy] = types.MappingProxyType(
+    {"harmful": Policy(), "valuable": Policy(kind="valuable"), "veto": Policy(score="influence")}
+)
+"""What judges where no ``[policy.NAME]`` says otherwise; ``veto`` is on the slices of [verdicts] veto, if any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +203,7 @@ class Settings:
     verdicts: Verdicts = Verdicts()
     schedule: Schedule = Schedule()
     limits: Limits = Limits()
+    policy: Mapping[str, Policy] = field(default_factory=dict)
     origins: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -179,16 +211,32 @@ class Settings:
         """Everything curator keeps on disk for this project."""
         return self.project / ".curator"
 
+    def policies(self) -> Mapping[str, Policy]:
+        """The policies in force by name, with what they take from [verdicts] filled in."""
+        named = {**BUILT_IN, **self.policy}
+        named["veto"] = replace(named["veto"], slices=named["veto"].slices or self.verdicts.veto)
+        return {name: self._filled(each) for name, each in sorted(named.items()) if self._is_on(name, each)}
+
+    def _is_on(self, name: str, policy: Policy) -> bool:
+        return policy.enabled and (name != "veto" or bool(policy.slices))
+
+    def _filled(self, policy: Policy) -> Policy:
+        return replace(policy, fdr=policy.fdr or self.verdicts.fdr, share=policy.share or self.verdicts.valuable)
+
     def rows(self) -> Iterator[tuple[str, object, str]]:
-        """Each setting with its value and where it came from; secrets are covered."""
+        """Each setting with its value and where it came from; secrets are covered. Then the policies in force."""
         for section, key, spec in known():
             value = getattr(getattr(self, section), key)
             covered = "(set)" if spec.get("secret") and value else value
             yield f"{section}.{key}", covered, self.origins.get(f"{section}.{key}", "default")
+        for name, policy in self.policies().items():
+            for spec_ in fields(policy):
+                key = f"policy.{name}.{spec_.name}"
+                yield key, getattr(policy, spec_.name), self.origins.get(key, "default")
 
 
 SECTIONS: Mapping[str, type] = {
-    name: hint for name, hint in get_type_hints(Settings).items() if name not in {"project", "origins"}
+    name: hint for name, hint in get_type_hints(Settings).items() if name not in {"project", "policy", "origins"}
 }
 
 
@@ -251,15 +299,34 @@ def _from_toml(path: Path) -> Iterator[tuple[str, tuple[object, str]]]:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadToml(path=path, reason=error) from None
+    for name, table in _policies_of(path, document.pop("policy", {})):
+        yield from _keys_of(path, f"policy.{name}", table, Policy)
     for section, table in document.items():
         if section not in SECTIONS or not isinstance(table, dict):
             raise UnknownSetting(where=path.name, key=f"[{section}]", suggestion=_nearest(section, SECTIONS))
-        keys = [spec.name for spec in fields(SECTIONS[section])]
-        table = _gathered(table, keys) if section == "sources" else table
-        for key, value in table.items():
-            if key not in keys:
-                raise UnknownSetting(where=f"{path.name} [{section}]", key=key, suggestion=_nearest(key, keys))
-            yield f"{section}.{key}", (value, path.name)
+        known_keys = [spec.name for spec in fields(SECTIONS[section])]
+        table = _gathered(table, known_keys) if section == "sources" else table
+        yield from _keys_of(path, section, table, SECTIONS[section])
+
+
+def _keys_of(
+    path: Path, section: str, table: Mapping[str, object], cls: type
+) -> Iterator[tuple[str, tuple[object, str]]]:
+    keys = [spec.name for spec in fields(cls)]
+    for key, value in table.items():
+        if key not in keys:
+            raise UnknownSetting(where=f"{path.name} [{section}]", key=key, suggestion=_nearest(key, keys))
+        yield f"{section}.{key}", (value, path.name)
+
+
+def _policies_of(path: Path, tables: object) -> Iterator[tuple[str, Mapping[str, object]]]:
+    """The tables [policy.NAME]. A name is part of every verdict, so it is a word."""
+    if not isinstance(tables, dict):
+        raise BadSetting(key="policy", value=tables, origin=path.name, expected="a table for each policy")
+    for name, table in tables.items():
+        if not isinstance(table, dict) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise BadSetting(key=f"policy.{name}", value=table, origin=path.name, expected="a table [policy.NAME]")
+        yield name, table
 
 
 def _gathered(table: Mapping[str, Any], keys: list[str]) -> dict[str, Any]:
@@ -311,10 +378,22 @@ def _build(project: Path, values: Mapping[str, tuple[object, str]]) -> Settings:
         }
         sections[section] = replace(cls(), **given)
     origins = {key: origin for key, (_, origin) in values.items()}
-    settings = Settings(project=project, origins=origins, **sections)
+    settings = Settings(project=project, origins=origins, policy=_policies(values), **sections)
     _check_ranges(settings)
     _check_fields(settings)
     return settings
+
+
+def _policies(values: Mapping[str, tuple[object, str]]) -> Mapping[str, Policy]:
+    """What ``[policy.NAME]`` says, over the built-in policy of that name where there is one."""
+    hints = get_type_hints(Policy)
+    given: dict[str, dict[str, Any]] = {}
+    for key, (value, origin) in values.items():
+        section, _, rest = key.partition(".")
+        if section == "policy":
+            name, _, setting = rest.partition(".")
+            given.setdefault(name, {})[setting] = _convert(key, hints[setting], value, origin)
+    return {name: replace(BUILT_IN.get(name, Policy()), **table) for name, table in given.items()}
 
 
 def _convert(key: str, hint: Any, value: object, origin: str) -> object:
@@ -416,6 +495,12 @@ def _check_fields(settings: Settings) -> None:
 
 
 def _check_ranges(settings: Settings) -> None:
+    for name, policy in settings.policy.items():
+        for key, lowest, highest in (("fdr", 1e-4, 0.5), ("share", 0, 1)):
+            value, full = getattr(policy, key), f"policy.{name}.{key}"
+            if value and not lowest <= value <= highest:
+                origin = settings.origins[full]
+                raise BadSetting(key=full, value=value, origin=origin, expected=f"between {lowest:g} and {highest:g}")
     for key, lowest, highest in _RANGES:
         section, name = key.split(".")
         value = getattr(getattr(settings, section), name)

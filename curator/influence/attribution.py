@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from curator.errors import NoCurvature
 from curator.influence import fitting, parts, scoring
 from curator.influence.capture import Reader, capture, each, find_layers
+from curator.influence.codes import FoldedCode
 from curator.influence.confidence import calibrated_loss, measurement_slope
 from curator.influence.exact import DirectionSums, ExactDirections, ExactScores, ExactTerms, LowRankDirections, Towards
 from curator.influence.fitting import Fitted, Losses, device_of
@@ -43,6 +44,11 @@ class Attributor:
     def K(self) -> int:
         """The width of every vector of this recipe: kept entries over all layers, or the numbers of its code."""
         return self.fitted.encoding.width
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether vectors are numbers of a code, and not the kept entries themselves."""
+        return isinstance(self.fitted.encoding, FoldedCode)
 
     @property
     def temperature(self) -> float:

@@ -7,7 +7,7 @@ here; afterwards an arrival's scores depend on nothing but itself.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,8 @@ from torch import Tensor
 from curator.errors import NotMeasurable
 from curator.influence import scoring
 from curator.influence.attribution import Attributor, Measured
+from curator.influence.confidence import code_error
+from curator.influence.exact import directions_of
 from curator.influence.mixtures import Mixtures
 from curator.influence.scoring import Directions
 from curator.settings import Settings
@@ -84,12 +86,23 @@ def load(engine: Engine, settings: Settings, batch: Batch) -> Instrument:
 
 
 def compute(tools: Instrument, batch: Batch) -> Result:
-    """Fit, measure, take means.
+    """Fit, measure, take means; all of it again in smaller passes where memory runs out.
 
     Raises:
         NotMeasurable: a slice has no trusted example with a gradient.
         NoCurvature, LayersUnreached: see ``Attributor.fit``.
+        torch.OutOfMemoryError: one record alone does not fit.
     """
+    while True:
+        try:
+            return _made(tools, batch)
+        except torch.OutOfMemoryError:
+            if tools.room.tokens == 1:
+                raise
+            tools.room.halve(tools.room.tokens)
+
+
+def _made(tools: Instrument, batch: Batch) -> Result:
     towards = [e for e in batch.examples if e.role == "direction"]
     attributor = tools.attributor or _fit(tools, towards)
     measured = _measured(tools, attributor, batch.examples)
@@ -100,6 +113,8 @@ def compute(tools: Instrument, batch: Batch) -> Result:
         arrays |= _exact(tools, attributor, batch.examples, rows, against)
     stick = yardstick.fit(list(rows), rows, measured, made, against)
     arrays |= {f"harm/{name}": array for name, array in stick.harm_arrays().items()}
+    stick, code = _with_code_error(stick, tools, attributor, batch.examples, measured, arrays)
+    arrays |= code
     references = _references(stick, batch.examples, measured)
     names = [(*key, len(behind), len(against.get(key, ()))) for key, behind in rows.items()]
     return Result(attributor, tools.attributor is None, batch.examples, measured, names, arrays, references)
@@ -182,6 +197,27 @@ def _exact(
     return {f"exact/{name}": t.cpu().numpy() for name, t in made.tensors().items()}
 
 
+def _with_code_error(
+    stick: yardstick.Yardstick,
+    tools: Instrument,
+    attributor: Attributor,
+    examples: Sequence[ValidationExample],
+    measured: Measured,
+    arrays: Mapping[str, NDArray[Any]],
+) -> tuple[yardstick.Yardstick, dict[str, NDArray[Any]]]:
+    """What the recipe's code adds to the error of a score, where it has one and exact scores to measure that with."""
+    exact = {part.removeprefix("exact/"): torch.from_numpy(a) for part, a in arrays.items() if "exact/" in part}
+    rows = [row for row, e in enumerate(examples) if e.role == "reference" and bool(measured.ok_B[row])]
+    if not attributor.is_coded or not exact or not rows:
+        return stick, {}
+    towards = directions_of(stick.directions.names, exact)
+    parts = [attributor.measure(batch, towards).exact_BS for batch in tools.batches([examples[r].record for r in rows])]
+    exact_NS = torch.cat([part for part in parts if part is not None]).numpy()
+    compressed_NS = (measured.unit_BK[torch.tensor(rows)] @ stick.directions.unit_SK.T).numpy()
+    error_S = np.array([code_error(x, y) for x, y in zip(compressed_NS.T, exact_NS.T, strict=True)])
+    return replace(stick, code_error_S=error_S), {"spread/code_error": error_S}
+
+
 def _references(
     stick: yardstick.Yardstick, examples: Sequence[ValidationExample], measured: Measured
 ) -> list[dict[str, Any]]:
@@ -197,6 +233,7 @@ def _references(
             "normalised": scored.normalised_BS[n].tolist(),
             "influence": scored.influence_BS[n].tolist(),
             "harm": scored.harm_BS[n].tolist(),
+            "self_influence": float(scored.self_influence_B[n]),
         }
         for n, row in enumerate(rows)
     ]

@@ -31,6 +31,30 @@ STATES = (GradientState.OK, GradientState.NO_SIGNAL, GradientState.NONFINITE)
 """By ``influence.attribution.Signal``."""
 
 
+@dataclass
+class Room:
+    """How much one forward pass takes: ``examples``, and ``tokens`` with their padding. Less once memory ran out."""
+
+    examples: int
+    tokens: int
+
+    def fitting(self, lengths: Sequence[int]) -> int:
+        """How many of the first records fit together, at least one of any."""
+        longest = 0
+        for n, length in enumerate(lengths[: self.examples]):
+            longest = max(longest, length)
+            if n and (n + 1) * longest > self.tokens:
+                return n
+        return min(len(lengths), self.examples)
+
+    def halve(self, tokens: int) -> None:
+        """A pass of so many tokens did not fit: take half of it from now on, and give cached memory back."""
+        self.tokens = max(1, tokens // 2)
+        log.warning("out of memory with %d tokens in a pass; from now on %d", tokens, self.tokens)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
 @dataclass(frozen=True)
 class Instrument:
     """A model in evaluation mode, its workload, and what was fitted; ``attributor`` is None before the fit."""
@@ -40,7 +64,7 @@ class Instrument:
     model: nn.Module
     device: torch.device
     spec: RecipeSpec
-    batch_size: int
+    room: Room
     attributor: Attributor | None = None
     direction_set_id: int | None = None
     towards: Towards | None = None
@@ -62,13 +86,39 @@ class Instrument:
         return budgets(entries, self.spec.dimension, self.spec.kept)
 
     def batches(self, records: Sequence[Any]) -> Iterator[Any]:
-        """Records as batches on the device, in order."""
-        for start in range(0, len(records), self.batch_size):
-            yield base.batch_of(self.workload, records[start : start + self.batch_size], self.device)
+        """Records as batches on the device, in order, as many a batch as there is room for."""
+        lengths = [base.n_tokens_of(self.workload, record) for record in records]
+        start = 0
+        while start < len(records):
+            end = start + self.room.fitting(lengths[start:])
+            yield base.batch_of(self.workload, records[start:end], self.device)
+            start = end
 
     def measure(self, records: Sequence[Any]) -> Measured:
-        """The gradients of records, with their exact scores when directions are at hand."""
-        return Measured.join([self.fitted.measure(batch, self.towards) for batch in self.batches(records)])
+        """The gradients of records, with their exact scores when directions are at hand.
+
+        Records of like length go together, since a batch is padded to its longest. A batch that memory has no room
+        for is cut in half, and so is every later one.
+
+        Raises:
+            torch.OutOfMemoryError: one record alone does not fit.
+        """
+        lengths = [base.n_tokens_of(self.workload, record) for record in records]
+        order = sorted(range(len(records)), key=lengths.__getitem__)
+        parts: list[Measured] = []
+        start = 0
+        while start < len(order) or not parts:
+            picks = order[start : start + self.room.fitting([lengths[i] for i in order[start:]])]
+            try:
+                batch = base.batch_of(self.workload, [records[i] for i in picks], self.device)
+                parts.append(self.fitted.measure(batch, self.towards))
+            except torch.OutOfMemoryError:
+                if len(picks) <= 1:
+                    raise
+                self.room.halve(len(picks) * lengths[picks[-1]])
+                continue
+            start += len(picks)
+        return Measured.join(parts).rows(torch.argsort(torch.tensor(order, dtype=torch.long)))
 
 
 def load(connection: Connection, settings: Settings, recipe_id: int, direction_set_id: int | None) -> Instrument:
@@ -93,7 +143,8 @@ def unfitted(settings: Settings, recipe: Recipe) -> Instrument:
     workload = workload_of(settings, recipe.spec["workload"])
     device = device_of(settings)
     model = base.load_model(workload, verified(recipe), device)
-    return Instrument(recipe, workload, model, device, _spec(recipe, workload, model), settings.gradients.batch)
+    room = Room(settings.gradients.batch, settings.gradients.tokens)
+    return Instrument(recipe, workload, model, device, _spec(recipe, workload, model), room)
 
 
 def workload_of(settings: Settings, asked: Any) -> Workload:

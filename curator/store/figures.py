@@ -146,21 +146,6 @@ def overlap(connection: Connection) -> Row[Any]:
     ).one()
 
 
-def reviewed_flags(connection: Connection) -> Row[Any]:
-    """Of curator's own flags that a person has looked at: (n, upheld)."""
-    return connection.execute(
-        text(
-            """
-            SELECT count(*) AS n, count(*) FILTER (WHERE v.review IN ('drop', 'relabel')) AS upheld
-            FROM curator.verdicts_in_force f
-            JOIN curator.verdicts v ON v.id = f.verdict_id AND v.review IN ('keep', 'drop', 'relabel')
-            WHERE EXISTS (SELECT FROM curator.verdicts o
-                          WHERE o.example_id = f.example_id AND o.verdict = 'harmful' AND o.review IS NULL)
-            """
-        )
-    ).one()
-
-
 def leaked(connection: Connection) -> int:
     """Arrivals that are also in a validation set in use: their influence is that of the answer on itself."""
     n = connection.scalar(

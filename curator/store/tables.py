@@ -15,6 +15,7 @@ from sqlalchemy import (
     CheckConstraint,
     Column,
     DateTime,
+    Double,
     ForeignKey,
     Identity,
     Index,
@@ -354,6 +355,7 @@ reference_scores = Table(
     Column("normalised", ARRAY(REAL), nullable=False),
     Column("influence", ARRAY(REAL), nullable=False),
     Column("harm", ARRAY(REAL), nullable=False),
+    Column("self_influence", REAL, nullable=False),
     PrimaryKeyConstraint("direction_set_id", "validation_example_id"),
     comment="Trusted examples the directions never saw, scored like arrivals: what p-values are ranks among.",
 )
@@ -402,17 +404,39 @@ scores = Table(
     Column("self_influence", REAL, nullable=False),
     Column("harm", ARRAY(REAL), nullable=False),
     Column("p_value", ARRAY(REAL), nullable=False, comment="conformal: rank of the harm among the references"),
+    Column(
+        "normalised_stderr",
+        ARRAY(REAL),
+        nullable=False,
+        server_default="{}",
+        comment="of normalised: over validation examples, and of the compression",
+    ),
+    Column(
+        "neighbours", ARRAY(REAL), nullable=False, server_default="{}", comment="mean cosine with the nearest trusted"
+    ),
     _now("scored_at"),
     PrimaryKeyConstraint("recipe_id", "example_id", comment="One row an example; scored again, it is replaced."),
     CheckConstraint(
         "array_position(influence, 'NaN') IS NULL AND array_position(stderr, 'NaN') IS NULL"
-        " AND array_position(normalised, 'NaN') IS NULL",
+        " AND array_position(normalised, 'NaN') IS NULL AND array_position(normalised_stderr, 'NaN') IS NULL",
         name="no_nan",
     ),
     Index(None, "example_id"),
 )
 
 # --- what is decided --------------------------------------------------------------------------------------
+
+policy_sets = Table(
+    "policy_sets",
+    metadata,
+    _id(),
+    Column("digest", LargeBinary, nullable=False),
+    Column("policies", JSONB, nullable=False, comment="what the settings said, by name"),
+    Column("in_use", Boolean, nullable=False, server_default=text("true")),
+    _now("at"),
+    Index("policy_sets_one_in_use", "in_use", unique=True, postgresql_where=text("in_use")),
+    comment="What was judged by, each time it changed: going back to former policies is another row.",
+)
 
 verdicts = Table(
     "verdicts",
@@ -427,6 +451,8 @@ verdicts = Table(
     Column("note", Text),
     Column("actor", Text, nullable=False),
     Column("policy", Text, nullable=False),
+    Column("policy_version", Text, comment="digest of what the policy said"),
+    _ref("policy_set_id", "policy_sets", nullable=True),
     _ref("recipe_id", "recipes", nullable=True),
     _ref("direction_set_id", "direction_sets", nullable=True),
     Column("ordinal", SmallInteger, comment="the direction that decided"),
@@ -434,19 +460,14 @@ verdicts = Table(
     Column("stderr", REAL),
     Column("p_value", REAL),
     Column("q_value", REAL),
+    Column("stream_q", REAL, comment="q-value within the batch alone"),
+    Column("stream_level", REAL, comment="the level that holds the rate over the whole stream"),
+    Column("evidence", JSONB, comment="the scores, and p and q under each policy"),
     _now("at"),
     _one_of("verdict", "harmful", "valuable", "neutral", "undecided"),
     _one_of("review", "keep", "drop", "relabel", "undo"),
-    Index(
-        "verdicts_once",
-        "example_id",
-        "direction_set_id",
-        "policy",
-        unique=True,
-        postgresql_where=text("review IS NULL"),
-    ),
     Index(None, "example_id"),
-    comment="Append-only. verdicts_once: a batch judged twice speaks once.",
+    comment="Append-only. A batch judged twice on the same footing speaks once.",
 )
 
 verdicts_in_force = Table(
@@ -458,18 +479,67 @@ verdicts_in_force = Table(
     Index(None, "verdict"),
 )
 
+reviews = Table(
+    "reviews",
+    metadata,
+    Column("verdict_id", BigInteger, ForeignKey(f"{SCHEMA}.verdicts.id"), primary_key=True, autoincrement=False),
+    _ref("example_id", "examples"),
+    Column("label", Text, comment="relabel: what the label should be"),
+    Column("origin", Text, comment="the annotation elsewhere that it was imported from"),
+    UniqueConstraint("example_id", "origin", comment="An annotation imported twice speaks once."),
+    comment="What a review brought besides its word.",
+)
+
+review_draws = Table(
+    "review_draws",
+    metadata,
+    _id(),
+    Column("seed", BigInteger, nullable=False),
+    Column("flags", BigInteger, nullable=False, comment="how many flags it was drawn from"),
+    Column("actor", Text, nullable=False),
+    _now("at"),
+)
+
+review_draw_examples = Table(
+    "review_draw_examples",
+    metadata,
+    _ref("draw_id", "review_draws"),
+    _ref("example_id", "examples"),
+    PrimaryKeyConstraint("draw_id", "example_id"),
+    comment="Flags drawn at random to be reviewed: only these give an unbiased precision.",
+)
+
 judged_batches = Table(
     "judged_batches",
     metadata,
     _ref("batch_id", "batches"),
     _ref("direction_set_id", "direction_sets"),
+    _ref("policy_set_id", "policy_sets"),
     Column("judged", Integer, nullable=False, comment="examples of the batch"),
     Column("pool", Integer, nullable=False, comment="examples the false discovery rate was controlled over"),
     Column("refs", Integer, nullable=False, comment="trusted references the p-values are ranks among"),
     Column("fdr", REAL, nullable=False),
     Column("flagged", Integer, nullable=False),
     _now("at"),
-    PrimaryKeyConstraint("batch_id", "direction_set_id", comment="A batch is judged once on the same directions."),
+    PrimaryKeyConstraint("batch_id", "direction_set_id", "policy_set_id", comment="Judged again, it is replaced."),
+)
+
+stream_levels = Table(
+    "stream_levels",
+    metadata,
+    _ref("batch_id", "batches"),
+    _ref("direction_set_id", "direction_sets"),
+    _ref("policy_set_id", "policy_sets"),
+    Column("policy", Text, nullable=False),
+    Column("stream", Text, nullable=False, comment="a source, or empty: all of them together"),
+    Column("ordinal", Integer, nullable=False, comment="of the batch in its stream, in the order of judging"),
+    Column("n", Integer, nullable=False),
+    Column("level", Double, nullable=False, comment="at which Benjamini-Hochberg runs over the batch"),
+    Column("rejected", Integer, nullable=False),
+    Column("augmented", Integer, nullable=False, comment="rejections if one more p-value were 0"),
+    PrimaryKeyConstraint("batch_id", "direction_set_id", "policy_set_id", "policy"),
+    UniqueConstraint("direction_set_id", "policy_set_id", "policy", "stream", "ordinal"),
+    comment="False discovery rate over the stream: what each batch took of it.",
 )
 
 selections = Table(

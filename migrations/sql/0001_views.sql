@@ -21,7 +21,12 @@ SELECT e.id                                         AS example_id,
        CASE WHEN g.direction_set_id = s.direction_set_id THEN g.exact[d.ordinal] END
                                                     AS exact_influence,
        s.p_value[d.ordinal]                         AS p_value,
-       r.in_use AND ds.in_use                       AS in_use
+       r.in_use AND ds.in_use                       AS in_use,
+       s.normalised_stderr[d.ordinal]               AS normalised_stderr,
+       CASE WHEN s.normalised_stderr[d.ordinal] > 0
+            THEN (1 + erf(abs(s.normalised[d.ordinal]) / s.normalised_stderr[d.ordinal] / sqrt(2.0))) / 2 END
+                                                    AS sign_stability,
+       s.neighbours[d.ordinal]                      AS neighbour_cosine
 FROM curator.scores s
 JOIN curator.directions d ON d.direction_set_id = s.direction_set_id
 JOIN curator.direction_sets ds ON ds.id = s.direction_set_id
@@ -53,6 +58,12 @@ COMMENT ON COLUMN curator.influence_scores.exact_influence IS
 'un-compressed normalised influence taken on arrival; NULL when the directions have changed since';
 COMMENT ON COLUMN curator.influence_scores.p_value IS
 'conformal: chance that a trusted example looks at least this harmful';
+COMMENT ON COLUMN curator.influence_scores.normalised_stderr IS
+'standard error of normalised_influence, from the spread over validation examples and from the compression';
+COMMENT ON COLUMN curator.influence_scores.sign_stability IS
+'probability that the sign of normalised_influence is that of its un-compressed value over all such validation examples';
+COMMENT ON COLUMN curator.influence_scores.neighbour_cosine IS
+'mean cosine with the ten trusted examples nearest in gradient space; negative: they pull against it';
 COMMENT ON COLUMN curator.influence_scores.in_use IS 'scored with the checkpoint and validation sets in use now';
 
 CREATE VIEW curator.flagged_examples AS
@@ -70,7 +81,10 @@ SELECT e.id                   AS example_id,
        v.policy               AS policy,
        v.at                   AS flagged_at,
        CASE v.review WHEN 'undo' THEN u.review ELSE v.review END AS review,
-       e.record               AS record
+       e.record               AS record,
+       v.policy_version       AS policy_version,
+       v.stream_q             AS stream_q,
+       v.stream_level         AS stream_level
 FROM curator.verdicts_in_force f
 JOIN curator.verdicts v ON v.id = f.verdict_id
 LEFT JOIN curator.verdicts u ON u.id = v.restores
@@ -86,6 +100,11 @@ COMMENT ON VIEW curator.flagged_examples IS 'One row for each flag in force: wha
 COMMENT ON COLUMN curator.flagged_examples.p_value IS 'conformal p-value of the harm against the trusted references';
 COMMENT ON COLUMN curator.flagged_examples.q_value IS
 'Benjamini-Hochberg: the lowest false discovery rate of its batch at which the example is flagged';
+COMMENT ON COLUMN curator.flagged_examples.policy_version IS 'digest of what the policy said when it was applied';
+COMMENT ON COLUMN curator.flagged_examples.stream_q IS
+'q-value within its batch alone; q_value is over what a small batch was pooled with, too';
+COMMENT ON COLUMN curator.flagged_examples.stream_level IS
+'flags with stream_q at or below it keep the false discovery rate over all batches together, not only in each';
 COMMENT ON COLUMN curator.flagged_examples.review IS 'what a person said of it: drop or relabel; NULL when nobody has looked';
 COMMENT ON COLUMN curator.flagged_examples.record IS 'the record as it arrived, canonical';
 
@@ -111,10 +130,63 @@ COMMENT ON VIEW curator.valuable_examples IS
 COMMENT ON COLUMN curator.valuable_examples.gain IS 'normalised influence at the time of choosing';
 
 CREATE VIEW curator.verdict_history AS
-SELECT example_id, verdict, previous, reason, actor, at, review, note, policy, q_value
-FROM curator.verdicts;
+SELECT v.example_id, v.verdict, v.previous, v.reason, v.actor, v.at, v.review, v.note, v.policy, v.q_value, w.label,
+       v.p_value, v.stream_q, v.stream_level, v.policy_version, v.evidence, c.name AS checkpoint,
+       encode(r.key, 'hex') AS recipe, v.direction_set_id AS directions
+FROM curator.verdicts v
+LEFT JOIN curator.reviews w ON w.verdict_id = v.id
+LEFT JOIN curator.recipes r ON r.id = v.recipe_id
+LEFT JOIN curator.checkpoints c ON c.id = r.checkpoint_id;
 
 COMMENT ON VIEW curator.verdict_history IS 'One row for each decision ever taken. Nothing here is changed or removed.';
+COMMENT ON COLUMN curator.verdict_history.policy_version IS 'digest of what the policy said when it was applied';
+COMMENT ON COLUMN curator.verdict_history.evidence IS 'the scores it rests on, and p and q under each policy, as JSON';
+COMMENT ON COLUMN curator.verdict_history.directions IS 'number of the set of directions it was scored against';
+
+COMMENT ON COLUMN curator.verdict_history.label IS 'what a reviewer says the label should be';
+
+CREATE VIEW curator.flag_precision AS
+WITH reviewed AS (
+    SELECT f.example_id, coalesce(u.review, v.review) IN ('drop', 'relabel') AS upheld
+    FROM curator.verdicts_in_force f
+    JOIN curator.verdicts v ON v.id = f.verdict_id
+    LEFT JOIN curator.verdicts u ON u.id = v.restores
+    WHERE coalesce(u.review, v.review) IN ('keep', 'drop', 'relabel')
+), flags AS (
+    SELECT example_id FROM (
+        SELECT DISTINCT ON (example_id) example_id, verdict FROM curator.verdicts
+        WHERE review IS NULL ORDER BY example_id, id DESC) own
+    WHERE verdict = 'harmful'
+)
+SELECT t.draw, t.at, t.flags, t.drawn, t.reviewed, t.upheld,
+       t.upheld::double precision / nullif(t.reviewed, 0) AS precision,
+       CASE WHEN t.reviewed > 0 THEN greatest(0, w.middle - w.half) END AS ci_low,
+       CASE WHEN t.reviewed > 0 THEN least(1, w.middle + w.half) END AS ci_high
+FROM (
+    SELECT d.id AS draw, d.at, d.flags, count(*) AS drawn, count(r.example_id) AS reviewed,
+           count(*) FILTER (WHERE r.upheld) AS upheld
+    FROM curator.review_draws d
+    JOIN curator.review_draw_examples x ON x.draw_id = d.id
+    LEFT JOIN reviewed r ON r.example_id = x.example_id
+    GROUP BY d.id
+    UNION ALL
+    SELECT NULL, NULL, count(*), NULL, count(r.example_id), count(*) FILTER (WHERE r.upheld)
+    FROM flags LEFT JOIN reviewed r USING (example_id)
+) t
+CROSS JOIN LATERAL (
+    SELECT (t.upheld + 1.920729) / (t.reviewed + 3.841459) AS middle,
+           1.959964 / (t.reviewed + 3.841459) * sqrt(
+               t.upheld::double precision * (t.reviewed - t.upheld) / greatest(t.reviewed, 1) + .960365) AS half
+) w;
+
+COMMENT ON VIEW curator.flag_precision IS
+'One row for each draw of flags made by `curator reviews sample`, and one (draw NULL) for all flags that were looked at.';
+COMMENT ON COLUMN curator.flag_precision.draw IS
+'NULL: all reviews, of whatever somebody chose to look at; only a draw at random estimates the precision without bias';
+COMMENT ON COLUMN curator.flag_precision.flags IS 'flags that it was drawn from';
+COMMENT ON COLUMN curator.flag_precision.upheld IS 'reviewed as drop or relabel';
+COMMENT ON COLUMN curator.flag_precision.precision IS 'upheld among reviewed: 1 less the false discovery proportion';
+COMMENT ON COLUMN curator.flag_precision.ci_low IS 'of the precision, 95 %, Wilson';
 
 CREATE VIEW curator.source_influence AS
 SELECT t.source, t.slice, t.n,
@@ -250,7 +322,7 @@ BEGIN
     END IF;
     GRANT USAGE ON SCHEMA curator TO curator_analyst, curator_worker;
     FOREACH name IN ARRAY ARRAY['influence_scores', 'flagged_examples', 'valuable_examples', 'verdict_history', 'near_duplicates', 'validation_leaks',
-                                'source_influence', 'pipeline_status', 'quarantined_records'] LOOP
+                                'source_influence', 'pipeline_status', 'quarantined_records', 'flag_precision'] LOOP
         EXECUTE format('GRANT SELECT ON curator.%I TO curator_analyst, curator_worker', name);
     END LOOP;
     GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA curator TO curator_worker;

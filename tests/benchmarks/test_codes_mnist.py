@@ -113,11 +113,11 @@ def test_a_code_that_keeps_what_lies_outside_its_sample_finds_harm_where_a_pca_d
         assert harm["pca+sjlt, 510 of 4,096"] > harm["pca, 510 of 4,096"]
 
 
-INTRODUCTION = f"""2,500 arrivals, 10.6 % flipped; the overconfident checkpoint of results/trap_mnist.md; half of the trusted
-examples give the direction, curvature and code, half are references. "Unlike": the trusted examples are the digits
-below {KNOWN}, the arrivals the others, which the checkpoint knows and the trusted data does not. AUC for wrong labels of
-harm, of normalised influence and of self-influence; false discovery proportion and power of one batch at {FDR}. Mean of
-{len(SEEDS)} seeds, with the standard error of the harm's. Damping c = .1 unless said.
+INTRODUCTION = f"""2,500 arrivals, 10.6 % flipped; the overconfident checkpoint of results/trap_mnist.md. Half of the
+trusted examples give the direction, curvature and code, half are references. "Unlike": the trusted examples are the
+digits below {KNOWN}, the arrivals the others, which the checkpoint knows and the trusted data does not. AUC for wrong
+labels of harm, of normalised influence and of self-influence; false discovery proportion and power of one batch at
+{FDR}. Mean of {len(SEEDS)} seeds, with the standard error of the harm's. Damping c = .1 unless said.
 """
 
 
