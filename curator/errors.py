@@ -468,10 +468,68 @@ class NestedArchive(DataError):
 
 
 class UnreadFormat(DataError):
-    """{path} is {found}, not lines of JSON."""
+    """{path} is {found}, which curator does not read."""
 
     code = "CUR-FIL-005"
-    hint = "Unpack or convert it to JSON lines, plain or gzip."
+    hint = "Read are JSON lines and CSV (plain, gzip, zstd), Parquet, Arrow and what `datasets` saves; convert it."
+
+
+class UrlNotAllowed(UsageError):
+    """{url} is not below any of the prefixes that may be read: {allowed}."""
+
+    code = "CUR-INP-005"
+    hint = (
+        'Add its prefix: [sources] urls = ["s3://bucket/folder"]. A URL with .., ::, ?, # or a password is never read.'
+    )
+
+
+class DamagedTable(DataError):
+    """{path} is damaged after row {row}: {reason}. The rows before it stay."""
+
+    code = "CUR-FIL-006"
+    hint = "Fetch the file again: rows it has in common with the damaged one are known by digest and cost nothing."
+
+
+class OutsideFolder(DataError):
+    """{path} names the file {name!r}, which is not in its folder."""
+
+    code = "CUR-FIL-007"
+    hint = "A folder of records is read within itself only: copy the file there, or give it by its own name."
+
+
+class NotADataset(DataError):
+    """{path} is no folder that `datasets` saved: {reason}."""
+
+    code = "CUR-FIL-008"
+    hint = "Give the files within; a folder that others write into is for `curator watch`."
+
+
+class SeveralSplits(DataError):
+    """{path} holds several splits: {splits}."""
+
+    code = "CUR-FIL-009"
+    hint = "Give the one that is trained on: {path}/{first}."
+
+
+class BadHeader(DataError):
+    """{path} does not begin with a header of columns: {reason}."""
+
+    code = "CUR-FIL-010"
+    hint = "The first line of a CSV file names its columns, each once: text,label for instance."
+
+
+class UnevenRow(DataError):
+    """The row has {found} cells, the header names {wanted}."""
+
+    code = "CUR-TXT-013"
+    hint = "Quote cells that hold the delimiter or a line end, and double the quotes within them (RFC 4180)."
+
+
+class BadQuotes(DataError):
+    """The row's quotes do not close, or do not enclose a whole cell."""
+
+    code = "CUR-TXT-014"
+    hint = "Enclose the whole cell in quotes and double those within it (RFC 4180)."
 
 
 # --- command line and read side ---------------------------------------------------------------------------
@@ -737,6 +795,13 @@ class AdapterBaseMissing(DataError):
     )
 
 
+class NoCheckpoint(UsageError):
+    """There is no checkpoint to measure with."""
+
+    code = "CUR-CKP-014"
+    hint = "curator checkpoint add NAME PATH"
+
+
 class TemplateDiffers(UsageError):
     """The chat template {given} (SHA-256 {given_digest}) is not the checkpoint's own ({stored_digest})."""
 
@@ -878,7 +943,7 @@ class NoSuchFile(UsageError):
     """There is no file {path}."""
 
     code = "CUR-INP-001"
-    hint = "Name existing JSONL files, plain or gzip; `curator watch DIR` takes a whole folder."
+    hint = "Name existing files, or a URL; `curator watch DIR` takes a whole folder."
 
 
 class IsADirectory(UsageError):

@@ -100,7 +100,7 @@ def validation() -> None:
 
 @validation.command("add")
 @click.argument("name")
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("file", type=click.Path(exists=True, path_type=Path))
 @click.option("--slice", "field", default="", help="A field of the records that names their slice.")
 @click.option(
     "--contrast", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Examples of what is not wanted."
@@ -173,7 +173,7 @@ def _reach(references: int, fdr: float, slices: int) -> str:
 
 def _trusted(settings: Settings, file: Path) -> list[Record]:
     """The records of a trusted file, all of them or none."""
-    from curator.sources.jsonl import open_records
+    from curator.sources.files import open_records
     from curator.types import Record, Refusal
 
     items = list(open_records(file, settings.limits, any_shape=settings.workload.kind == "torch"))

@@ -19,7 +19,8 @@ from curator.store import examples
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = (".jsonl.gz", ".ndjson.gz", ".json.gz", ".jsonl", ".ndjson", ".json", ".gz")
+COMPRESSED = (".gz", ".zst")
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 
 
 @dataclass
@@ -85,7 +86,7 @@ def watch(connection: Connection, path: Path, source: str) -> None:
 def source_name(file: Path) -> str:
     """The source a file speaks for when nobody says: its name without the endings."""
     name = file.name
-    for suffix in SUFFIXES:
+    for suffix in (*COMPRESSED, *SUFFIXES):
         if name.endswith(suffix) and name != suffix:
-            return name.removesuffix(suffix)
-    return file.stem or name
+            name = name.removesuffix(suffix)
+    return name if name != file.name else file.stem or name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,6 +114,35 @@ def validation_summary(connection: Connection) -> list[Row[Any]]:
                 """
             )
         )
+    )
+
+
+def digests_in_use(connection: Connection, digests: Collection[bytes]) -> set[bytes]:
+    """Which of those are the digest of an example of a validation set in use."""
+    rows = connection.scalars(
+        text(
+            "SELECT v.digest FROM curator.validation_examples v"
+            " JOIN curator.validation_sets s ON s.id = v.validation_set_id AND s.in_use"
+            " WHERE v.digest = ANY(CAST(:digests AS bytea[]))"
+        ),
+        {"digests": list(digests)},
+    )
+    return set(map(bytes, rows))
+
+
+def arrived_in(connection: Connection, intake_ids: Sequence[int]) -> int:
+    """How many examples that came by those intakes are in a validation set in use."""
+    return int(
+        connection.scalar(
+            text(
+                "SELECT count(DISTINCT e.id) FROM curator.validation_examples v"
+                " JOIN curator.validation_sets s ON s.id = v.validation_set_id AND s.in_use"
+                " JOIN curator.examples e ON e.digest = v.digest"
+                " JOIN curator.occurrences o ON o.example_id = e.id AND o.intake_id = ANY(:ids)"
+            ),
+            {"ids": list(intake_ids)},
+        )
+        or 0
     )
 
 
