@@ -889,6 +889,20 @@ class TooFewTrusted(UsageError):
     hint = "Add trusted examples: part gives the direction, part is kept aside as references for p-values."
 
 
+class ContrastMissing(UsageError):
+    """Slice {slice!r} of the validation set {name!r} is in the {there} file alone."""
+
+    code = "CUR-VAL-009"
+    hint = "A contrast is good minus bad, slice by slice: give both files the same slices."
+
+
+class ContrastOverlaps(UsageError):
+    """{n} of the {name!r} validation set's examples are in the good and in the bad file, line {position} first."""
+
+    code = "CUR-VAL-010"
+    hint = "Take them out of one of the files: an example cannot be what to do and what not to do."
+
+
 class UnknownPolicySlice(UsageError):
     """Policy {policy} names the slice {slice!r}, and there are {known}."""
 
