@@ -598,6 +598,20 @@ class NoVector(UsageError):
     hint = "`curator status` shows what is left to do; an example without signal or in quarantine never gets one."
 
 
+class NoTokens(UsageError):
+    """The model's positions have no names here, and the record has no text to leave words out of."""
+
+    code = "CUR-EXM-004"
+    hint = "Give the workload a method `positions(record)`: the text at each position that its model sees."
+
+
+class NotExplained(UsageError):
+    """The pass through the model failed: {reason}"""
+
+    code = "CUR-EXM-005"
+    hint = "`curator doctor` tries the model on a few trusted examples and says what is wrong."
+
+
 class NothingScored(UsageError):
     """No example has a score under the recipe in use."""
 
@@ -880,6 +894,20 @@ class TooFewTrusted(UsageError):
 
     code = "CUR-VAL-003"
     hint = "Add trusted examples: part gives the direction, part is kept aside as references for p-values."
+
+
+class ContrastMissing(UsageError):
+    """Slice {slice!r} of the validation set {name!r} is in the {there} file alone."""
+
+    code = "CUR-VAL-009"
+    hint = "A contrast is good minus bad, slice by slice: give both files the same slices."
+
+
+class ContrastOverlaps(UsageError):
+    """{n} of the {name!r} validation set's examples are in the good and in the bad file, line {position} first."""
+
+    code = "CUR-VAL-010"
+    hint = "Take them out of one of the files: an example cannot be what to do and what not to do."
 
 
 class UnknownPolicySlice(UsageError):
