@@ -563,6 +563,13 @@ class TargetInUse(UsageError):
     hint = "Name a new directory, or pass --force to replace a former export."
 
 
+class NoColumn(UsageError):
+    """The field {field} {reason}, which no column of a table can hold."""
+
+    code = "CUR-OUT-004"
+    hint = "Export as JSON lines (--format jsonl), which can; or give the field one type."
+
+
 class TargetNotOurs(UsageError):
     """{path} is not an export of curator, so --force does not replace it."""
 
