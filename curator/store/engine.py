@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import psycopg
 from pgvector.psycopg import register_vector
 from sqlalchemy import Connection, Engine, create_engine, event
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 from sqlalchemy.pool import NullPool
 
@@ -49,6 +49,20 @@ def make_engine(url: str, *, pooled: bool = True, application: str = "curator") 
     )
     event.listen(engine, "connect", _prepare)
     return engine
+
+
+def address(url: str) -> str:
+    """A url as libpq reads it, without its password.
+
+    Raises:
+        BadDatabaseUrl: it is no URL of PostgreSQL.
+    """
+    try:
+        parsed = make_url(url)
+    except ArgumentError as error:
+        raise BadDatabaseUrl(reason=str(error)) from None
+    bare = URL.create("postgresql", parsed.username, None, parsed.host, parsed.port, parsed.database, parsed.query)
+    return bare.render_as_string(hide_password=False)
 
 
 def _prepare(connection: psycopg.Connection[object], _: object) -> None:

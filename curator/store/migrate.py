@@ -1,21 +1,22 @@
-"""The schema: made, moved on, compared. Safe to interrupt and to run again; two runs at once take turns."""
+"""The schema: made, moved on, compared. Safe to interrupt and to run again; two runs at once take turns.
+
+alembic is imported by what needs it: every command asks for the revision, and its import takes a quarter of a second.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from alembic import command
-from alembic.autogenerate import compare_metadata
-from alembic.config import Config
-from alembic.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, text
 
 from curator.errors import NoPgvector, SchemaBehind
 from curator.store.engine import begin, read
 from curator.store.tables import SCHEMA, metadata
+
+if TYPE_CHECKING:
+    from alembic.config import Config
 
 PGVECTOR = "0.8.0"
 # One number for every curator: a migration waits for another one to end instead of failing half-way.
@@ -30,10 +31,8 @@ def scripts() -> Path:
 
 
 def needed_revision() -> str:
-    """The revision this curator works with."""
-    head = ScriptDirectory(str(scripts())).get_current_head()
-    assert head is not None
-    return head
+    """The revision this curator works with: the number of the last script. Every command asks, so alembic is not."""
+    return max(path.name.partition("_")[0] for path in (scripts() / "versions").glob("[0-9]*.py"))
 
 
 def found_revision(connection: Connection) -> str | None:
@@ -51,6 +50,8 @@ def upgrade(engine: Engine) -> str:
         NoPgvector: the server has no pgvector that is new enough.
         DatabaseDown: the server does not answer.
     """
+    from alembic import command
+
     with begin(engine) as connection:
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
         connection.execute(text("SET LOCAL lock_timeout = '30s'"))
@@ -62,6 +63,8 @@ def upgrade(engine: Engine) -> str:
 
 def downgrade(engine: Engine, revision: str) -> None:
     """Bring the database back to ``revision`` ("base": before the first)."""
+    from alembic import command
+
     with begin(engine) as connection:
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
         command.downgrade(_config(connection), revision)
@@ -73,6 +76,9 @@ def check(engine: Engine) -> list[str]:
     Raises:
         SchemaBehind: the revision is another one, so a comparison would say nothing.
     """
+    from alembic.autogenerate import compare_metadata
+    from alembic.migration import MigrationContext
+
     with read(engine) as connection:
         require_revision(connection)
         context = MigrationContext.configure(connection, opts=dict(COMPARED))
@@ -91,6 +97,8 @@ def require_revision(connection: Connection) -> None:
 
 
 def _config(connection: Connection) -> Config:
+    from alembic.config import Config
+
     config = Config()
     config.set_main_option("script_location", str(scripts()).replace("%", "%%"))
     config.set_main_option("path_separator", "os")
