@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# A wake-up that nobody took in this time is worth nothing: the scheduler has rung again.
-WAKE_SECONDS = 30
+# A wake-up that nobody took in this time is worth nothing: the scheduler has rung again. Not shorter, for the machines
+# of worker and scheduler read it off clocks of their own: a worker whose clock is ahead would throw every ring away.
+WAKE_SECONDS = 300
 
 # Stages that need the model run where the GPU is; the others must not wait behind them.
 MODEL_QUEUE, TABLE_QUEUE = "model", "table"
@@ -86,7 +87,8 @@ class Runtime:
     @cached_property
     def engine(self) -> Engine:
         """Connections to the database."""
-        engine = make_engine(self.database_url, application=self.application)
+        silence = self.settings.limits.silence_seconds
+        engine = make_engine(self.database_url, application=self.application, silence=silence)
         self.held.callback(engine.dispose)
         return engine
 

@@ -12,7 +12,7 @@ from typing import Any
 from celery import Task
 
 from curator import settings
-from curator.errors import DependencyDown
+from curator.errors import CuratorError
 from curator.runtime import Runtime
 from curator.stages.folders import Watcher
 from curator.stages.turn import StageModule, Turn
@@ -42,18 +42,25 @@ class StageTask(Task):  # type: ignore[misc]
     def turn(self, stage: StageModule) -> str:
         """Run a stage until the table is empty or the turn is over, then wake whoever has work now.
 
-        A database that is away is no error of the task: the scheduler rings again.
+        A database that is away, or of another release, is no error of the task: the scheduler rings again.
         """
         try:
+            with read(self.runtime.engine) as connection:
+                migrate.require_revision(connection)  # it may have been upgraded while this process runs
             counts = shared.turn.run(stage, self.runtime.settings.limits.turn_seconds)
             with read(self.runtime.engine) as connection:
                 left = work.claimable(connection, backfill=self.runtime.settings.schedule.backfill)
-        except DependencyDown as error:
-            log.warning("%s: %s", stage.STAGE, error)
-            return "dependency down"
+        except CuratorError as error:
+            return refused(stage.STAGE, error)
         if counts != Counts():
             self.runtime.wake(*left)
         return str(counts)
+
+
+def refused(what: str, error: CuratorError) -> str:
+    """Say once a turn what stands in the way, with its fix. A traceback would say less."""
+    log.warning("%s: %s: %s %s", what, error.code, error, error.fix)
+    return error.code
 
 
 def _abandon() -> None:

@@ -7,6 +7,7 @@ import hashlib
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -130,8 +131,8 @@ def _open(opened: Runtime, paths: Sequence[Path], source: str) -> list[Intake]:
     for path in paths:
         digest = jsonl.file_digest(path)
         named = source or ("stdin" if place(str(path)) == "stdin" else folders.source_name(path))
-        with engine.begin(opened.engine) as connection:
-            intakes.append(examples.open_file(connection, path, named, digest))
+        opening = partial(examples.open_file, path=path, source=named, digest=digest, again=True)
+        intakes.append(engine.transact(opened.engine, opening))
     return intakes
 
 

@@ -18,6 +18,7 @@ from curator.errors import DataError
 from curator.settings import Limits, Settings
 from curator.sources.jsonl import open_records
 from curator.sources.records import parse_record
+from curator.sources.room import require_room
 from curator.store import directions, examples, offers, work
 from curator.store.examples import Intake
 from curator.types import Counts, Lease, Record, Refusal, Stage
@@ -77,16 +78,28 @@ class Reader:
         return self.partial
 
 
-def open_file(connection: Connection, path: Path, source: str, digest: bytes) -> Intake:
-    """Register a file and offer it, or find the intake it already has."""
+def open_file(connection: Connection, path: Path, source: str, digest: bytes, *, again: bool = False) -> Intake:
+    """Register a file and offer it, or find the intake it already has.
+
+    ``again``: somebody delivers it anew, so one that was given up as damaged is read on: a limit may have been raised
+    since, or the worker that it stopped be given more memory.
+    """
     intake = examples.open_intake(connection, source, str(path), digest)
-    if intake.state == "reading":
+    if again and intake.state == "damaged":
+        intake = examples.reopen_intake(connection, intake.id)
+        work.offer_again(connection, STAGE, [intake.id], kind=FILE)
+    elif intake.state == "reading":
         work.offer(connection, STAGE, [intake.id], kind=FILE)
     return intake
 
 
 def claim(connection: Connection, settings: Settings) -> Batch | None:
-    """Lease a chunk. A coin decides who is asked first, so that neither files nor the inbox starve."""
+    """Lease a chunk. A coin decides who is asked first, so that neither files nor the inbox starve.
+
+    Raises:
+        DiskLow: there is no room; what waits is taken in when there is.
+    """
+    require_room(settings.home, settings.limits.disk_bytes)
     kinds = [FILE, INBOX]
     random.shuffle(kinds)
     for kind in kinds:

@@ -42,6 +42,7 @@ class Instrument:
     attributor: Attributor | None = None
     direction_set_id: int | None = None
     towards: ExactDirections | None = None
+    trusted: Sequence[Any] = ()
 
     @property
     def fitted(self) -> Attributor:
@@ -78,7 +79,16 @@ def load(connection: Connection, settings: Settings, recipe_id: int, direction_s
         towards = _towards(connection, direction_set_id) if spec.exact and direction_set_id else None
     log.info("loaded recipe %d (%s) on %s", recipe_id, recipe.checkpoint.name, device)
     return Instrument(
-        recipe, workload, model, device, spec, settings.gradients.batch, attributor, direction_set_id, towards
+        recipe,
+        workload,
+        model,
+        device,
+        spec,
+        settings.gradients.batch,
+        attributor,
+        direction_set_id,
+        towards,
+        directions.some_trusted(connection, recipe_id),
     )
 
 

@@ -5,17 +5,20 @@ Autovacuum, planner and the like are the server's business; what is set here is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import psycopg
 from pgvector.psycopg import register_vector
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import NullPool
 
 from curator.errors import BadDatabaseUrl, DatabaseDown
+from curator.store.patience import SILENCE_SECONDS, PatientConnection
 
 CONNECT_SECONDS = 10
 
@@ -23,13 +26,22 @@ SILENCE = {"keepalives_idle": 15, "keepalives_interval": 5, "keepalives_count": 
 """A server whose machine is gone answers nothing, not even that: without these a heartbeat waits for it for hours."""
 
 
-def make_engine(url: str, *, pooled: bool = True, application: str = "curator") -> Engine:
+COLLISIONS = 5
+"""How often a transaction that collides with others is begun anew before that is an error."""
+
+Result = TypeVar("Result")
+
+
+def make_engine(
+    url: str, *, pooled: bool = True, application: str = "curator", silence: float = SILENCE_SECONDS
+) -> Engine:
     """An engine for ``url``.
 
     Args:
         url: ``postgresql://`` or ``postgresql+psycopg://``; the driver is always psycopg 3.
         pooled: False for processes that fork or hold a connection for one statement.
         application: shown in ``pg_stat_activity``, so ``status`` can name who holds a lock.
+        silence: seconds after which a server that says nothing is asked whether it is still there.
 
     Raises:
         BadDatabaseUrl: it is no URL of PostgreSQL.
@@ -48,6 +60,13 @@ def make_engine(url: str, *, pooled: bool = True, application: str = "curator") 
         else create_engine(url, connect_args=arguments, poolclass=NullPool)
     )
     event.listen(engine, "connect", _prepare)
+
+    def connect(_: object, __: object, words: list[Any], named: dict[str, Any]) -> PatientConnection:
+        connection = PatientConnection.connect(*words, **named)
+        connection.silence = silence
+        return connection
+
+    event.listen(engine, "do_connect", connect)
     return engine
 
 
@@ -72,6 +91,23 @@ def begin(engine: Engine) -> Iterator[Connection]:
         yield connection
 
 
+def transact(engine: Engine, action: Callable[[Connection], Result]) -> Result:
+    """What ``action`` does, committed; done again from the start where it collided with somebody else's transaction.
+
+    Raises:
+        DatabaseDown: the server does not answer, or the collisions have no end.
+    """
+    for _ in range(COLLISIONS):
+        try:
+            with begin(engine) as connection:
+                return action(connection)
+        except DatabaseDown as error:
+            if not collided(error):
+                raise
+    with begin(engine) as connection:
+        return action(connection)
+
+
 @contextmanager
 def read(engine: Engine) -> Iterator[Connection]:
     """A read-only transaction: every statement sees the same moment.
@@ -94,6 +130,8 @@ def database_errors(engine: Engine) -> Iterator[None]:
             reason = " ".join(str(error.orig).split())
             raise DatabaseDown(url=engine.url.render_as_string(hide_password=True), reason=reason) from error
         raise
+    except PoolTimeout as error:
+        raise DatabaseDown(url=engine.url.render_as_string(hide_password=True), reason=str(error)) from error
 
 
 def collided(error: BaseException) -> bool:

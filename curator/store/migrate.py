@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from curator.store.engine import begin, read
 from curator.store.tables import SCHEMA, metadata
 
 PGVECTOR = "0.8.0"
+LOCK_SECONDS = 30
 # One number for every curator: a migration waits for another one to end instead of failing half-way.
 _LOCK = 0x63757261746F72
 
@@ -29,6 +31,7 @@ def scripts() -> Path:
     return shipped if shipped.is_dir() else package.parent / "migrations"
 
 
+@cache
 def needed_revision() -> str:
     """The revision this curator works with."""
     head = ScriptDirectory(str(scripts())).get_current_head()
@@ -52,8 +55,7 @@ def upgrade(engine: Engine) -> str:
         DatabaseDown: the server does not answer.
     """
     with begin(engine) as connection:
-        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
-        connection.execute(text("SET LOCAL lock_timeout = '30s'"))
+        _take_turn(connection)
         _require_pgvector(connection, engine)
         connection.execute(text(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}"))
         command.upgrade(_config(connection), "head")
@@ -63,7 +65,7 @@ def upgrade(engine: Engine) -> str:
 def downgrade(engine: Engine, revision: str) -> None:
     """Bring the database back to ``revision`` ("base": before the first)."""
     with begin(engine) as connection:
-        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
+        _take_turn(connection)
         command.downgrade(_config(connection), revision)
 
 
@@ -88,6 +90,12 @@ def require_revision(connection: Connection) -> None:
     found, needed = found_revision(connection), needed_revision()
     if found != needed:
         raise SchemaBehind(found=found or "none", needed=needed)
+
+
+def _take_turn(connection: Connection) -> None:
+    """One migration at a time; then a bounded wait for each table, or whoever comes after us would wait behind us."""
+    connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
+    connection.execute(text(f"SET LOCAL lock_timeout = '{LOCK_SECONDS}s'"))
 
 
 def _config(connection: Connection) -> Config:

@@ -152,16 +152,17 @@ COMMENT ON VIEW curator.source_influence IS
 'One row for each source and slice: mean normalised influence with a 95 % interval. Row scores are weak, group means are strong.';
 
 CREATE VIEW curator.pipeline_status AS
-SELECT stage, state, count(*) AS n,
-       extract(epoch FROM now() - min(offered_at))::double precision AS oldest_seconds
-FROM curator.work
-GROUP BY stage, state;
+SELECT t.stage, t.state, t.n,
+       (SELECT extract(epoch FROM now() - min(w.offered_at))::double precision FROM curator.work w
+        WHERE w.stage = t.stage AND w.state = t.state AND w.state IN ('ready', 'leased')) AS oldest_seconds
+FROM (SELECT stage, state, sum(n)::bigint AS n FROM curator.work_tallies GROUP BY stage, state HAVING sum(n) > 0) t;
 
 COMMENT ON COLUMN curator.source_influence.trusted_influence IS
 'the same mean for the trusted references: the level to compare a source with';
 COMMENT ON COLUMN curator.source_influence.ci_low IS 'of the mean, 95 %; NULL below five examples';
 
 COMMENT ON VIEW curator.pipeline_status IS 'One row for each stage and state of the work ledger.';
+COMMENT ON COLUMN curator.pipeline_status.oldest_seconds IS 'since the oldest of it was offered; NULL where it has ended';
 
 CREATE VIEW curator.quarantined_records AS
 SELECT src.name AS source, q.position, q.code, q.detail, q.at, i.origin, q.example_id, q.id AS quarantine_id
