@@ -53,10 +53,14 @@ def doorbells() -> list[Queue]:
 
 @dataclass
 class Runtime:
-    """What a process works with. Close it (or use ``opened``) to let embedded servers go."""
+    """What a process works with. Close it (or use ``opened``) to let embedded servers go.
+
+    ``idle_seconds``: how long a transaction may lie idle before the server ends it; 0: for ever.
+    """
 
     settings: Settings
     application: str = "curator"
+    idle_seconds: float = 0
     held: ExitStack = field(default_factory=ExitStack)
     servers: list[Server] = field(default_factory=list)
 
@@ -88,7 +92,7 @@ class Runtime:
     def engine(self) -> Engine:
         """Connections to the database."""
         silence = self.settings.limits.silence_seconds
-        engine = make_engine(self.database_url, application=self.application, silence=silence)
+        engine = make_engine(self.database_url, application=self.application, silence=silence, idle=self.idle_seconds)
         self.held.callback(engine.dispose)
         return engine
 

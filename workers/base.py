@@ -22,6 +22,8 @@ from curator.types import Counts
 
 log = logging.getLogger(__name__)
 
+LEAST_IDLE_SECONDS = 10.0
+
 stopping = threading.Event()
 """Set when the process is asked to stop: the turn ends with its batch, and gives nothing half-done away."""
 
@@ -80,7 +82,9 @@ class Process:
         Raises:
             SchemaBehind: another release of curator owns the schema now. The worker refuses and names the command.
         """
-        runtime = Runtime(settings.load(), application="curator worker")
+        chosen = settings.load()
+        idle = max(chosen.limits.lease_seconds, LEAST_IDLE_SECONDS)  # who is silent for longer than a lease is dead
+        runtime = Runtime(chosen, application="curator worker", idle_seconds=idle)
         try:
             with read(runtime.engine) as connection:
                 migrate.require_revision(connection)

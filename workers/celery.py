@@ -62,7 +62,7 @@ def make_app() -> Celery:
         broker_transport_options={"visibility_timeout": 3600, **_patience(chosen.limits.silence_seconds)},
         worker_cancel_long_running_tasks_on_connection_loss=False,
         beat_schedule=_schedule(chosen.schedule),
-        beat_scheduler="celery.beat:Scheduler",  # nothing on disk: when each was last rung is nobody's concern
+        beat_scheduler="workers.scheduler:Scheduler",
         task_serializer="json",
         accept_content=["json"],
         timezone="UTC",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import psycopg
@@ -33,7 +34,7 @@ Result = TypeVar("Result")
 
 
 def make_engine(
-    url: str, *, pooled: bool = True, application: str = "curator", silence: float = SILENCE_SECONDS
+    url: str, *, pooled: bool = True, application: str = "curator", silence: float = SILENCE_SECONDS, idle: float = 0
 ) -> Engine:
     """An engine for ``url``.
 
@@ -42,6 +43,8 @@ def make_engine(
         pooled: False for processes that fork or hold a connection for one statement.
         application: shown in ``pg_stat_activity``, so ``status`` can name who holds a lock.
         silence: seconds after which a server that says nothing is asked whether it is still there.
+        idle: seconds after which the server ends a transaction in which nothing happens; 0: never. Whoever goes away
+            without a word would keep his locks, and a lease that is locked is not reclaimed.
 
     Raises:
         BadDatabaseUrl: it is no URL of PostgreSQL.
@@ -60,6 +63,7 @@ def make_engine(
         else create_engine(url, connect_args=arguments, poolclass=NullPool)
     )
     event.listen(engine, "connect", _prepare)
+    event.listen(engine, "connect", partial(_bound, idle))
 
     def connect(_: object, __: object, words: list[Any], named: dict[str, Any]) -> PatientConnection:
         connection = PatientConnection.connect(*words, **named)
@@ -78,6 +82,22 @@ def _prepare(connection: psycopg.Connection[object], _: object) -> None:
         pass
     finally:
         connection.rollback()
+
+
+def _bound(idle: float, connection: psycopg.Connection[object], _: object) -> None:
+    """The server's side of the bargain: it, too, may be left alone by a machine that is gone."""
+    settings = {
+        "idle_in_transaction_session_timeout": f"{idle:.0f}s",
+        "tcp_keepalives_idle": str(SILENCE["keepalives_idle"]),
+        "tcp_keepalives_interval": str(SILENCE["keepalives_interval"]),
+        "tcp_keepalives_count": str(SILENCE["keepalives_count"]),
+        "tcp_user_timeout": str(SILENCE["tcp_user_timeout"]),
+    }
+    connection.execute(
+        "SELECT set_config(name, value, false) FROM unnest(%s::text[], %s::text[]) AS t (name, value)",
+        [list(settings), list(settings.values())],
+    )
+    connection.commit()
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from psycopg.abc import PQGen
 
 SILENCE_SECONDS = 15.0
 PROBE_SECONDS = 5
+"""How long a second connection may take to be made; two is the least that libpq knows."""
 
 Answer = TypeVar("Answer")
 
@@ -28,7 +29,6 @@ class PatientConnection(psycopg.Connection[tuple[Any, ...]]):
     """
 
     silence = SILENCE_SECONDS
-    known: bool | None = None
     vain = 0
 
     def wait(self, gen: PQGen[Answer], interval: float = 0.1, timeout: float | None = None) -> Answer:
@@ -52,7 +52,10 @@ class PatientConnection(psycopg.Connection[tuple[Any, ...]]):
         A pooler gives out process numbers of its own. Then all that can be known is whether it answers.
         """
         mine = self.info.backend_pid
-        arguments: dict[str, Any] = {**self.info.get_parameters(), "connect_timeout": PROBE_SECONDS}
+        arguments: dict[str, Any] = {
+            **self.info.get_parameters(),
+            "connect_timeout": max(2, min(PROBE_SECONDS, int(self.silence))),
+        }
         try:
             with psycopg.connect(password=self.info.password, **arguments) as other:
                 pooled = other.info.backend_pid != other.execute("SELECT pg_backend_pid()").fetchall()[0][0]
