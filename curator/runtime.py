@@ -38,17 +38,19 @@ QUEUES = {stage: MODEL_QUEUE if stage in (Stage.DIRECTIONS, Stage.GRADIENTS) els
 
 
 def doorbells() -> list[Queue]:
-    """The queues, each declared anew by every message.
+    """The queues, each declared anew by every message, and none of them with acknowledgements.
 
     A broker that was emptied has forgotten where messages go, and kombu, which remembers having declared the queue,
-    would send them nowhere until it connects again.
+    would send them nowhere until it connects again. An acknowledgement that is lost keeps its place in the worker's
+    window for ever; after two of them the worker is connected and takes nothing. A ring needs none: the scheduler
+    rings again.
     """
     from kombu.entity import Queue
 
     class Doorbell(Queue):
         can_cache_declaration = False
 
-    return [Doorbell(name) for name in (MODEL_QUEUE, TABLE_QUEUE)]  # type: ignore[no-untyped-call]
+    return [Doorbell(name, no_ack=True) for name in (MODEL_QUEUE, TABLE_QUEUE)]  # type: ignore[no-untyped-call]
 
 
 @dataclass

@@ -47,6 +47,8 @@ from workers.celery import app
 
 app.conf.broker_transport_options = {"visibility_timeout": 1}
 app.conf.task_reject_on_worker_lost = True
+for queue in app.conf.task_queues:
+    queue.no_ack = False
 app.loader.import_default_modules()
 for task in app.tasks.values():
     task.acks_late = True
