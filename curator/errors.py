@@ -420,6 +420,13 @@ class LongName(DataError):
     hint = "Keep id and source short; what is long belongs in meta."
 
 
+class NoJsonForm(DataError):
+    """The row holds a value of type {kind}, which has no form in JSON."""
+
+    code = "CUR-TXT-012"
+    hint = "Leave that column out, or write it as text or numbers; curator trains on what JSON can say."
+
+
 class NulEscaped(DataError):
     r"""A string of the record holds the character NUL; it was kept, as the escape \u0000."""
 
@@ -561,6 +568,13 @@ class NoSuchSource(UsageError):
     hint = "`curator sql 'SELECT DISTINCT source FROM curator.source_influence'` lists those with scores."
 
 
+class NoSuchField(UsageError):
+    """No record has a field {name!r}.{suggestion}"""
+
+    code = "CUR-SRC-002"
+    hint = "Group by one of: {known}; a dot leads into a field, as in meta.team.lead."
+
+
 class NoSuchSlice(UsageError):
     """No validation set has a slice {name!r}.{suggestion}"""
 
@@ -590,6 +604,41 @@ class NothingToUndo(UsageError):
 
     code = "CUR-REV-001"
     hint = "`curator review EXAMPLE --keep|--drop|--relabel` first; `verdict_history` holds what was said."
+
+
+class NothingToReview(UsageError):
+    """No flag has been raised, so there is nothing to draw from."""
+
+    code = "CUR-REV-002"
+    hint = "`curator reviews queue` lists what is most likely to be wrong of all that was judged."
+
+
+class NothingToRelabel(UsageError):
+    """The record of example {example} has no label that another could take the place of."""
+
+    code = "CUR-REV-003"
+    hint = "Say --relabel without --label, or --drop."
+
+
+class NoSuchDraw(UsageError):
+    """There is no draw {draw}; there are {known}."""
+
+    code = "CUR-REV-004"
+    hint = "`curator reviews sample N` makes one, `curator reviews precision` lists them."
+
+
+class NotLabelStudio(UsageError):
+    """{path} is no JSON export of Label Studio: {reason}."""
+
+    code = "CUR-REV-005"
+    hint = 'Export as "JSON" (not JSON-MIN or CSV) the project that holds the tasks of `curator reviews export`.'
+
+
+class NotOfThisProject(UsageError):
+    """Example {example} is not the one that was annotated: the task was written by another project."""
+
+    code = "CUR-REV-006"
+    hint = "Import it with --project naming the project that exported the tasks."
 
 
 # --- workloads and checkpoints ----------------------------------------------------------------------------
@@ -686,6 +735,22 @@ class CheckpointForeign(DataError):
     hint = 'Use the [workload] kind the checkpoint was made for, or kind = "torch" with a factory of your own.'
 
 
+class AdapterBaseMissing(DataError):
+    """The adapter at {path} belongs to the base model {base!r}, which is no local folder."""
+
+    code = "CUR-CKP-013"
+    hint = (
+        "Set base_model_name_or_path in its adapter_config.json to the folder of the base model; nothing is downloaded."
+    )
+
+
+class TemplateDiffers(UsageError):
+    """The chat template {given} (SHA-256 {given_digest}) is not the checkpoint's own ({stored_digest})."""
+
+    code = "CUR-WRK-013"
+    hint = "Save the trainer's tokenizer with the checkpoint; then [workload] options.chat_template is not needed."
+
+
 # --- checkpoints and validation sets ----------------------------------------------------------------------
 
 
@@ -750,6 +815,15 @@ class TooFewTrusted(UsageError):
 
     code = "CUR-VAL-003"
     hint = "Add trusted examples: part gives the direction, part is kept aside as references for p-values."
+
+
+class UnknownPolicySlice(UsageError):
+    """Policy {policy} names the slice {slice!r}, and there are {known}."""
+
+    code = "CUR-POL-001"
+    hint = (
+        "Correct [policy.{policy}] slices or [verdicts] veto in curator.toml; `curator validation list` has the names."
+    )
 
 
 class NotMeasurable(UsageError):

@@ -101,7 +101,7 @@ class Process:
     @cached_property
     def watcher(self) -> Watcher:
         """What this process has seen of the watched folders."""
-        return Watcher()
+        return Watcher(self.runtime.settings.sources.still_seconds)
 
     def close(self) -> None:
         """Let go of connections and servers, if there are any."""

@@ -11,14 +11,18 @@ from statistics import mean
 from typing import Any
 
 import torch
+from sqlalchemy import Connection
 
 from curator import settings
 from curator.errors import BatchDependent, CuratorError
 from curator.runtime import Runtime
+from curator.settings import Settings
 from curator.stages import instrument
 from curator.stages.instrument import Instrument
-from curator.store import directions
+from curator.stages.recipes import spec
+from curator.store import recipes, validation
 from curator.store.engine import read
+from curator.store.recipes import Recipe
 from curator.workloads import base
 
 SAMPLE = 8
@@ -50,11 +54,11 @@ def check(runtime: Runtime) -> str:
         CuratorError: whatever stands in the way of measuring, with its fix.
     """
     with read(runtime.engine) as connection:
-        recipe = directions.recipe_in_use(connection)
+        recipe = recipes.recipe_in_use(connection)
         if recipe is None:
-            return "nothing to load yet: there is no checkpoint with a validation set"
-        sets = [number for number, _ in directions.validation_sets_in_use(connection)]
-        records = [example.record for example in directions.validation_examples(connection, sets)[:SAMPLE]]
+            return _checkpoint_alone(connection, runtime.settings)
+        sets = [number for number, _ in validation.validation_sets_in_use(connection)]
+        records = [example.record for example in validation.validation_examples(connection, sets)[:SAMPLE]]
         tools = instrument.load(connection, runtime.settings, recipe.id, None)
     if tools.attributor is None:
         return _tried(tools, records)
@@ -64,12 +68,27 @@ def check(runtime: Runtime) -> str:
     return f"the model loads and measures on {tools.device}; temperature {recipe.temperature:.2f}{_meaning(recipe)}"
 
 
+def _checkpoint_alone(connection: Connection, settings: Settings) -> str:
+    """Before there is trusted data: does the model load, and does what the settings ask for suit it?"""
+    checkpoint = recipes.checkpoint_in_use(connection)
+    if checkpoint is None:
+        return "nothing to load yet: there is no checkpoint"
+    asked = Recipe(0, checkpoint, spec(settings), 0, 1.0, "fitting", in_use=False)
+    return f"the model loads{_kept(instrument.unfitted(settings, asked))}"
+
+
+def _kept(tools: Instrument) -> str:
+    kept = tools.budgets()
+    return f" on {tools.device}; {sum(kept.values())} entries of {len(kept)} layers are kept"
+
+
 def _tried(tools: Instrument, records: list[Mapping[str, Any]]) -> str:
     """Before a recipe is fitted: do the records become a batch, and the batch losses?"""
+    kept = _kept(tools)
     losses = base.losses_of(tools.workload)
     with torch.no_grad():
         found = [float(loss) for batch in tools.batches(records) for loss in losses(tools.model, batch)]
-    return f"the model loads on {tools.device}; {len(found)} trusted records have a mean loss of {mean(found):.3g}"
+    return f"the model loads{kept}; {len(found)} trusted records have a mean loss of {mean(found):.3g}"
 
 
 def batch_dependence(tools: Instrument, records: list[Mapping[str, Any]]) -> float:
@@ -84,7 +103,7 @@ def batch_dependence(tools: Instrument, records: list[Mapping[str, Any]]) -> flo
     return worst
 
 
-def _meaning(recipe: directions.Recipe) -> str:
+def _meaning(recipe: Recipe) -> str:
     if recipe.temperature >= HOTTEST:
         return " (the end of the search: the checkpoint is wrong on most trusted examples)"
     if recipe.temperature <= OVERCONFIDENT:

@@ -12,7 +12,7 @@ from sqlalchemy import Connection
 from curator import settings
 from curator.errors import CuratorError
 from curator.runtime import Runtime
-from curator.stages import directions, examples, gradients, scores, upkeep, verdicts
+from curator.stages import directions, examples, gradients, likeness, scores, upkeep, verdicts
 from curator.stages.turn import StageModule, Turn
 from curator.store import migrate, offers, work
 from curator.store.engine import read, transact
@@ -34,6 +34,7 @@ def drain(runtime: Runtime) -> bool:
         transact(runtime.engine, lambda connection: upkeep.run(connection, runtime.settings))
         for stage in STAGES:
             turn.run(stage, runtime.settings.limits.turn_seconds)
+        likeness.run(runtime.engine, runtime.settings.sources.similarity, runtime.settings.limits.turn_seconds)
         if not transact(runtime.engine, lambda connection: _left(connection, runtime)):
             return True
         stopping.wait(PATIENCE_SECONDS)

@@ -9,7 +9,7 @@ from sqlalchemy import Connection
 
 from curator.errors import CuratorError
 from curator.settings import Settings
-from curator.stages import folders, upkeep
+from curator.stages import folders, likeness, upkeep
 from curator.store import examples, offers, work
 from curator.store.engine import read, transact
 from curator.types import UPKEEP_TASK, Stage
@@ -17,6 +17,9 @@ from workers.base import StageTask, refused, shared
 
 SWEEP_SECONDS = 600.0
 """How often all tables are read for what nobody offered: 0.5 s for 200,000 examples, so not with every upkeep."""
+
+LIKENESS_SECONDS = 3.0
+"""How long near-duplicates are looked for at a time: other tasks of the table's queue wait so long."""
 
 
 @shared_task(base=StageTask, bind=True, name=UPKEEP_TASK)  # type: ignore[untyped-decorator]
@@ -28,9 +31,10 @@ def run(self: StageTask) -> str:
         if mended is None:
             return "another scheduler was first"
         left = transact(runtime.engine, lambda connection: _swept(connection, runtime.settings))
+        runtime.wake(*left)
+        likeness.run(runtime.engine, runtime.settings.sources.similarity, LIKENESS_SECONDS)
     except CuratorError as error:
         return refused("upkeep", error)
-    runtime.wake(*left)
     return str(mended)
 
 

@@ -40,6 +40,7 @@ COMMANDS: Final[Mapping[str, tuple[str, str]]] = {
     "why": ("curator.cli.examples:why", "Show what drove the verdict on one example."),
     "neighbours": ("curator.cli.examples:neighbours", "List the examples with the most similar gradients."),
     "review": ("curator.cli.verdicts:review", "Say what you think of one example."),
+    "reviews": ("curator.cli.reviews:reviews", "Find what is worth a look, and measure how many flags hold."),
     "select": ("curator.cli.selections:select", "Choose the examples of the next training run."),
     "export": ("curator.cli.exports:export", "Write examples as JSONL with a manifest."),
     "report": ("curator.cli.exports:report", "Write one HTML page with plots, flags and sources."),

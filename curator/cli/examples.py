@@ -10,13 +10,15 @@ from curator.cli.invocation import Invocation, pass_invocation
 from curator.cli.output import Form, cell, facts, rows_options, show
 
 if TYPE_CHECKING:
-    from curator.views.examples import Driven, Pull, Why
+    from curator.views.examples import Why
+    from curator.views.pulls import Driven, Pull, Side
 
 _CONTROLS = ("loss", "calibrated_loss", "gradient_norm", "self_influence")
 _SCORES = (
     "slice", "normalised_influence", "exact_influence", "influence", "stderr", "percentile", "harm", "p_value",
 )  # fmt: skip
 
+_LAYERS = 12
 _INGREDIENTS = ("slice", "evidence", "value", "deviations", "weight", "part")
 
 
@@ -32,7 +34,8 @@ def why(here: Invocation, example: str, pulls: int, neighbours: int, form: Form)
     EXAMPLE is an example_id, the record's own id, or id:NUMBER where the two could be confused.
 
     Under each slice, the pulls of all validation examples add up to the normalised influence: negative ones say
-    that training on EXAMPLE raises their loss.
+    that training on EXAMPLE raises their loss. No single one decides; a share is of all that pulls the same way. Their
+    labels and the layers divide the same sum in two other ways.
 
     Harm adds up three kinds of evidence, each in deviations from trusted examples: the part is deviations by weight,
     and the largest part is what carried the harm. Values are as they are added: influence with its sign turned, the
@@ -96,13 +99,45 @@ def _print(why: Why) -> None:
 
 def _print_driven(driven: Driven) -> None:
     _section(f"What drove slice {driven.slice} of {driven.validation_set}: {cell(driven.total)} in all")
-    rest = f"{driven.rest_n} other validation examples"
-    rows = [*map(_row, driven.down), {"pull": driven.rest, "id": "", "preview": rest}]
-    show([*rows, *map(_row, reversed(driven.up))], Form.TEXT)
+    for side, word in ((driven.down, "down"), (driven.up, "up")):
+        if side.n:
+            click.echo(_summary(side, driven.n, word))
+    rows = [
+        *map(_row, driven.down.named),
+        *_rest(driven.down),
+        *_rest(driven.up),
+        *map(_row, reversed(driven.up.named)),
+    ]
+    show(rows, Form.TEXT)
+    if driven.by_label:
+        _section("The same by the label of the validation example")
+        show(driven.by_label, Form.TEXT)
+    if driven.by_layer:
+        _section("The same by layer (share: of the sizes of all layers' pulls)")
+        show(driven.by_layer[:_LAYERS], Form.TEXT)
+
+
+def _summary(side: Side, n: int, word: str) -> str:
+    named = f"; the {len(side.named)} strongest are {side.named_share:.1%} of that" if side.named else ""
+    return f"{side.n} of {n} validation examples pull it {word}, by {cell(side.total)} together{named}"
 
 
 def _row(pull: Pull) -> dict[str, object]:
-    return {"pull": pull.pull, "id": pull.external_id or pull.validation_example_id, "preview": pull.preview}
+    return {
+        "pull": pull.pull,
+        "share": f"{pull.share:.1%}",
+        "id": pull.external_id or pull.validation_example_id,
+        "preview": pull.preview,
+    }
+
+
+def _rest(side: Side) -> list[dict[str, object]]:
+    others = side.n - len(side.named)
+    if not others:
+        return []
+    way = "down" if side.total < 0 else "up"
+    share = f"{1 - side.named_share:.1%}"
+    return [{"pull": side.rest, "share": share, "id": "", "preview": f"{others} others that pull {way}"}]
 
 
 def _section(title: str) -> None:

@@ -11,6 +11,11 @@ import click
 from curator.cli.invocation import Invocation, pass_invocation
 from curator.cli.output import Form, facts, rows_options, say, show
 
+_GROUP = (
+    "value", "slice", "n", "mean_influence", "ci_low", "ci_high", "beside_trusted", "q_value", "flagged_share",
+    "flagged_low", "flagged_high", "loss",
+)  # fmt: skip
+
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
@@ -55,15 +60,30 @@ def _write(connection: Connection, planned: Plan, out: Path, *, force: bool) -> 
 
 
 @click.command()
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="The HTML file to write.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="The HTML file to write.")
+@click.option(
+    "--by", metavar="FIELD", help="Compare groups: `source`, or a field of the records' meta or of the records."
+)
+@rows_options
 @pass_invocation
-def report(here: Invocation, out: Path) -> None:
-    """Write one self-contained HTML page: plots, sources, flags with previews, refusals, and how far to trust them."""
-    from curator.views import page
+def report(here: Invocation, out: Path | None, by: str | None, form: Form) -> None:
+    """Write one self-contained HTML page: plots, sources, flags with previews, refusals, and how far to trust them.
+
+    --by FIELD compares groups of examples with the trusted references: with --out on the page, without it as rows,
+    the most harmful first. Intervals are 95 %, Student's of a mean and Wilson's of a share; q_value allows for the
+    number of rows (Benjamini-Hochberg over Welch's tests).
+    """
+    from curator.views import groups, page
     from curator.views import report as view
 
+    if out is None and by is None:
+        raise click.UsageError("Say where to write the page (--out FILE), what to compare (--by FIELD), or both.")
+    if out is None:
+        with here.reading() as connection:
+            show(groups.by(connection, by or groups.SOURCE), form, _GROUP)
+        return
     with here.reading() as connection:
-        found = view.report(connection, here.settings().project.name)
+        found = view.report(connection, here.settings().project.name, by)
     page.write(found, out)
     for warning in found.warnings:
         say(f"! {warning}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,8 +28,9 @@ def checkpoint() -> None:
 @checkpoint.command("add")
 @click.argument("name")
 @click.argument("path", type=click.Path(path_type=Path))
+@click.option("--check/--no-check", default=True, show_default=True, help="Load the model, and see what is kept of it.")
 @pass_invocation
-def add_checkpoint(here: Invocation, name: str, path: Path) -> None:
+def add_checkpoint(here: Invocation, name: str, path: Path, check: bool) -> None:
     """Register the safetensors file or Hugging Face folder at PATH as NAME, and use it."""
     from curator.stages import recipes
     from curator.store import engine
@@ -36,9 +38,12 @@ def add_checkpoint(here: Invocation, name: str, path: Path) -> None:
 
     place = checkpoints.weights_at(path.resolve())
     digest = bytes.fromhex(checkpoints.digest(place))
-    with here.runtime() as opened, engine.begin(opened.engine) as connection:
-        asked = recipes.add_checkpoint(connection, opened.settings, name, place, digest)
-    say(f"checkpoint {name} is in use ({digest.hex()[:12]})")
+    with here.runtime() as opened:
+        with engine.begin(opened.engine) as connection:
+            asked = recipes.add_checkpoint(connection, opened.settings, name, place, digest)
+        say(f"checkpoint {name} is in use ({digest.hex()[:12]})")
+        if check:
+            _try(opened.settings, "the checkpoint")
     if asked is None:
         say("next: curator validation add NAME FILE, a file of trusted examples")
 
@@ -48,12 +53,12 @@ def add_checkpoint(here: Invocation, name: str, path: Path) -> None:
 @pass_invocation
 def list_checkpoints(here: Invocation, form: Form) -> None:
     """List the registered checkpoints."""
-    from curator.store import directions
+    from curator.store import recipes
 
     with here.reading() as connection:
         rows = [
             {"name": c.name, "in_use": c.in_use, "digest": c.digest.hex()[:12], "path": c.path}
-            for c in directions.checkpoints(connection)
+            for c in recipes.checkpoints(connection)
         ]
     show(rows, form)
 
@@ -105,35 +110,46 @@ def add_validation(here: Invocation, name: str, file: Path, field: str, check: b
     something trusted may look.
     """
     from curator.stages import recipes
-    from curator.store import directions, engine
+    from curator.store import engine
+    from curator.store import validation as stored
 
     settings = here.settings()
     records = list(_trusted(settings, file))
-    with here.runtime() as opened, engine.begin(opened.engine) as connection:
-        slices = recipes.add_validation(connection, settings, name, field, records)
-        sets = directions.validation_sets_in_use(connection)
-        leaks = sum(directions.leaked(connection, number) for number, _ in sets)
-        waiting = directions.checkpoint_in_use(connection) is None
-    for key, (behind, aside) in slices.items():
-        say(f"{name}/{key}: {behind} examples give the direction, {aside} are kept aside as references")
-    say(_reach(sum(aside for _, aside in slices.values()), settings.verdicts.fdr, len(slices)))
-    if leaks:
-        say(f"warning: {leaks} validation examples are also training data; their influence says nothing")
+    with here.runtime() as opened:
+        with engine.begin(opened.engine) as connection:
+            slices = recipes.add_validation(connection, settings, name, field, records)
+            sets = stored.validation_sets_in_use(connection)
+            leaks = sum(stored.leaked(connection, number) for number, _ in sets)
+            waiting = recipes.waits_for_checkpoint(connection)
+        _describe(name, slices, settings.verdicts.fdr)
+        if leaks:
+            say(f"warning: {leaks} validation examples are also training data; their influence says nothing")
+        if check and not waiting:
+            _try(settings, "the validation set")
     if waiting:
         say("next: curator checkpoint add NAME PATH")
-    elif check:
-        _try(settings)
 
 
-def _try(settings: Settings) -> None:
-    """Run the user's model on a few trusted records now, while whoever wrote it is looking.
+def _describe(name: str, slices: Mapping[str, tuple[int, int]], fdr: float) -> None:
+    for key, (behind, aside) in slices.items():
+        say(f"{name}/{key}: {behind} examples give the direction, {aside} are kept aside as references")
+    say(_reach(sum(aside for _, aside in slices.values()), fdr, len(slices)))
 
-    In a process of its own: it needs torch, and this command line must not. The set is registered either way.
+
+def _try(settings: Settings, what: str) -> None:
+    """Run the user's model now, on a few trusted records where there are some, while whoever wrote it is looking.
+
+    In a process of its own: it needs torch, and this command line must not. ``what`` is registered either way.
     """
     environment = {**os.environ, "CURATOR_PROJECT": str(settings.project)}
-    done = subprocess.run([sys.executable, "-m", "workers.check"], env=environment, cwd=settings.project, check=False)
+    command = [sys.executable, "-m", "workers.check"]
+    done = subprocess.run(
+        command, env=environment, cwd=settings.project, stdout=subprocess.PIPE, text=True, errors="replace", check=False
+    )
+    if said := done.stdout.strip():
+        say(said)
     if done.returncode:
-        say("the validation set is registered; mend this, then `curator doctor` tries again")
+        say(f"{what} is registered; mend this, then `curator doctor` tries again")
         raise click.exceptions.Exit(done.returncode)
 
 
@@ -195,8 +211,8 @@ def use_validation(here: Invocation, name: str, version: int) -> None:
 @pass_invocation
 def list_validation(here: Invocation, form: Form) -> None:
     """List the validation sets, their slices and how many examples each has."""
-    from curator.store import directions
+    from curator.store import validation as stored
 
     with here.reading() as connection:
-        rows = directions.validation_summary(connection)
+        rows = stored.validation_summary(connection)
     show((row._asdict() for row in rows), form)

@@ -58,6 +58,9 @@ class Code(Protocol):
     def encode(self, w_BK: Tensor) -> Tensor:
         """y_BC."""
 
+    def matrix_KC(self) -> Tensor:
+        """M with ``encode(w) = w M``."""
+
     def tensors(self) -> dict[str, Tensor]:
         """As named tensors."""
 
@@ -100,6 +103,13 @@ class Sjlt:
         for bucket_K, sign_K in zip(self.bucket_sK, self.sign_sK, strict=True):
             y_BC.index_add_(1, bucket_K, w_BK * sign_K)
         return y_BC / math.sqrt(len(self.bucket_sK))
+
+    def matrix_KC(self) -> Tensor:
+        """M with ``encode(w) = w M``."""
+        M_KC = torch.zeros(self.bucket_sK.shape[1], self.width)
+        # The buckets of one entry are in different blocks.
+        M_KC.scatter_(1, self.bucket_sK.T, self.sign_sK.T.float() / math.sqrt(len(self.bucket_sK)))
+        return M_KC
 
     def tensors(self) -> dict[str, Tensor]:
         """As named tensors."""
@@ -144,6 +154,10 @@ class Pca:
         """y_BC."""
         return w_BK @ self.components_KC.to(w_BK.dtype)
 
+    def matrix_KC(self) -> Tensor:
+        """M with ``encode(w) = w M``."""
+        return self.components_KC
+
     def tensors(self) -> dict[str, Tensor]:
         """As named tensors."""
         return {"components": self.components_KC}
@@ -181,11 +195,9 @@ class FoldedCode:
     encoder_KC: Tensor
 
     @classmethod
-    def fold(cls, whitening: Whitening, code: Code, entries: int) -> FoldedCode:
-        """Encode each kept entry's unit vector."""
-        device = next(iter(whitening.roots.values())).device
-        rows = torch.split(torch.eye(entries, device=device), GAUSSIAN_ROWS)
-        return cls(torch.cat([code.encode(whitening.apply(part)) for part in rows]))
+    def fold(cls, whitening: Whitening, code: Code) -> FoldedCode:
+        """F^-1/2 M of the code's matrix M, its columns taken as rows: F^-1/2 is symmetric."""
+        return cls(whitening.apply(code.matrix_KC().T.to(whitening.device)).T.contiguous())
 
     @property
     def width(self) -> int:
@@ -195,6 +207,10 @@ class FoldedCode:
     def apply(self, g_BK: Tensor) -> Tensor:
         """y_BC of kept gradients."""
         return g_BK.to(self.encoder_KC.dtype) @ self.encoder_KC
+
+    def pull_back(self, u_SC: Tensor) -> Tensor:
+        """The v_SK with <y, u> = <g, v>."""
+        return u_SC.to(self.encoder_KC.dtype) @ self.encoder_KC.T
 
     def to(self, device: torch.device) -> FoldedCode:
         """The same matrix on ``device``."""

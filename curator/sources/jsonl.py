@@ -199,7 +199,7 @@ def _check_growth(taken: int, given: int, expansion: int, most: int, name: str) 
 
 def _is_blank(line: bytes, limits: Limits) -> bool:
     # A line over the limit was cut: what was cut off need not be blank.
-    return len(line) <= limits.record_bytes and not line.removeprefix(BOM).strip(BLANK)
+    return line[:1] != b"{" and len(line) <= limits.record_bytes and not line.removeprefix(BOM).strip(BLANK)
 
 
 def _shown(path: Path) -> str:

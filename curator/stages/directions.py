@@ -7,7 +7,7 @@ here; afterwards an arrival's scores depend on nothing but itself.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,13 +19,15 @@ from torch import Tensor
 from curator.errors import NotMeasurable
 from curator.influence import scoring
 from curator.influence.attribution import Attributor, Measured
+from curator.influence.confidence import code_error
+from curator.influence.exact import ExactDirections
 from curator.influence.scoring import Directions
 from curator.settings import Settings
 from curator.stages import instrument, yardstick
 from curator.stages.instrument import Instrument, finite, states_of
-from curator.store import directions, offers, tensors, vectors, work
-from curator.store.directions import ValidationExample
+from curator.store import directions, offers, recipes, tensors, validation, vectors, work
 from curator.store.engine import read
+from curator.store.validation import ValidationExample
 from curator.types import Counts, GradientState, Lease, Stage
 from curator.workloads import base
 
@@ -70,8 +72,8 @@ def claim(connection: Connection, settings: Settings) -> Batch | None:
     while lease := work.claim(connection, STAGE, 1, settings.limits.lease_seconds):
         (set_id,) = lease.subjects
         if directions.is_asked(connection, set_id):
-            examples = directions.validation_examples(connection, directions.validation_sets_of(connection, set_id))
-            fitted = directions.recipe(connection, lease.recipe_id).state == "ready"
+            examples = validation.validation_examples(connection, directions.validation_sets_of(connection, set_id))
+            fitted = recipes.recipe(connection, lease.recipe_id).state == "ready"
             return Batch(lease, lease.recipe_id, set_id, examples, fitted)
         work.finish(connection, lease)
     return None
@@ -84,12 +86,23 @@ def load(engine: Engine, settings: Settings, batch: Batch) -> Instrument:
 
 
 def compute(tools: Instrument, batch: Batch) -> Result:
-    """Fit, measure, take means.
+    """Fit, measure, take means; all of it again in smaller passes where memory runs out.
 
     Raises:
         NotMeasurable: a slice has no trusted example with a gradient.
         NoCurvature, LayersUnreached: see ``Attributor.fit``.
+        torch.OutOfMemoryError: one record alone does not fit.
     """
+    while True:
+        try:
+            return _made(tools, batch)
+        except torch.OutOfMemoryError:
+            if tools.room.tokens == 1:
+                raise
+            tools.room.halve(tools.room.tokens)
+
+
+def _made(tools: Instrument, batch: Batch) -> Result:
     towards = [e for e in batch.examples if e.role == "direction"]
     attributor = tools.attributor or _fit(tools, towards)
     measured = _measured(tools, attributor, batch.examples)
@@ -100,6 +113,8 @@ def compute(tools: Instrument, batch: Batch) -> Result:
         arrays |= _exact(tools, attributor, batch.examples, rows)
     stick = yardstick.fit(list(rows), rows, measured, made)
     arrays |= {f"harm/{name}": array for name, array in stick.harm_arrays().items()}
+    stick, code = _with_code_error(stick, tools, attributor, batch.examples, measured, arrays)
+    arrays |= code
     references = _references(stick, batch.examples, measured)
     return Result(attributor, tools.attributor is None, batch.examples, measured, list(rows), made, arrays, references)
 
@@ -164,6 +179,27 @@ def _exact(
     }
 
 
+def _with_code_error(
+    stick: yardstick.Yardstick,
+    tools: Instrument,
+    attributor: Attributor,
+    examples: Sequence[ValidationExample],
+    measured: Measured,
+    arrays: Mapping[str, NDArray[Any]],
+) -> tuple[yardstick.Yardstick, dict[str, NDArray[Any]]]:
+    """What the recipe's code adds to the error of a score, where it has one and exact scores to measure that with."""
+    exact = {part.removeprefix("exact/"): torch.from_numpy(a) for part, a in arrays.items() if "exact/" in part}
+    rows = [row for row, e in enumerate(examples) if e.role == "reference" and bool(measured.ok_B[row])]
+    if tools.spec.code == "none" or not exact or not rows:
+        return stick, {}
+    towards = ExactDirections.of(stick.directions.names, exact)
+    parts = [attributor.measure(batch, towards).exact_BS for batch in tools.batches([examples[r].record for r in rows])]
+    exact_NS = torch.cat([part for part in parts if part is not None]).numpy()
+    compressed_NS = (measured.unit_BK[torch.tensor(rows)] @ stick.directions.unit_SK.T).numpy()
+    error_S = np.array([code_error(x, y) for x, y in zip(compressed_NS.T, exact_NS.T, strict=True)])
+    return replace(stick, code_error_S=error_S), {"spread/code_error": error_S}
+
+
 def _references(
     stick: yardstick.Yardstick, examples: Sequence[ValidationExample], measured: Measured
 ) -> list[dict[str, Any]]:
@@ -179,6 +215,7 @@ def _references(
             "normalised": scored.normalised_BS[n].tolist(),
             "influence": scored.influence_BS[n].tolist(),
             "harm": scored.harm_BS[n].tolist(),
+            "self_influence": float(scored.self_influence_B[n]),
         }
         for n, row in enumerate(rows)
     ]
@@ -191,16 +228,16 @@ def record(connection: Connection, settings: Settings, batch: Batch, result: Res
     """
     if not work.hold(connection, batch.lease):
         return Counts(lost=1)
-    directions.change_footing(connection)
-    if result.fitted and directions.recipe(connection, batch.recipe_id).state == "ready":
+    recipes.change_footing(connection)
+    if result.fitted and recipes.recipe(connection, batch.recipe_id).state == "ready":
         return Counts(lost=work.give_back(connection, batch.lease))
     work.finish(connection, batch.lease)
     attributor = result.attributor
     if result.fitted:
         state = {name: t.numpy() for name, t in attributor.state().items()}
         tensors.keep(connection, "curvatures", "recipe_id", batch.recipe_id, state)
-        dimensions = vectors.block_dimensions(attributor.K)
-        directions.recipe_fitted(connection, batch.recipe_id, attributor.K, len(dimensions), attributor.temperature)
+        sets = directions.validation_sets_of(connection, batch.direction_set_id)
+        recipes.recipe_fitted(connection, batch.recipe_id, sets, attributor.K, attributor.temperature)
         vectors.make_partitions(connection, batch.recipe_id, attributor.K)
     _record_validation(connection, batch.recipe_id, result)
     counts = result.directions.count_S.tolist()
@@ -218,7 +255,7 @@ def record(connection: Connection, settings: Settings, batch: Batch, result: Res
 
 
 def _record_validation(connection: Connection, recipe_id: int, result: Result) -> None:
-    known = directions.measured_validation(connection, recipe_id)
+    known = validation.measured_validation(connection, recipe_id)
     states = states_of(result.measured)
     new = [row for row, example in enumerate(result.examples) if example.id not in known]
     m = result.measured
@@ -234,7 +271,7 @@ def _record_validation(connection: Connection, recipe_id: int, result: Result) -
         for row in new
     ]
     if facts:
-        directions.record_validation(connection, recipe_id, facts)
+        validation.record_validation(connection, recipe_id, facts)
     usable = [row for row in new if states[row] == GradientState.OK]
     ids = np.array([result.examples[row].id for row in usable], np.int64)
     vectors.write_validation(connection, recipe_id, ids, m.unit_BK[usable].numpy())

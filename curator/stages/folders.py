@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-STILL_SECONDS = 1.0
 DIGEST_SECONDS = 1.0
 """How long one look reads files to know their content; the rest of a big one is for the next looks."""
 
@@ -65,6 +64,7 @@ class Reading:
 class Watcher:
     """What one process has seen of the folders. Forgetting it costs a look, since intakes know their files."""
 
+    still_seconds: float = 1.0
     looks: dict[str, Look] = field(default_factory=dict)
     opened: set[Key] = field(default_factory=set)
     readings: dict[Key, Reading] = field(default_factory=dict)
@@ -76,7 +76,7 @@ class Watcher:
         before = self.looks.get(path, Look(now.at, {}))
         self.looks[path] = folder.since(before, now)
         self.found_here.setdefault(path, frozenset(self._key(path, name, seen) for name, seen in now.files.items()))
-        names = folder.settled(before, now, STILL_SECONDS)
+        names = folder.settled(before, now, self.still_seconds)
         return [(Path(path) / name, folder.source_of(name)) for name in names if self._is_new(path, name, now)]
 
     def _is_new(self, path: str, name: str, now: Look) -> bool:

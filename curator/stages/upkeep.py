@@ -10,6 +10,7 @@ from sqlalchemy import Connection
 
 from curator.errors import WorkerKilled
 from curator.settings import Settings
+from curator.stages import policies
 from curator.store import directions, examples, offers, retention, work
 from curator.store.work import WornOut
 from curator.types import Stage
@@ -34,6 +35,7 @@ def run(connection: Connection, settings: Settings) -> Mended:
         _give_up(connection, item, settings)
     work.close_quarantined(connection, [item.id for item in worn])
     _offer_verdicts(connection, worn)
+    policies.adopt(connection, settings)
     work.forget_windows(connection)
     work.sum_up(connection)
     retention.forget_raw(connection, settings.retention.quarantine_days)

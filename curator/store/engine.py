@@ -145,6 +145,9 @@ def database_errors(engine: Engine) -> Iterator[None]:
     """Turn a lost server into DatabaseDown; leave errors of our own SQL as they are, they are bugs."""
     try:
         yield
+    except psycopg.OperationalError as error:  # of a COPY, which SQLAlchemy does not know
+        reason = " ".join(str(error).split())
+        raise DatabaseDown(url=engine.url.render_as_string(hide_password=True), reason=reason) from error
     except DBAPIError as error:
         if isinstance(error, OperationalError) or error.connection_invalidated or _is_read_only(error):
             reason = " ".join(str(error.orig).split())
@@ -158,7 +161,7 @@ def collided(error: BaseException) -> bool:
     """Whether two transactions stood in each other's way, as two files of the same records may: the server is well."""
     cause = error.__cause__
     collisions = (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure)
-    return isinstance(cause, DBAPIError) and isinstance(cause.orig, collisions)
+    return isinstance(cause.orig if isinstance(cause, DBAPIError) else cause, collisions)
 
 
 def _is_read_only(error: DBAPIError) -> bool:

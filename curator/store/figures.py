@@ -125,26 +125,6 @@ def baseline(connection: Connection, ordinal: int) -> Row[Any]:
     ).one()
 
 
-def sources(connection: Connection) -> Rows:
-    """Each source and slice: influence with its interval, and the means of the controls. Worst first."""
-    return list(
-        connection.execute(
-            text(
-                """
-                SELECT s.source, s.validation_set, s.slice, s.n, s.mean_influence, s.ci_low, s.ci_high, s.flagged,
-                       s.flagged_share, s.mean_influence - s.trusted_influence AS beside_trusted, s.mean_harm,
-                       c.loss, c.gradient_norm
-                FROM curator.source_influence s
-                LEFT JOIN (SELECT source, validation_set, slice, avg(loss) AS loss, avg(gradient_norm) AS gradient_norm
-                           FROM curator.influence_scores WHERE in_use GROUP BY source, validation_set, slice) c
-                       USING (source, validation_set, slice)
-                ORDER BY s.mean_influence, s.source, s.validation_set, s.slice
-                """
-            )
-        )
-    )
-
-
 def overlap(connection: Connection) -> Row[Any]:
     """Of F flags, how many are among the F highest of each control: what the control alone would have found."""
     return connection.execute(
@@ -161,21 +141,6 @@ def overlap(connection: Connection) -> Row[Any]:
                    count(*) FILTER (WHERE by_norm <= (SELECT count(*) FROM flags)) AS by_norm,
                    (SELECT count(*) FROM ranked) AS examples
             FROM ranked JOIN flags USING (example_id)
-            """
-        )
-    ).one()
-
-
-def reviewed_flags(connection: Connection) -> Row[Any]:
-    """Of curator's own flags that a person has looked at: (n, upheld)."""
-    return connection.execute(
-        text(
-            """
-            SELECT count(*) AS n, count(*) FILTER (WHERE v.review IN ('drop', 'relabel')) AS upheld
-            FROM curator.verdicts_in_force f
-            JOIN curator.verdicts v ON v.id = f.verdict_id AND v.review IN ('keep', 'drop', 'relabel')
-            WHERE EXISTS (SELECT FROM curator.verdicts o
-                          WHERE o.example_id = f.example_id AND o.verdict = 'harmful' AND o.review IS NULL)
             """
         )
     ).one()

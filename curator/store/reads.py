@@ -147,29 +147,18 @@ def valuable(connection: Connection, selection: str | None, limit: int | None) -
     )
 
 
-# An example that was given up came from somewhere too: where it was first met.
-_MET = """
-    LEFT JOIN LATERAL (SELECT i.origin, c.position
-                       FROM curator.occurrences c JOIN curator.intakes i ON i.id = c.intake_id
-                       WHERE c.example_id = r.example_id ORDER BY c.intake_id, c.position LIMIT 1) o ON true
-"""
-
-
 def quarantined(connection: Connection, source: str | None, code: str | None, limit: int | None) -> Rows:
     """Refused records, latest first."""
     return list(
         connection.execute(
             text(
-                f"""
-                SELECT r.quarantine_id, r.source, coalesce(r.origin, o.origin) AS origin,
-                       coalesce(r.position, o.position) AS position, r.code, r.detail, r.at, r.example_id
-                FROM (SELECT * FROM curator.quarantined_records
-                      WHERE (CAST(:source AS text) IS NULL OR source = :source)
-                        AND (CAST(:code AS text) IS NULL OR code = :code)
-                      ORDER BY at DESC, quarantine_id DESC LIMIT :limit) r
-                {_MET}
-                ORDER BY r.at DESC, r.quarantine_id DESC
-                """  # noqa: S608 - the join above
+                """
+                SELECT quarantine_id, source, origin, position, code, detail, at, example_id
+                FROM curator.quarantined_records
+                WHERE (CAST(:source AS text) IS NULL OR source = :source)
+                  AND (CAST(:code AS text) IS NULL OR code = :code)
+                ORDER BY at DESC, quarantine_id DESC LIMIT :limit
+                """
             ),
             {"source": source, "code": code, "limit": limit},
         )
@@ -180,16 +169,14 @@ def refusal(connection: Connection, quarantine_id: int) -> Row[Any] | None:
     """One refused record with what is kept of its bytes."""
     return connection.execute(
         text(
-            f"""
-            SELECT r.quarantine_id, r.source, coalesce(r.origin, o.origin) AS origin,
-                   coalesce(r.position, o.position) AS position, r.code, r.detail, r.at, r.example_id,
+            """
+            SELECT r.quarantine_id, r.source, r.origin, r.position, r.code, r.detail, r.at, r.example_id,
                    coalesce(q.raw, convert_to(e.record::text, 'UTF8')) AS raw
             FROM curator.quarantined_records r
             JOIN curator.quarantine q ON q.id = r.quarantine_id
             LEFT JOIN curator.examples e ON e.id = r.example_id
-            {_MET}
             WHERE r.quarantine_id = :id
-            """  # noqa: S608 - the join above
+            """
         ),
         {"id": quarantine_id},
     ).one_or_none()
@@ -200,15 +187,13 @@ def quarantine_counts(connection: Connection) -> Rows:
     return list(
         connection.execute(
             text(
-                f"""
-                SELECT r.source, r.code, c.n, r.at, coalesce(r.origin, o.origin) AS origin,
-                       coalesce(r.position, o.position) AS position, r.detail
+                """
+                SELECT r.source, r.code, c.n, r.at, r.origin, r.position, r.detail
                 FROM (SELECT count(*) AS n, max(quarantine_id) AS last FROM curator.quarantined_records
                       GROUP BY source, code) c
                 JOIN curator.quarantined_records r ON r.quarantine_id = c.last
-                {_MET}
                 ORDER BY c.n DESC, r.code, r.source
-                """  # noqa: S608 - the join above
+                """
             )
         )
     )

@@ -58,5 +58,5 @@ _STATEMENTS = (
     "DELETE FROM curator.validation_gradients WHERE recipe_id = :id",
     "DELETE FROM curator.curvatures WHERE recipe_id = :id",
     "UPDATE curator.direction_sets SET state = 'pending', in_use = false WHERE recipe_id = :id",
-    "UPDATE curator.recipes SET state = 'retired', in_use = false WHERE id = :id",
+    "UPDATE curator.recipes SET state = 'fitting', in_use = false WHERE id = :id",
 )

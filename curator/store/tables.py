@@ -15,6 +15,7 @@ from sqlalchemy import (
     CheckConstraint,
     Column,
     DateTime,
+    Double,
     ForeignKey,
     Identity,
     Index,
@@ -126,8 +127,9 @@ examples = Table(
     _id(),
     Column("digest", LargeBinary, nullable=False),
     Column("external_id", Text, nullable=False, server_default=""),
-    _ref("source_id", "sources"),
-    _ref("batch_id", "batches"),
+    # No foreign keys here and in occurrences: checked row by row, four of them cost as much as storing the record.
+    Column("source_id", BigInteger, nullable=False),
+    Column("batch_id", BigInteger, nullable=False),
     Column("record", JSON, nullable=False, comment="json, not jsonb: jsonb refuses an escaped NUL"),
     _now("arrived_at"),
     UniqueConstraint("digest", comment="One example however often it arrives: it is computed once."),
@@ -139,12 +141,48 @@ examples = Table(
 occurrences = Table(
     "occurrences",
     metadata,
-    _ref("example_id", "examples"),
-    _ref("intake_id", "intakes"),
+    Column("example_id", BigInteger, nullable=False),
+    Column("intake_id", BigInteger, nullable=False),
     Column("external_id", Text, nullable=False, server_default=""),
     Column("position", BigInteger, nullable=False, comment="where it was first met"),
     Column("n", BigInteger, nullable=False, server_default="1"),
     PrimaryKeyConstraint("example_id", "intake_id", "external_id"),
+)
+
+sketches = Table(
+    "sketches",
+    metadata,
+    _id(),
+    _ref("example_id", "examples"),
+    Column("bands", ARRAY(BigInteger), nullable=False, comment="MinHash, a number a band; empty: it says nothing"),
+    Column("of_id", BigInteger, comment="the earlier example it is a near-duplicate of; NULL: it is a head"),
+    Column("similarity", REAL, comment="share of the shingles of both that they have in common"),
+    UniqueConstraint("example_id", comment="Sketched twice, it is kept once."),
+    # Only heads are compared with: a million near-copies of one text must not meet each other.
+    Index("sketches_of_heads", "bands", postgresql_using="gin", postgresql_where=text("of_id IS NULL")),
+)
+
+leaks = Table(
+    "leaks",
+    metadata,
+    _ref("example_id", "examples"),
+    _ref("validation_example_id", "validation_examples"),
+    Column("similarity", REAL, nullable=False),
+    PrimaryKeyConstraint("example_id", "validation_example_id"),
+    comment="Examples that are like a validation example. One that is the same is found by its digest.",
+)
+
+leak_checks = Table(
+    "leak_checks",
+    metadata,
+    Column(
+        "validation_set_id",
+        BigInteger,
+        ForeignKey(f"{SCHEMA}.validation_sets.id"),
+        primary_key=True,
+        autoincrement=False,
+    ),
+    Column("checked_to", BigInteger, nullable=False, comment="the last sketch that was held against the set"),
 )
 
 inbox = Table(
@@ -222,17 +260,16 @@ recipes = Table(
     _id(),
     Column("key", LargeBinary, nullable=False, comment="digest of everything that makes gradients comparable"),
     _ref("checkpoint_id", "checkpoints"),
-    _ref("validation_set_id", "validation_sets"),
     Column("spec", JSONB, nullable=False, comment="what was asked for; nothing filters on it"),
+    Column("fitted_on", ARRAY(BigInteger), comment="the validation sets whose directions' examples it was fitted on"),
     Column("dimension", Integer),
-    Column("blocks", SmallInteger),
     Column("temperature", REAL, comment="of the checkpoint, on trusted data; 1 is calibrated, above is overconfident"),
     Column("state", Text, nullable=False, server_default="fitting"),
     Column("in_use", Boolean, nullable=False, server_default=text("false")),
     _now("added_at"),
-    UniqueConstraint("key", comment="The same checkpoint, masks and trusted data are one recipe."),
+    UniqueConstraint("key", comment="The same checkpoint and settings are one recipe."),
     Index("recipes_one_in_use", "in_use", unique=True, postgresql_where=text("in_use")),
-    _one_of("state", "fitting", "ready", "retired"),
+    _one_of("state", "fitting", "ready"),
 )
 
 curvatures = Table(
@@ -317,6 +354,7 @@ reference_scores = Table(
     Column("normalised", ARRAY(REAL), nullable=False),
     Column("influence", ARRAY(REAL), nullable=False),
     Column("harm", ARRAY(REAL), nullable=False),
+    Column("self_influence", REAL, nullable=False),
     PrimaryKeyConstraint("direction_set_id", "validation_example_id"),
     comment="Trusted examples the directions never saw, scored like arrivals: what p-values are ranks among.",
 )
@@ -365,17 +403,39 @@ scores = Table(
     Column("self_influence", REAL, nullable=False),
     Column("harm", ARRAY(REAL), nullable=False),
     Column("p_value", ARRAY(REAL), nullable=False, comment="conformal: rank of the harm among the references"),
+    Column(
+        "normalised_stderr",
+        ARRAY(REAL),
+        nullable=False,
+        server_default="{}",
+        comment="of normalised: over validation examples, and of the compression",
+    ),
+    Column(
+        "neighbours", ARRAY(REAL), nullable=False, server_default="{}", comment="mean cosine with the nearest trusted"
+    ),
     _now("scored_at"),
     PrimaryKeyConstraint("recipe_id", "example_id", comment="One row an example; scored again, it is replaced."),
     CheckConstraint(
         "array_position(influence, 'NaN') IS NULL AND array_position(stderr, 'NaN') IS NULL"
-        " AND array_position(normalised, 'NaN') IS NULL",
+        " AND array_position(normalised, 'NaN') IS NULL AND array_position(normalised_stderr, 'NaN') IS NULL",
         name="no_nan",
     ),
     Index(None, "example_id"),
 )
 
 # --- what is decided --------------------------------------------------------------------------------------
+
+policy_sets = Table(
+    "policy_sets",
+    metadata,
+    _id(),
+    Column("digest", LargeBinary, nullable=False),
+    Column("policies", JSONB, nullable=False, comment="what the settings said, by name"),
+    Column("in_use", Boolean, nullable=False, server_default=text("true")),
+    _now("at"),
+    Index("policy_sets_one_in_use", "in_use", unique=True, postgresql_where=text("in_use")),
+    comment="What was judged by, each time it changed: going back to former policies is another row.",
+)
 
 verdicts = Table(
     "verdicts",
@@ -390,6 +450,8 @@ verdicts = Table(
     Column("note", Text),
     Column("actor", Text, nullable=False),
     Column("policy", Text, nullable=False),
+    Column("policy_version", Text, comment="digest of what the policy said"),
+    _ref("policy_set_id", "policy_sets", nullable=True),
     _ref("recipe_id", "recipes", nullable=True),
     _ref("direction_set_id", "direction_sets", nullable=True),
     Column("ordinal", SmallInteger, comment="the direction that decided"),
@@ -397,19 +459,14 @@ verdicts = Table(
     Column("stderr", REAL),
     Column("p_value", REAL),
     Column("q_value", REAL),
+    Column("stream_q", REAL, comment="q-value within the batch alone"),
+    Column("stream_level", REAL, comment="the level that holds the rate over the whole stream"),
+    Column("evidence", JSONB, comment="the scores, and p and q under each policy"),
     _now("at"),
     _one_of("verdict", "harmful", "valuable", "neutral", "undecided"),
     _one_of("review", "keep", "drop", "relabel", "undo"),
-    Index(
-        "verdicts_once",
-        "example_id",
-        "direction_set_id",
-        "policy",
-        unique=True,
-        postgresql_where=text("review IS NULL"),
-    ),
     Index(None, "example_id"),
-    comment="Append-only. verdicts_once: a batch judged twice speaks once.",
+    comment="Append-only. A batch judged twice on the same footing speaks once.",
 )
 
 verdicts_in_force = Table(
@@ -421,18 +478,67 @@ verdicts_in_force = Table(
     Index(None, "verdict"),
 )
 
+reviews = Table(
+    "reviews",
+    metadata,
+    Column("verdict_id", BigInteger, ForeignKey(f"{SCHEMA}.verdicts.id"), primary_key=True, autoincrement=False),
+    _ref("example_id", "examples"),
+    Column("label", Text, comment="relabel: what the label should be"),
+    Column("origin", Text, comment="the annotation elsewhere that it was imported from"),
+    UniqueConstraint("example_id", "origin", comment="An annotation imported twice speaks once."),
+    comment="What a review brought besides its word.",
+)
+
+review_draws = Table(
+    "review_draws",
+    metadata,
+    _id(),
+    Column("seed", BigInteger, nullable=False),
+    Column("flags", BigInteger, nullable=False, comment="how many flags it was drawn from"),
+    Column("actor", Text, nullable=False),
+    _now("at"),
+)
+
+review_draw_examples = Table(
+    "review_draw_examples",
+    metadata,
+    _ref("draw_id", "review_draws"),
+    _ref("example_id", "examples"),
+    PrimaryKeyConstraint("draw_id", "example_id"),
+    comment="Flags drawn at random to be reviewed: only these give an unbiased precision.",
+)
+
 judged_batches = Table(
     "judged_batches",
     metadata,
     _ref("batch_id", "batches"),
     _ref("direction_set_id", "direction_sets"),
+    _ref("policy_set_id", "policy_sets"),
     Column("judged", Integer, nullable=False, comment="examples of the batch"),
     Column("pool", Integer, nullable=False, comment="examples the false discovery rate was controlled over"),
     Column("refs", Integer, nullable=False, comment="trusted references the p-values are ranks among"),
     Column("fdr", REAL, nullable=False),
     Column("flagged", Integer, nullable=False),
     _now("at"),
-    PrimaryKeyConstraint("batch_id", "direction_set_id", comment="A batch is judged once on the same directions."),
+    PrimaryKeyConstraint("batch_id", "direction_set_id", "policy_set_id", comment="Judged again, it is replaced."),
+)
+
+stream_levels = Table(
+    "stream_levels",
+    metadata,
+    _ref("batch_id", "batches"),
+    _ref("direction_set_id", "direction_sets"),
+    _ref("policy_set_id", "policy_sets"),
+    Column("policy", Text, nullable=False),
+    Column("stream", Text, nullable=False, comment="a source, or empty: all of them together"),
+    Column("ordinal", Integer, nullable=False, comment="of the batch in its stream, in the order of judging"),
+    Column("n", Integer, nullable=False),
+    Column("level", Double, nullable=False, comment="at which Benjamini-Hochberg runs over the batch"),
+    Column("rejected", Integer, nullable=False),
+    Column("augmented", Integer, nullable=False, comment="rejections if one more p-value were 0"),
+    PrimaryKeyConstraint("batch_id", "direction_set_id", "policy_set_id", "policy"),
+    UniqueConstraint("direction_set_id", "policy_set_id", "policy", "stream", "ordinal"),
+    comment="False discovery rate over the stream: what each batch took of it.",
 )
 
 selections = Table(

@@ -130,12 +130,12 @@ def _selection(connection: Connection, name: str | None) -> dict[str, Any]:
 def _counts(connection: Connection, recipe: Mapping[str, object]) -> dict[str, int]:
     totals = reads.totals(connection)
     kept = exports.count(connection, exports.KEPT, recipe)
-    given_up = exports.quarantined_examples(connection)
-    waiting = totals.examples - kept - totals.flagged - given_up
+    dropped, given_up = exports.count(connection, exports.DROPPED, {}), exports.quarantined_examples(connection)
+    waiting = totals.examples - kept - dropped - given_up
     return {
         "examples": totals.examples,
         "kept": kept,
-        "dropped": totals.flagged,
+        "dropped": dropped,
         "given_up": given_up,
         "waiting": max(0, waiting),
     }
@@ -206,7 +206,7 @@ def _write_records(path: Path, rows: Iterator[Row[Any]], tick: Callable[[int], o
     digest, size, n = hashlib.sha256(), 0, 0
     with path.open("wb") as file:
         for row in rows:
-            line = row.record.replace("\n", " ").encode() + b"\n"
+            line = _written(row).encode() + b"\n"
             file.write(line)
             digest.update(line)
             size, n = size + len(line), n + 1
@@ -214,6 +214,23 @@ def _write_records(path: Path, rows: Iterator[Row[Any]], tick: Callable[[int], o
         file.flush()
         os.fsync(file.fileno())
     return File(path.name, n, size, digest.hexdigest())
+
+
+def _written(row: Row[Any]) -> str:
+    """One line: the record as it came, or with the label that a reviewer gave it, in canonical JSON."""
+    if row.label is None:
+        return str(row.record).replace("\n", " ")
+    record = json.loads(row.record)
+    record["label"] = row.label if isinstance(record["label"], str) else _read(row.label)
+    return json.dumps(record, sort_keys=True, separators=(",", ":"))
+
+
+def _read(label: str) -> object:
+    """A label in place of one that is no text: of the kind it looks like."""
+    try:
+        return json.loads(label)
+    except ValueError:
+        return label
 
 
 def _write_synced(path: Path, body: str) -> None:

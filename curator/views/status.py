@@ -12,6 +12,7 @@ from curator.embedded.supervisor import ChildStatus, DaemonStatus
 from curator.errors import DependencyDown
 from curator.store import health, reads, work
 from curator.types import Stage
+from curator.views import reviews
 
 # Ready work is claimed within seconds while somebody runs; a minute without any claim means that nobody does.
 IDLE_SECONDS = 60.0
@@ -46,6 +47,7 @@ class Status:
     flagged: int
     valuable: int
     reviewed: int
+    flags_upheld: str
     stages: tuple[StageState, ...]
     notes: tuple[str, ...]
 
@@ -77,6 +79,7 @@ def status(
         temperature=footing.temperature,
         directions=footing.directions_state,
         **totals._mapping,
+        flags_upheld=str(reviews.best(reviews.precision(connection))),
         stages=stages,
         notes=(
             *_missing(footing),

@@ -204,7 +204,7 @@ def test_a_file_whose_commit_failed_is_opened_again(engine: Engine, tmp_path: Pa
     (tmp_path / "vendor.jsonl").write_text('{"text": "x"}\n')
     watched = [(str(tmp_path), "")]
     folders.settled_files(watcher, watched)
-    time.sleep(folders.STILL_SECONDS + 0.1)
+    time.sleep(watcher.still_seconds + 0.1)
     found = folders.settled_files(watcher, watched)
 
     def open_and_fail() -> None:
@@ -340,8 +340,9 @@ def test_intake_waits_for_room_on_the_disk(engine: Engine, settings: Settings, t
 
 
 def test_a_file_that_stops_its_workers_is_in_the_quarantine_and_read_on_when_delivered_again(
-    engine: Engine, settings: Settings, tmp_path: Path
+    engine: Engine, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(examples, "CHUNK", 1000)
     file = tmp_path / "vendor.jsonl"
     file.write_text("".join(f'{{"text": "line {n}"}}\n' for n in range(1500)))
     with begin(engine) as connection:
@@ -394,7 +395,7 @@ def test_a_big_file_is_digested_a_look_at_a_time(tmp_path: Path, monkeypatch: py
     big.write_bytes(bytes(1000))
     watched = [(str(tmp_path), "")]
     folders.settled_files(watcher, watched)
-    monkeypatch.setattr(folders, "STILL_SECONDS", 0.0)
+    watcher.still_seconds = 0.0
     assert folders.settled_files(watcher, watched) == []
     end = time.monotonic()
     found = [watcher.digest(str(tmp_path), big, end + 10 if n else end) for n in (0, 1)]

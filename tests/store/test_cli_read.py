@@ -85,7 +85,8 @@ def test_why_shows_shares_that_sum_to_the_normalised_influence(curator: Curator,
     [row] = curator.rows("why", "ext-8", "--pulls", "4")
     assert row["example_id"] == 9
     for s, driven in enumerate(row["driven_by"]):
-        shown = sum(pull["pull"] for pull in driven["down"] + driven["up"]) + driven["rest"]
+        sides = driven["down"], driven["up"]
+        shown = sum(pull["pull"] for side in sides for pull in side["named"]) + sum(side["rest"] for side in sides)
         assert shown == pytest.approx(world.normalised_BS[8, s], abs=2e-3)
         assert shown == pytest.approx(row["scores"][s]["normalised_influence"], abs=2e-3)
     assert {"loss", "loss_percentile", "gradient_norm", "gradient_norm_percentile"} <= set(row["controls"])
@@ -94,7 +95,7 @@ def test_why_shows_shares_that_sum_to_the_normalised_influence(curator: Curator,
 
 def test_why_for_people_names_the_verdict_and_the_controls(curator: Curator) -> None:
     shown = curator("why", "1").stdout
-    for word in ("harmful", "What drove slice science", "gradient_norm", "other validation examples", "Decisions"):
+    for word in ("harmful", "What drove slice science", "gradient_norm", "35 others that pull down", "Decisions"):
         assert word in shown
 
 

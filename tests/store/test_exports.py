@@ -32,6 +32,28 @@ def test_kept_and_dropped_are_all_there_is(curator: Curator, world: World, tmp_p
     assert not {row["id"] for row in kept} & {row["id"] for row in dropped}
 
 
+def test_a_corrected_label_is_exported_with_the_example(curator: Curator, world: World, tmp_path: Path) -> None:
+    number, other = world.flagged[1:3]
+    change(curator, f"""UPDATE curator.examples SET record = '{{"label": 4, "text": "x"}}' WHERE id = {other}""")
+    curator("review", f"id:{number}", "--relabel", "--label", "corrected")
+    curator("review", f"id:{other}", "--relabel", "--label", "7")
+    for what in ("kept", "dropped"):
+        curator("export", "--out", str(tmp_path / what), "--what", what)
+    kept = {row.get("id"): row["label"] for row in records(tmp_path / "kept")}
+    assert (kept[f"ext-{number - 1}"], kept[None]) == ("corrected", 7)
+    dropped = records(tmp_path / "dropped", "dropped")
+    assert len(kept) + len(dropped) == 600
+    counts = json.loads((tmp_path / "kept" / "manifest.json").read_text())["counts"]
+    assert (counts["kept"], counts["dropped"], counts["waiting"]) == (len(kept), len(dropped), 0)
+    curator("review", f"id:{number}", "--keep")
+    curator("review", f"id:{number}", "--undo")
+    curator("export", "--out", str(tmp_path / "again"))
+    assert (tmp_path / "again" / "kept.jsonl").read_bytes() == (tmp_path / "kept" / "kept.jsonl").read_bytes()
+    curator("review", f"id:{number}", "--undo")
+    curator("export", "--out", str(tmp_path / "without"))
+    assert len(records(tmp_path / "without")) == len(kept) - 1
+
+
 def test_the_manifest_says_what_the_file_is(curator: Curator, tmp_path: Path) -> None:
     out = tmp_path / "out"
     curator("export", "--out", str(out))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 from sqlalchemy import Connection, Engine, event, text
 
-from curator.store import reads, work
+from curator.store import evidence, reads, work
 from curator.store.engine import begin
 from curator.types import Stage
+from tests.store.read_world import populate
 
 READY_BEFORE, DONE = 2_000, 20_000
 
@@ -78,6 +80,29 @@ def test_upkeep_and_watchdog_read_what_is_in_trouble_and_no_more(ledger: Engine)
 
     assert rows_read(ledger, looks) <= 2 * len(Stage)
     assert rows_passed_over(ledger, looks) == 0
+
+
+def test_why_reads_one_vector_by_its_key_and_no_other(engine: Engine) -> None:
+    world = populate(engine, examples=3_000, trusted=20)
+    with begin(engine) as connection:
+        connection.exec_driver_sql("ANALYZE")
+    query = partial(
+        evidence.pulls, recipe_id=world.recipe_id, direction_set_id=world.direction_set_id, example_id=2_000
+    )
+    assert f"gradient_blocks_r{world.recipe_id}_b0_pkey" in scans_of(engine, query)
+    assert rows_read(engine, query) < 500
+
+
+def test_neighbours_are_found_in_one_pass_without_sorting_vectors(engine: Engine) -> None:
+    """A join on examples made the planner sort whole vectors: 400 MB on the disk for 100,000 examples."""
+    world = populate(engine, examples=3_000, trusted=4)
+    with begin(engine) as connection:
+        connection.exec_driver_sql("ANALYZE")
+    query = partial(evidence.neighbours, recipe_id=world.recipe_id, example_id=2_000, limit=5)
+    read_at = [node for node in nodes(engine, query) if node.get("Relation Name", "").startswith("gradient_blocks")]
+    assert sum(node["Actual Rows"] > 1 for node in read_at) == 1
+    sorts = [node for node in nodes(engine, query) if node["Node Type"] == "Sort"]
+    assert all(node["Plan Width"] < 100 or node["Actual Rows"] <= 5 for node in sorts)
 
 
 def scans_of(engine: Engine, query: Callable[[Connection], object]) -> list[str]:

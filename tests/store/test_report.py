@@ -74,17 +74,17 @@ def test_sources_stand_beside_the_trusted_references(connection: Connection, bod
     found = report(connection)
     for each in found.slices:
         assert each.baseline.n == 40
-        own = [row for row in found.sources if row["slice"] == each.slice]
+        own = [row for row in found.sources if row.slice == each.slice]
         assert each.baseline.mean is not None
         for row in own:
-            assert row["beside_trusted"] == pytest.approx(row["mean_influence"] - each.baseline.mean, abs=1e-6)
+            assert row.beside_trusted == pytest.approx(row.mean_influence - each.baseline.mean, abs=1e-6)
     assert body.count("<title>trusted references</title>") == len(found.slices)
     assert body.count("<td>trusted references</td>") == len(found.slices)
 
 
 def test_one_example_has_no_interval(connection: Connection, body: str) -> None:
-    rows = [row for row in report(connection).sources if row["source"] == EVIL_SOURCE]
-    assert [(row["n"], row["ci_low"], row["ci_high"]) for row in rows] == [(1, None, None)] * 2
+    rows = [row for row in report(connection).sources if row.value == EVIL_SOURCE]
+    assert [(row.n, row.ci_low, row.ci_high, row.q_value) for row in rows] == [(1, None, None, None)] * 2
     assert "None" not in body
 
 
@@ -183,8 +183,8 @@ def test_a_page_of_nothing_is_still_a_page(new_curator: Curator, tmp_path: Path)
 
 def test_the_worst_source_comes_first(connection: Connection) -> None:
     found = report(connection)
-    assert found.sources[0]["source"] == EVIL_SOURCE
-    assert {row["source"] for row in found.sources} == {EVIL_SOURCE, "vendor-a", "vendor-b"}
+    assert found.sources[0].value == EVIL_SOURCE
+    assert {row.value for row in found.sources} == {EVIL_SOURCE, "vendor-a", "vendor-b"}
 
 
 def test_a_report_that_cannot_be_written_leaves_the_former_one(

@@ -17,7 +17,8 @@ from curator.settings import Settings, load
 from curator.sources import jsonl
 from curator.stages import directions, examples, gradients, recipes, scores, upkeep, verdicts, yardstick
 from curator.stages.turn import Turn
-from curator.store import directions as store
+from curator.store import directions as directions_store
+from curator.store import recipes as recipes_store
 from curator.store import vectors
 from curator.store.engine import begin, make_engine, read
 from curator.types import Counts, Record, Review, Verdict
@@ -167,9 +168,9 @@ def test_influence_is_the_mean_over_the_validation_examples_that_its_error_is_of
 ) -> None:
     """The stored mean direction and the examples read back give the same influence, so the spread is its own."""
     with read(walked[0]) as connection:
-        recipe = store.recipe_in_use(connection)
+        recipe = recipes_store.recipe_in_use(connection)
         assert recipe is not None
-        set_id = store.directions_in_use(connection, recipe.id)
+        set_id = directions_store.directions_in_use(connection, recipe.id)
         assert set_id is not None
         stick = yardstick.load(connection, recipe, set_id)
         ids = list(connection.scalars(text("SELECT id FROM curator.examples ORDER BY id LIMIT 50")))

@@ -390,7 +390,7 @@ def test_a_mutated_file_loses_no_good_line_and_gives_no_broken_one(moves):
     for position, line in enumerate(content.split(b"\n"), 1):
         item = found.pop(position, None)
         if line in known:
-            assert item == replace(known[line], position=position)
+            assert item == known[line]._replace(position=position)
         elif isinstance(item, Record):
             assert is_sound(item)
             assert line.decode()
