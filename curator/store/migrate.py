@@ -110,9 +110,14 @@ def _require_pgvector(connection: Connection, engine: Engine) -> None:
     version = text("SELECT default_version FROM pg_available_extensions WHERE name = 'vector'")
     found = connection.scalar(version)
     url = engine.url.render_as_string(hide_password=True)
-    if found is None or _numbers(found) < _numbers(PGVECTOR):
+    if found is None or is_older(found, PGVECTOR):
         raise NoPgvector(url=url, needed=PGVECTOR, found=f"it offers {found or 'none'}")
     connection.execute(text("CREATE EXTENSION IF NOT EXISTS vector"))
+
+
+def is_older(version: str, than: str) -> bool:
+    """Whether one version of pgvector comes before another."""
+    return _numbers(version) < _numbers(than)
 
 
 def _numbers(version: str) -> tuple[int, ...]:
