@@ -15,7 +15,6 @@ from curator.store import work
 from curator.types import Counts, Lease
 from workers import drain
 
-
 LONG = 20.0
 
 
