@@ -92,10 +92,10 @@ class Gradients:
     budget: Literal["uniform", "energy"] = field(
         default="uniform", metadata={"doc": "how layers share dimension; energy: by their part of the gradient"}
     )
-    code: Literal["none", "pca", "sjlt"] = field(
+    code: Literal["none", "pca+sjlt", "pca", "sjlt"] = field(
         default="none", metadata={"doc": "what brings the kept entries down to code_dimension numbers"}
     )
-    code_dimension: int = field(default=510, metadata={"doc": "numbers stored of an example, where there is a code"})
+    code_dimension: int = field(default=960, metadata={"doc": "numbers stored of an example, where there is a code"})
     layers: tuple[str, ...] = field(default=(), metadata={"doc": "name patterns; empty: every linear layer"})
     seed: int = 0
     exact: bool = field(default=True, metadata={"doc": "un-compressed scores on arrival"})
@@ -531,7 +531,7 @@ def _check_ranges(settings: Settings) -> None:
 def _check_gradients(settings: Settings) -> None:
     """What can be seen to be wrong without the model; ``curator.stages.instrument`` checks the rest against it."""
     asked = settings.gradients
-    if asked.code != "none" and asked.code_dimension > asked.dimension:
+    if settings.origins.get("gradients.code_dimension") and asked.code_dimension > asked.dimension:
         expected = f"at most gradients.dimension = {asked.dimension}: a code is of what the mask keeps"
         raise _bad(settings, "gradients.code_dimension", asked.code_dimension, expected)
     if sum(asked.kept.values()) > asked.dimension:

@@ -78,8 +78,10 @@ def _checkpoint_alone(connection: Connection, settings: Settings) -> str:
 
 
 def _kept(tools: Instrument) -> str:
-    kept = tools.budgets()
-    return f" on {tools.device}; {sum(kept.values())} entries of {len(kept)} layers are kept"
+    by_layer = tools.budgets()
+    kept = sum(by_layer.values())
+    coded = f", as {tools.spec.code_dimension} numbers" if tools.spec.shortens(kept) else ""
+    return f" on {tools.device}; {kept} entries of {len(by_layer)} layers are kept{coded}"
 
 
 def _tried(tools: Instrument, records: list[Mapping[str, Any]]) -> str:

@@ -33,6 +33,7 @@ COMMANDS: Final[Mapping[str, tuple[str, str]]] = {
     "validation": ("curator.cli.measures:validation", "Say what good looks like: trusted examples."),
     "ingest": ("curator.cli.intake:ingest", "Take records in from files."),
     "watch": ("curator.cli.intake:watch", "Take in every file that appears in a folder."),
+    "plan": ("curator.cli.plan:plan", "Say what measuring files would cost, from a sample."),
     "doctor": ("curator.cli.doctor:doctor", "Check the project and all it depends on."),
     "status": ("curator.cli.status:status", "Show where the work is."),
     "flagged": ("curator.cli.verdicts:flagged", "List the flags in force."),

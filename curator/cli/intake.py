@@ -9,7 +9,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
@@ -19,7 +19,7 @@ from curator.errors import IsADirectory, NoSuchFile
 from curator.views.text import place
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from curator.runtime import Runtime
     from curator.settings import Settings
@@ -30,12 +30,15 @@ DAY = 86_400
 
 
 @click.command()
-@click.argument("files", nargs=-1, required=True, type=click.Path(allow_dash=True, path_type=Path))
+@click.argument("files", nargs=-1, required=True)
 @click.option("--source", default="", help="Who sent it; the name of each file when not given.")
+@click.option("--dry-run", is_flag=True, help="Say what would be accepted and refused, and why; write nothing.")
 @rows_options
 @pass_invocation
-def ingest(here: Invocation, files: tuple[Path, ...], source: str, form: Form) -> None:
-    """Take records in from JSONL FILES, plain or gzip; - is standard input.
+def ingest(here: Invocation, files: tuple[str, ...], source: str, dry_run: bool, form: Form) -> None:
+    """Take records in from FILES: JSON lines or CSV (plain, gzip, zstd), Parquet, Arrow, folders that `datasets` saved.
+
+    A URL such as s3://bucket/file.jsonl is fetched first, where [sources] urls allows it; - is standard input.
 
     What is broken is quarantined with its line and reason, and never stops the rest. A file that was taken in before
     is known by its content; one that was half taken in goes on where it was.
@@ -43,18 +46,83 @@ def ingest(here: Invocation, files: tuple[Path, ...], source: str, form: Form) -
     Exits with 1 when a file is damaged or nothing in it could be taken; refused lines alone leave it 0.
     """
     settings = here.settings()
-    paths = [_spooled(settings) if str(file) == "-" else _existing(file) for file in files]
+    given = [_given(settings, file, source) for file in files]
+    if dry_run:
+        _rehearse(here, given, form)
+        return
     with here.runtime() as opened:
-        intakes = _open(opened, paths, source)
+        intakes = _open(opened, given)
         before = {intake.origin for intake in intakes if intake.state != "reading"}
         counts = _read_all(opened, [intake.id for intake in intakes])
         _clear_spool(opened)
+        leaks = _leaks(opened, [intake.id for intake in intakes])
     show([_shown(row, row.file in before) for row in counts], form)
     if refused := sum(row.refused for row in counts if row.file not in before):
         what = "1 record was" if refused == 1 else f"{refused} records were"
         say(f"{what} refused: curator quarantine list")
+    if leaks:
+        say(f"warning: {leaks} of the records are also in a validation set in use; their influence says nothing")
     if [problem for row in counts for problem in _said(row, row.file in before)]:
         raise click.exceptions.Exit(EXIT_FINDINGS)
+
+
+class Given(NamedTuple):
+    """What to read: the file it is in, what it is called, and who sent it."""
+
+    path: Path
+    origin: str
+    source: str
+
+
+def _given(settings: Settings, file: str, source: str) -> Given:
+    """A file to read; what comes by a pipe or a URL has become one of our own.
+
+    Raises:
+        NoSuchFile, IsADirectory, ExtraMissing, UrlNotAllowed, DataError: it cannot be read.
+    """
+    from curator.sources import files, remote
+    from curator.stages import folders
+
+    if file == "-":
+        path = _spooled(settings, iter(lambda: sys.stdin.buffer.read(1 << 20), b""), "{}.jsonl")
+        return Given(path, str(path), source or "stdin")
+    if remote.is_url(file):
+        remote.require_allowed(file, settings.sources.urls)
+        options = settings.sources.url_options.get(file.partition("://")[0], {})
+        name = file.rsplit("/", 1)[-1]
+        path = _spooled(settings, remote.blocks(file, options), "{}-" + name)
+        return Given(path, file, source or folders.source_name(Path(name)))
+    path = _existing(Path(file))
+    files.reader_of(path)
+    return Given(path, str(path), source or folders.source_name(path))
+
+
+def _rehearse(here: Invocation, given: Sequence[Given], form: Form) -> None:
+    from curator.sources import files
+    from curator.views.rehearsal import Rehearsal
+
+    settings = here.settings()
+    findings = []
+    with here.reading() as connection:
+        rehearsal = Rehearsal(connection)
+        for path, origin, source in given:
+            any_shape, fields = settings.workload.kind == "torch", settings.sources.fields_of(source)
+            items = files.open_records(path, settings.limits, 0, any_shape, fields)
+            findings += rehearsal.findings(place(origin), items)
+    for path, origin, _ in given:
+        if path.parent == settings.home / "spool":
+            path.unlink(missing_ok=True)
+        if remark := files.remark(path) if path.exists() else None:
+            say(f"{place(origin)}: {remark}")
+    show(findings, form)
+    say("nothing was written")
+
+
+def _leaks(opened: Runtime, numbers: Sequence[int]) -> int:
+    from curator.store import engine, validation
+
+    with engine.read(opened.engine) as connection:
+        return validation.arrived_in(connection, numbers)
 
 
 def _shown(row: IntakeCounts, before: bool) -> IntakeCounts:
@@ -79,15 +147,17 @@ def _said(row: IntakeCounts, before: bool) -> list[str]:
 
 
 def _existing(file: Path) -> Path:
-    if file.is_dir():
+    from curator.sources import tables
+
+    if file.is_dir() and not any((file / name).is_file() for name in (tables.STATE, tables.DATASET_DICT)):
         raise IsADirectory(path=file)
-    if not file.is_file():
+    if not file.exists():
         raise NoSuchFile(path=file)
     return file.resolve()
 
 
-def _spooled(settings: Settings) -> Path:
-    """Standard input as a file named by its content, so that a crash in the middle can go on.
+def _spooled(settings: Settings, blocks: Iterator[bytes], name: str) -> Path:
+    """What comes by a pipe or from afar, as a file named by its content, so that a crash in the middle can go on.
 
     Whoever pipes records in does not expect a copy that others can read.
     """
@@ -97,21 +167,22 @@ def _spooled(settings: Settings) -> Path:
     digest = hashlib.sha256()
     part = folder / f"stdin-{time.time_ns()}.part"
     with open(part, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as out:
-        while block := sys.stdin.buffer.read(1 << 20):
+        for block in blocks:
             digest.update(block)
             out.write(block)
-    return part.rename(folder / f"{digest.hexdigest()}.jsonl")
+    return part.rename(folder / name.format(digest.hexdigest()))
 
 
 def _clear_spool(opened: Runtime) -> None:
-    """Remove the copies of standard input that are in, and what a killed command left behind."""
+    """Remove the copies of what is in, and what a killed command left behind."""
     from curator.store import engine, reads
 
-    copies = {str(copy): copy for copy in (opened.settings.home / "spool").glob("*.jsonl")}
+    spool = opened.settings.home / "spool"
+    copies = [copy for copy in spool.glob("*") if copy.suffix != ".part"]
     with engine.read(opened.engine) as connection:
-        ended = reads.ended(connection, list(copies))
-    old = [part for part in (opened.settings.home / "spool").glob("*.part") if time.time() - _changed(part) > DAY]
-    for copy in (*(copies[origin] for origin in ended), *old):
+        ended = reads.ended(connection, [copy.name[:64] for copy in copies])
+    old = [part for part in spool.glob("*.part") if time.time() - _changed(part) > DAY]
+    for copy in (*(copy for copy in copies if copy.name[:64] in ended), *old):
         copy.unlink(missing_ok=True)
 
 
@@ -122,16 +193,14 @@ def _changed(file: Path) -> float:
         return time.time()
 
 
-def _open(opened: Runtime, paths: Sequence[Path], source: str) -> list[Intake]:
-    from curator.sources import jsonl
-    from curator.stages import examples, folders
+def _open(opened: Runtime, given: Sequence[Given]) -> list[Intake]:
+    from curator.sources import files
+    from curator.stages import examples
     from curator.store import engine
 
     intakes = []
-    for path in paths:
-        digest = jsonl.file_digest(path)
-        named = source or ("stdin" if place(str(path)) == "stdin" else folders.source_name(path))
-        opening = partial(examples.open_file, path=path, source=named, digest=digest, again=True)
+    for path, origin, source in given:
+        opening = partial(examples.open_file, origin=origin, source=source, digest=files.digest(path), again=True)
         intakes.append(engine.transact(opened.engine, opening))
     return intakes
 

@@ -28,7 +28,8 @@ DIGEST_SECONDS = 1.0
 """How long one look reads files to know their content; the rest of a big one is for the next looks."""
 
 BLOCK = 1 << 20
-SUFFIXES = (".jsonl.gz", ".ndjson.gz", ".json.gz", ".jsonl", ".ndjson", ".json", ".gz")
+COMPRESSED = (".gz", ".zst")
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 
 
 Key = tuple[str, int, int]
@@ -168,7 +169,7 @@ def watch(connection: Connection, path: Path, source: str) -> None:
 def source_name(file: Path) -> str:
     """The source a file speaks for when nobody says: its name without the endings."""
     name = file.name
-    for suffix in SUFFIXES:
+    for suffix in (*COMPRESSED, *SUFFIXES):
         if name.endswith(suffix) and name != suffix:
-            return name.removesuffix(suffix)
-    return file.stem or name
+            name = name.removesuffix(suffix)
+    return name if name != file.name else file.stem or name

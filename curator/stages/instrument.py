@@ -13,7 +13,7 @@ import torch
 from sqlalchemy import Connection
 from torch import Tensor, nn
 
-from curator.errors import CheckpointChanged, CodeTooWide
+from curator.errors import CheckpointChanged
 from curator.influence.attribution import Attributor, Measured, RecipeSpec
 from curator.influence.dropout import budgets
 from curator.influence.exact import Towards, directions_of
@@ -82,13 +82,9 @@ class Instrument:
         Raises:
             LayerNotFound, LayerUnsupported: the recipe names layers that the model does not have, or no capture knows.
             MaskTooLarge: a layer's own budget does not fit it.
-            CodeTooWide: the code has more numbers than the whole mask keeps.
         """
         entries = {layer.name: layer.entries for layer in find_layers(self.model, self.spec.layers, self.spec.bias)}
-        kept = budgets(entries, self.spec.dimension, self.spec.kept)
-        if self.spec.code != "none" and self.spec.code_dimension > sum(kept.values()):
-            raise CodeTooWide(width=self.spec.code_dimension, entries=sum(kept.values()))
-        return kept
+        return budgets(entries, self.spec.dimension, self.spec.kept)
 
     def batches(self, records: Sequence[Any]) -> Iterator[Any]:
         """Records as batches on the device, in order, as many a batch as there is room for."""

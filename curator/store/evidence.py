@@ -23,6 +23,7 @@ _LABEL = "CASE WHEN position('\\u0000' IN v.record::text) = 0 THEN v.record ->> 
 def pulls(connection: Connection, recipe_id: int, direction_set_id: int, example_id: int) -> Rows:
     """What each validation example adds to the normalised influence of one example; the sum over a slice is it.
 
+    An example of the contrast adds what is taken away: a negative pull means that the arrival is like it.
     A row: ordinal, validation_set, slice, validation_example_id, label, pull; the lowest first in each slice.
     """
     return list(
@@ -30,11 +31,13 @@ def pulls(connection: Connection, recipe_id: int, direction_set_id: int, example
             text(
                 f"""
                 SELECT s.name AS validation_set, d.slice, d.ordinal, v.id AS validation_example_id,
-                       {_LABEL} AS label, t.product / d.n AS pull
+                       {_LABEL} AS label,
+                       CASE v.role WHEN 'contrast' THEN -t.product / d.contrast ELSE t.product / d.n END AS pull
                 FROM curator.directions d
                 JOIN curator.validation_sets s ON s.id = d.validation_set_id
                 JOIN curator.validation_examples v
-                  ON v.validation_set_id = d.validation_set_id AND v.slice = d.slice AND v.role = 'direction'
+                  ON v.validation_set_id = d.validation_set_id AND v.slice = d.slice
+                 AND v.role IN ('direction', 'contrast')
                 JOIN LATERAL (
                     SELECT sum(-(g.vector <#> b.vector)) AS product
                     FROM curator.gradient_blocks g

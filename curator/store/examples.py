@@ -23,6 +23,7 @@ class Intake:
     origin: str
     state: str
     position: int
+    digest: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,11 @@ def source_id(connection: Connection, name: str) -> int:
     return source_ids(connection, [name])[name]
 
 
+def source_name(connection: Connection, number: int) -> str:
+    """The name of a source."""
+    return str(connection.scalar(text("SELECT name FROM curator.sources WHERE id = :id"), {"id": number}))
+
+
 def source_ids(connection: Connection, names: Iterable[str]) -> dict[str, int]:
     """The sources of those names, made when they are new."""
     wanted = sorted(set(names))
@@ -80,7 +86,7 @@ def open_intake(connection: Connection, source: str, origin: str, digest: bytes)
     )
     row = connection.execute(
         text(
-            "SELECT id, source_id, origin, state, position FROM curator.intakes"
+            "SELECT id, source_id, origin, state, position, digest FROM curator.intakes"
             " WHERE source_id = :source_id AND origin = :origin AND digest = :digest"
         ),
         key,
@@ -91,7 +97,7 @@ def open_intake(connection: Connection, source: str, origin: str, digest: bytes)
 def intake(connection: Connection, intake_id: int) -> Intake:
     """An intake by its number, locked until the transaction ends."""
     row = connection.execute(
-        text("SELECT id, source_id, origin, state, position FROM curator.intakes WHERE id = :id FOR UPDATE"),
+        text("SELECT id, source_id, origin, state, position, digest FROM curator.intakes WHERE id = :id FOR UPDATE"),
         {"id": intake_id},
     ).one()
     return Intake(*row)
@@ -180,7 +186,7 @@ def insert(connection: Connection, intake: Intake, batch_id: int, records: Seque
     first: dict[bytes, Record] = {}
     for record in records:
         first.setdefault(record.digest, record)
-    numbers = _numbers_of(connection, first)
+    numbers = numbers_of(connection, first)
     fresh = [record for digest, record in first.items() if digest not in numbers]
     named = source_ids(connection, names) if (names := {r.source for r in fresh if r.source}) else {}
     sources = [named.get(record.source, intake.source_id) for record in fresh]
@@ -190,12 +196,12 @@ def insert(connection: Connection, intake: Intake, batch_id: int, records: Seque
     )
     if len(new) < len(fresh):  # some were somebody else's in the meantime
         new = {record.digest: new[record.digest] for record in fresh if record.digest in new}
-        numbers |= _numbers_of(connection, [record.digest for record in fresh if record.digest not in new])
+        numbers |= numbers_of(connection, [record.digest for record in fresh if record.digest not in new])
     _note_occurrences(connection, intake.id, records, numbers | new, frozenset(new.values()))
     return sorted(new.values())
 
 
-def _numbers_of(connection: Connection, digests: Collection[bytes]) -> dict[bytes, int]:
+def numbers_of(connection: Connection, digests: Collection[bytes]) -> dict[bytes, int]:
     """The examples there are of those digests."""
     with raw(connection).cursor(binary=True) as cursor:
         found = cursor.execute(

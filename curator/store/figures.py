@@ -152,7 +152,7 @@ def leaked(connection: Connection) -> int:
         text(
             "SELECT count(DISTINCT e.id) FROM curator.validation_examples v"
             " JOIN curator.validation_sets s ON s.id = v.validation_set_id AND s.in_use"
-            " JOIN curator.examples e ON e.digest = v.digest"
+            " JOIN curator.examples e ON e.digest = v.digest WHERE v.role <> 'contrast'"
         )
     )
     return int(n or 0)

@@ -206,15 +206,15 @@ def given_up(connection: Connection, example_id: int) -> Row[Any] | None:
     ).one_or_none()
 
 
-def ended(connection: Connection, origins: list[str]) -> list[str]:
-    """Which of these files no intake will read again."""
+def ended(connection: Connection, digests: list[str]) -> list[str]:
+    """Which contents, by their digests in hex, no intake will read again."""
     return list(
         connection.scalars(
             text(
-                "SELECT origin FROM curator.intakes WHERE origin = ANY(:origins)"
-                " GROUP BY origin HAVING bool_and(state <> 'reading')"
+                "SELECT encode(digest, 'hex') FROM curator.intakes WHERE encode(digest, 'hex') = ANY(:digests)"
+                " GROUP BY digest HAVING bool_and(state <> 'reading')"
             ),
-            {"origins": origins},
+            {"digests": digests},
         )
     )
 

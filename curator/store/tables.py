@@ -251,7 +251,7 @@ validation_examples = Table(
     Column("slice", Text, nullable=False),
     Column("role", Text, nullable=False),
     UniqueConstraint("validation_set_id", "digest"),
-    _one_of("role", "direction", "reference"),
+    _one_of("role", "direction", "reference", "contrast"),
 )
 
 recipes = Table(
@@ -309,6 +309,7 @@ directions = Table(
     Column("slice", Text, nullable=False),
     Column("ordinal", SmallInteger, nullable=False, comment="position in the arrays of scores, from 1"),
     Column("n", Integer, nullable=False, comment="validation examples in the mean"),
+    Column("contrast", Integer, nullable=False, server_default="0", comment="in the mean that is taken from it"),
     UniqueConstraint("direction_set_id", "ordinal"),
     UniqueConstraint("direction_set_id", "validation_set_id", "slice"),
 )

@@ -255,7 +255,9 @@ def upgrade() -> None:
         sa.Column("record", postgresql.JSON(astext_type=sa.Text()), nullable=False),
         sa.Column("slice", sa.Text(), nullable=False),
         sa.Column("role", sa.Text(), nullable=False),
-        sa.CheckConstraint("role IN ('direction', 'reference')", name=op.f("validation_examples_role_check")),
+        sa.CheckConstraint(
+            "role IN ('direction', 'reference', 'contrast')", name=op.f("validation_examples_role_check")
+        ),
         sa.ForeignKeyConstraint(
             ["validation_set_id"],
             ["curator.validation_sets.id"],
@@ -380,6 +382,9 @@ def upgrade() -> None:
         sa.Column("slice", sa.Text(), nullable=False),
         sa.Column("ordinal", sa.SmallInteger(), nullable=False, comment="position in the arrays of scores, from 1"),
         sa.Column("n", sa.Integer(), nullable=False, comment="validation examples in the mean"),
+        sa.Column(
+            "contrast", sa.Integer(), server_default="0", nullable=False, comment="in the mean that is taken from it"
+        ),
         sa.ForeignKeyConstraint(
             ["direction_set_id"], ["curator.direction_sets.id"], name=op.f("directions_direction_set_id_fkey")
         ),

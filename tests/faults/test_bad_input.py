@@ -111,7 +111,6 @@ def test_a_factory_that_raises_is_named_with_its_line(curator, project: Path, di
     [
         ('layers = ["encoder.*"]', "CUR-MOD-001", "encoder.*"),
         ("kept = { first = 7 }", "CUR-NUM-001", "first"),
-        ('code = "sjlt"\ncode_dimension = 30000\ndimension = 40000', "CUR-NUM-031", "25856 entries"),
     ],
 )
 def test_a_recipe_that_does_not_suit_the_model_is_refused_when_the_checkpoint_is_added(
