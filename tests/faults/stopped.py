@@ -34,7 +34,7 @@ def compute_for(seconds: float, stage: Any) -> None:
         return None
 
     def compute(tools: Any, batch: Any) -> None:
-        print(os.getpid(), flush=True)
+        os.write(sys.stdout.fileno(), f"{os.getpid()}\n".encode())  # at once: others write there too
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             time.sleep(0.05)

@@ -23,7 +23,7 @@ SCRIPT = Path(__file__).with_name("stopped.py")
 @pytest.mark.parametrize(
     ("number", "seconds", "state", "codes"),
     [
-        pytest.param(signal.SIGTERM, 100.0, "ready", {"143"}, id="a batch that does not end goes back"),
+        pytest.param(signal.SIGTERM, 60.0, "ready", {"143"}, id="a batch that does not end goes back"),
         # 0 where that was the last there was to do: then all is drained
         pytest.param(signal.SIGINT, 0.4, "done", {"0", "143"}, id="a batch that ends soon is recorded"),
     ],
