@@ -6,6 +6,7 @@ alembic is imported by what needs it: every command asks for the revision, and i
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from alembic.config import Config
 
 PGVECTOR = "0.8.0"
+LOCK_SECONDS = 30
 # One number for every curator: a migration waits for another one to end instead of failing half-way.
 _LOCK = 0x63757261746F72
 
@@ -30,6 +32,7 @@ def scripts() -> Path:
     return shipped if shipped.is_dir() else package.parent / "migrations"
 
 
+@cache
 def needed_revision() -> str:
     """The revision this curator works with: the number of the last script. Every command asks, so alembic is not."""
     return max(path.name.partition("_")[0] for path in (scripts() / "versions").glob("[0-9]*.py"))
@@ -53,8 +56,7 @@ def upgrade(engine: Engine) -> str:
     from alembic import command
 
     with begin(engine) as connection:
-        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
-        connection.execute(text("SET LOCAL lock_timeout = '30s'"))
+        _take_turn(connection)
         _require_pgvector(connection, engine)
         connection.execute(text(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}"))
         command.upgrade(_config(connection), "head")
@@ -66,7 +68,7 @@ def downgrade(engine: Engine, revision: str) -> None:
     from alembic import command
 
     with begin(engine) as connection:
-        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
+        _take_turn(connection)
         command.downgrade(_config(connection), revision)
 
 
@@ -96,6 +98,12 @@ def require_revision(connection: Connection) -> None:
         raise SchemaBehind(found=found or "none", needed=needed)
 
 
+def _take_turn(connection: Connection) -> None:
+    """One migration at a time; then a bounded wait for each table, or whoever comes after us would wait behind us."""
+    connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
+    connection.execute(text(f"SET LOCAL lock_timeout = '{LOCK_SECONDS}s'"))
+
+
 def _config(connection: Connection) -> Config:
     from alembic.config import Config
 
@@ -110,9 +118,14 @@ def _require_pgvector(connection: Connection, engine: Engine) -> None:
     version = text("SELECT default_version FROM pg_available_extensions WHERE name = 'vector'")
     found = connection.scalar(version)
     url = engine.url.render_as_string(hide_password=True)
-    if found is None or _numbers(found) < _numbers(PGVECTOR):
+    if found is None or is_older(found, PGVECTOR):
         raise NoPgvector(url=url, needed=PGVECTOR, found=f"it offers {found or 'none'}")
     connection.execute(text("CREATE EXTENSION IF NOT EXISTS vector"))
+
+
+def is_older(version: str, than: str) -> bool:
+    """Whether one version of pgvector comes before another."""
+    return _numbers(version) < _numbers(than)
 
 
 def _numbers(version: str) -> tuple[int, ...]:
