@@ -21,6 +21,7 @@ from curator.settings import Limits, Settings, Sources
 from curator.sources import files
 from curator.sources.records import NO_FIELDS, parse_record
 from curator.sources.remote import is_url
+from curator.sources.room import require_room
 from curator.store import examples, offers, recipes, work
 from curator.store.engine import read
 from curator.store.examples import Intake
@@ -155,16 +156,28 @@ def copy_name(url: str, digest: bytes) -> str:
     return f"{digest.hex()}-{url.rsplit('/', 1)[-1]}"
 
 
-def open_file(connection: Connection, origin: Path | str, source: str, digest: bytes) -> Intake:
-    """Register a file, or the content of a URL, and offer it; or find the intake it already has."""
+def open_file(connection: Connection, origin: Path | str, source: str, digest: bytes, *, again: bool = False) -> Intake:
+    """Register a file, or the content of a URL, and offer it; or find the intake it already has.
+
+    ``again``: somebody delivers it anew, so one that was given up as damaged is read on: a limit may have been raised
+    since, or the worker that it stopped be given more memory.
+    """
     intake = examples.open_intake(connection, source, str(origin), digest)
-    if intake.state == "reading":
+    if again and intake.state == "damaged":
+        intake = examples.reopen_intake(connection, intake.id)
+        work.offer_again(connection, STAGE, [intake.id], kind=FILE)
+    elif intake.state == "reading":
         work.offer(connection, STAGE, [intake.id], kind=FILE)
     return intake
 
 
 def claim(connection: Connection, settings: Settings) -> Batch | None:
-    """Lease a chunk. A coin decides who is asked first, so that neither files nor the inbox starve."""
+    """Lease a chunk. A coin decides who is asked first, so that neither files nor the inbox starve.
+
+    Raises:
+        DiskLow: there is no room; what waits is taken in when there is.
+    """
+    require_room(settings.home, settings.limits.disk_bytes)
     kinds = [FILE, INBOX]
     random.shuffle(kinds)
     for kind in kinds:

@@ -351,15 +351,36 @@ def quarantine_example(connection: Connection, example_id: int, code: str, detai
     )
 
 
-def quarantine_inbox(connection: Connection, row_id: int, code: str, detail: str) -> None:
-    """Move a row of the inbox to the quarantine."""
+def give_up_intake(connection: Connection, intake_id: int, code: str, detail: str) -> None:
+    """End a file that stops its workers, with a line in the quarantine where it has come to."""
+    found = intake(connection, intake_id)
+    quarantine(connection, found, [Refusal(found.position + 1, code, detail, b"")], 0)
+    close_intake(connection, intake_id, "damaged", detail)
+
+
+def reopen_intake(connection: Connection, intake_id: int) -> Intake:
+    """Read a damaged file on from where it was left: it has been delivered again."""
+    found = intake(connection, intake_id)
+    connection.execute(
+        text("DELETE FROM curator.quarantine WHERE intake_id = :id AND position > :position"),
+        {"id": intake_id, "position": found.position},
+    )
+    connection.execute(
+        text("UPDATE curator.intakes SET state = 'reading', detail = NULL, closed_at = NULL WHERE id = :id"),
+        {"id": intake_id},
+    )
+    return intake(connection, intake_id)
+
+
+def quarantine_inbox(connection: Connection, row_id: int, code: str, detail: str, cap: int) -> None:
+    """Move a row of the inbox to the quarantine, with the first ``cap`` of its bytes."""
     row = connection.execute(
         text("DELETE FROM curator.inbox WHERE id = :id RETURNING source, CAST(record AS text) AS record"),
         {"id": row_id},
     ).one_or_none()
     if row is not None:
         intake = open_intake(connection, row.source, "inbox", b"")
-        quarantine(connection, intake, [Refusal(row_id, code, detail, row.record.encode())], 1 << 20)
+        quarantine(connection, intake, [Refusal(row_id, code, detail, row.record.encode())], cap)
 
 
 def fetch(connection: Connection, example_ids: Sequence[int]) -> dict[int, Mapping[str, object]]:

@@ -241,8 +241,8 @@ def abandoned(connection: Connection) -> Rows:
     return list(
         connection.execute(
             text(
-                "SELECT stage, coalesce(last_error, 'no message') AS error, count(*) AS n FROM curator.work"
-                " WHERE state = 'quarantined' GROUP BY 1, 2 ORDER BY 1, 3 DESC, 2"
+                "SELECT stage, last_error AS error, count(*) AS n FROM curator.work"
+                " WHERE state = 'quarantined' AND last_error IS NOT NULL GROUP BY 1, 2 ORDER BY 1, 3 DESC, 2"
             )
         )
     )

@@ -86,6 +86,19 @@ def validation_sets_in_use(connection: Connection) -> list[tuple[int, bytes]]:
     return [(row.id, bytes(row.digest)) for row in rows]
 
 
+def some_trusted(connection: Connection, recipe_id: int, n: int = 4) -> list[Mapping[str, Any]]:
+    """A few trusted records that were measured under a recipe: whoever cannot measure them now is himself at fault."""
+    rows = connection.scalars(
+        text(
+            "SELECT v.record FROM curator.validation_gradients g"
+            " JOIN curator.validation_examples v ON v.id = g.validation_example_id"
+            " WHERE g.recipe_id = :id AND g.state = 'ok' ORDER BY v.id LIMIT :n"
+        ),
+        {"id": recipe_id, "n": n},
+    )
+    return list(rows)
+
+
 def validation_examples(connection: Connection, set_ids: Sequence[int]) -> list[ValidationExample]:
     """The trusted examples of those sets, in a fixed order."""
     rows = connection.execute(
