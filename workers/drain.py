@@ -12,7 +12,7 @@ from curator.errors import CuratorError
 from curator.runtime import Runtime
 from curator.stages import directions, examples, gradients, likeness, scores, upkeep, verdicts
 from curator.stages.turn import StageModule, Turn
-from curator.store import migrate, offers, work
+from curator.store import fidelity, migrate, offers, work
 from curator.store.engine import begin, read
 from workers.base import stopping
 
@@ -36,6 +36,7 @@ def drain(runtime: Runtime) -> bool:
         with begin(runtime.engine) as connection:
             backfill = runtime.settings.schedule.backfill
             if not work.waiting(connection, backfill=backfill) and not offers.missing(connection):
+                fidelity.measure(connection)
                 return True
         stopping.wait(PATIENCE_SECONDS)
     return False

@@ -9,7 +9,7 @@ from celery import shared_task
 
 from curator.errors import DependencyDown
 from curator.stages import folders, likeness, upkeep
-from curator.store import examples, offers, work
+from curator.store import examples, fidelity, offers, work
 from curator.store.engine import begin, read
 from curator.types import UPKEEP_TASK, Stage
 from workers.base import StageTask, shared
@@ -35,6 +35,7 @@ def run(self: StageTask) -> str:
         with begin(runtime.engine) as connection:
             if work.take_window(connection, "curator.sweep", SWEEP_SECONDS, f"{os.getpid()}"):
                 offers.missing(connection)
+                fidelity.measure(connection)
             left = work.claimable(connection, backfill=runtime.settings.schedule.backfill)
         runtime.wake(*left)
         likeness.run(runtime.engine, runtime.settings.sources.similarity, LIKENESS_SECONDS)

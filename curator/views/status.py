@@ -11,7 +11,7 @@ from sqlalchemy import Connection, Row
 from curator.embedded.supervisor import ChildStatus, DaemonStatus
 from curator.store import health, reads, work
 from curator.types import Stage
-from curator.views import reviews
+from curator.views import fidelity, reviews
 
 # Ready work is claimed within seconds while somebody runs; a minute without any claim means that nobody does.
 IDLE_SECONDS = 60.0
@@ -82,6 +82,7 @@ def status(
             *(_stuck(connection, stages, daemon, elsewhere) if work.waiting(connection, backfill=backfill) else ()),
             *_troubled(daemon),
             *_given_up(connection, footing),
+            *fidelity.alarms(connection),
             *_held(connection),
         ),
     )
