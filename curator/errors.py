@@ -563,6 +563,13 @@ class TargetInUse(UsageError):
     hint = "Name a new directory, or pass --force to replace a former export."
 
 
+class NoColumn(UsageError):
+    """The field {field} {reason}, which no column of a table can hold."""
+
+    code = "CUR-OUT-004"
+    hint = "Export as JSON lines (--format jsonl), which can; or give the field one type."
+
+
 class TargetNotOurs(UsageError):
     """{path} is not an export of curator, so --force does not replace it."""
 
@@ -589,6 +596,20 @@ class NoVector(UsageError):
 
     code = "CUR-EXM-003"
     hint = "`curator status` shows what is left to do; an example without signal or in quarantine never gets one."
+
+
+class NoTokens(UsageError):
+    """The model's positions have no names here, and the record has no text to leave words out of."""
+
+    code = "CUR-EXM-004"
+    hint = "Give the workload a method `positions(record)`: the text at each position that its model sees."
+
+
+class NotExplained(UsageError):
+    """The pass through the model failed: {reason}"""
+
+    code = "CUR-EXM-005"
+    hint = "`curator doctor` tries the model on a few trusted examples and says what is wrong."
 
 
 class NothingScored(UsageError):

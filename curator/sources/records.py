@@ -131,6 +131,12 @@ def take_row(
     return taken
 
 
+def digest_of(record: str) -> bytes:
+    """The identity of a canonical record: what ``parse_record`` would give it."""
+    content = {key: value for key, value in json.loads(record).items() if key not in NOT_CONTENT}
+    return sha256(_dump(_without_nulls(content)).encode("ascii")).digest()
+
+
 def mapped(record: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
     """The record under curator's own names.
 

@@ -47,7 +47,7 @@ def test_nothing_computes_with_a_connection_in_hand() -> None:
 
 def test_workers_hold_thin_tasks_and_little_else() -> None:
     names = {path.stem for path in modules("workers")}
-    assert names == {*Stage, "__init__", "base", "celery", "check", "drain", "plan", "upkeep"}
+    assert names == {*Stage, "__init__", "base", "celery", "check", "drain", "explain", "plan", "upkeep"}
 
 
 def test_a_task_fits_one_screen() -> None:
