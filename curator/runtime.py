@@ -157,13 +157,13 @@ def opened(settings: Settings, *, check_schema: bool = True, application: str = 
     runtime = Runtime(settings, application)
     try:
         if check_schema:
-            _handshake(runtime)
+            handshake(runtime)
         yield runtime
     finally:
         runtime.close()
 
 
-def _handshake(runtime: Runtime) -> None:
+def handshake(runtime: Runtime) -> None:
     """Our own database is brought up to date without asking; one that was given is its owner's to upgrade."""
     if not runtime.settings.database.url:
         with read(runtime.engine) as connection:
@@ -174,4 +174,4 @@ def _handshake(runtime: Runtime) -> None:
         migrate.require_revision(connection)
 
 
-__all__ = ["MODEL_QUEUE", "QUEUES", "TABLE_QUEUE", "UPKEEP_TASK", "Runtime", "opened"]
+__all__ = ["MODEL_QUEUE", "QUEUES", "TABLE_QUEUE", "UPKEEP_TASK", "Runtime", "handshake", "opened"]

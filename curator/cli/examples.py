@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _CONTROLS = ("loss", "calibrated_loss", "gradient_norm", "self_influence")
 _SCORES = (
     "slice", "normalised_influence", "exact_influence", "influence", "stderr", "percentile", "harm", "p_value",
+    "embedding_similarity", "bm25",
 )  # fmt: skip
 
 _LAYERS, _WORDS = 12, 16

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import os
 import sys
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import click
 
 from curator.cli.invocation import Invocation, pass_invocation
 from curator.cli.output import Form, rows_options, say, show
-from curator.errors import IsADirectory, NoSuchFile
 from curator.views.text import place
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
+    from curator import arrivals
     from curator.runtime import Runtime
     from curator.settings import Settings
-    from curator.store.examples import Intake, IntakeCounts
+    from curator.store.examples import IntakeCounts
 
 EXIT_FINDINGS = 1
 DAY = 86_400
@@ -44,16 +41,18 @@ def ingest(here: Invocation, files: tuple[str, ...], source: str, dry_run: bool,
 
     Exits with 1 when a file is damaged or nothing in it could be taken; refused lines alone leave it 0.
     """
+    from curator import arrivals
+
     settings = here.settings()
     given = [_given(settings, file, source) for file in files]
     if dry_run:
         _rehearse(here, given, form)
         return
     with here.runtime() as opened:
-        intakes = _open(opened, given)
+        intakes = arrivals.open_all(opened, given)
         before = {intake.origin for intake in intakes if intake.state != "reading"}
         counts = _read_all(opened, [intake.id for intake in intakes])
-        _clear_spool(opened)
+        arrivals.clear_spool(opened)
         leaks = _leaks(opened, [intake.id for intake in intakes])
     show([_shown(row, row.file in before) for row in counts], form)
     if refused := sum(row.refused for row in counts if row.file not in before):
@@ -65,38 +64,15 @@ def ingest(here: Invocation, files: tuple[str, ...], source: str, dry_run: bool,
         raise click.exceptions.Exit(EXIT_FINDINGS)
 
 
-class Given(NamedTuple):
-    """What to read: the file it is in, what it is called, and who sent it."""
-
-    path: Path
-    origin: str
-    source: str
-
-
-def _given(settings: Settings, file: str, source: str) -> Given:
-    """A file to read; what comes by a pipe or a URL has become one of our own.
-
-    Raises:
-        NoSuchFile, IsADirectory, ExtraMissing, UrlNotAllowed, DataError: it cannot be read.
-    """
-    from curator.sources import files, remote
-    from curator.stages import folders
+def _given(settings: Settings, file: str, source: str) -> arrivals.Given:
+    from curator import arrivals
 
     if file == "-":
-        path = _spooled(settings, iter(lambda: sys.stdin.buffer.read(1 << 20), b""), "{}.jsonl")
-        return Given(path, str(path), source or "stdin")
-    if remote.is_url(file):
-        remote.require_allowed(file, settings.sources.urls)
-        options = settings.sources.url_options.get(file.partition("://")[0], {})
-        name = file.rsplit("/", 1)[-1]
-        path = _spooled(settings, remote.blocks(file, options), "{}-" + name)
-        return Given(path, file, source or folders.source_name(Path(name)))
-    path = _existing(Path(file))
-    files.reader_of(path)
-    return Given(path, str(path), source or folders.source_name(path))
+        return arrivals.piped(settings, iter(lambda: sys.stdin.buffer.read(1 << 20), b""), source or "stdin")
+    return arrivals.given(settings, file, source)
 
 
-def _rehearse(here: Invocation, given: Sequence[Given], form: Form) -> None:
+def _rehearse(here: Invocation, given: Sequence[arrivals.Given], form: Form) -> None:
     from curator.sources import files
     from curator.views.rehearsal import Rehearsal
 
@@ -145,89 +121,18 @@ def _said(row: IntakeCounts, before: bool) -> list[str]:
     return problems
 
 
-def _existing(file: Path) -> Path:
-    from curator.sources import tables
-
-    if file.is_dir() and not any((file / name).is_file() for name in (tables.STATE, tables.DATASET_DICT)):
-        raise IsADirectory(path=file)
-    if not file.exists():
-        raise NoSuchFile(path=file)
-    return file.resolve()
-
-
-def _spooled(settings: Settings, blocks: Iterator[bytes], name: str) -> Path:
-    """What comes by a pipe or from afar, as a file named by its content, so that a crash in the middle can go on.
-
-    Whoever pipes records in does not expect a copy that others can read.
-    """
-    folder = settings.home / "spool"
-    folder.mkdir(parents=True, exist_ok=True)
-    folder.chmod(0o700)
-    digest = hashlib.sha256()
-    part = folder / f"stdin-{time.time_ns()}.part"
-    with open(part, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as out:
-        for block in blocks:
-            digest.update(block)
-            out.write(block)
-    return part.rename(folder / name.format(digest.hexdigest()))
-
-
-def _clear_spool(opened: Runtime) -> None:
-    """Remove the copies of what is in, and what a killed command left behind."""
-    from curator.store import engine, reads
-
-    spool = opened.settings.home / "spool"
-    copies = [copy for copy in spool.glob("*") if copy.suffix != ".part"]
-    with engine.read(opened.engine) as connection:
-        ended = reads.ended(connection, [copy.name[:64] for copy in copies])
-    old = [part for part in spool.glob("*.part") if time.time() - _changed(part) > DAY]
-    for copy in (*(copy for copy in copies if copy.name[:64] in ended), *old):
-        copy.unlink(missing_ok=True)
-
-
-def _changed(file: Path) -> float:
-    try:
-        return file.stat().st_mtime
-    except FileNotFoundError:  # its owner has just named it
-        return time.time()
-
-
-def _open(opened: Runtime, given: Sequence[Given]) -> list[Intake]:
-    from curator.sources import files
-    from curator.stages import examples
-    from curator.store import engine
-
-    intakes = []
-    for path, origin, source in given:
-        digest = files.digest(path)
-        with engine.begin(opened.engine) as connection:
-            intakes.append(examples.open_file(connection, origin, source, digest))
-    return intakes
-
-
 def _read_all(opened: Runtime, numbers: Sequence[int]) -> list[IntakeCounts]:
-    """Read until the intakes have ended, whoever reads them: this process, or a daemon that was faster."""
     from tqdm import tqdm
 
-    from curator.stages import examples as stage
-    from curator.stages.turn import Turn
-    from curator.store import engine, examples
-    from curator.types import Stage
+    from curator import arrivals
 
-    turn = Turn(opened.engine, opened.settings)
     with tqdm(unit=" records", desc="ingest", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
-        while True:
-            with engine.read(opened.engine) as connection:
-                counts = examples.intake_counts(connection, numbers)
-            bar.n = sum(row.accepted + row.duplicates + row.refused for row in counts)
+
+        def show(n: int) -> None:
+            bar.n = n
             bar.refresh()
-            if all(row.state != "reading" for row in counts):
-                break
-            if turn.once(stage) is None:
-                time.sleep(0.1)
-    if opened.daemon_runs:
-        opened.wake(Stage.GRADIENTS)
-    return counts
+
+        return arrivals.read_all(opened, numbers, show)
 
 
 @click.command()

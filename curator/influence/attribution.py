@@ -18,6 +18,7 @@ from curator.influence import fitting, parts, scoring
 from curator.influence.capture import Reader, capture, each, find_layers
 from curator.influence.codes import FoldedCode
 from curator.influence.confidence import calibrated_loss, measurement_slope
+from curator.influence.controls import LastHidden
 from curator.influence.exact import DirectionSums, ExactDirections, ExactScores, ExactTerms, LowRankDirections, Towards
 from curator.influence.fitting import Fitted, Losses, device_of
 from curator.influence.kept import KeptEntries
@@ -88,8 +89,9 @@ class Attributor:
         """
         kept = KeptEntries(self.fitted.masks, "exact" if self.spec.exact_norm else "kept")
         exact = ExactScores(self._roots(), towards.to(self.device)) if towards else None
-        loss_B = self._pass(batch, kept, *([exact] if exact else []))
-        return self._assemble(loss_B, kept, exact)
+        with LastHidden(self.model) as last:
+            loss_B = self._pass(batch, kept, *([exact] if exact else []))
+        return self._assemble(loss_B, kept, exact, last.hidden_BH(len(loss_B)))
 
     def _pass(self, batch: Any, *readers: Reader) -> Tensor:
         return capture(self.model, self.layers, lambda: self.losses(self.model, batch), each(*readers))
@@ -99,7 +101,9 @@ class Attributor:
             raise NoCurvature()
         return self.fitted.roots
 
-    def _assemble(self, loss_B: Tensor, kept: KeptEntries, exact: ExactScores | None) -> Measured:
+    def _assemble(
+        self, loss_B: Tensor, kept: KeptEntries, exact: ExactScores | None, hidden_BH: Tensor | None
+    ) -> Measured:
         unit_BK, whitened_B = scoring.unit(self.fitted.encoding.apply(kept.g_BK(loss_B)))
         gradient_B = kept.norm_B()
         state_B = _states(loss_B, gradient_B, whitened_B)
@@ -114,6 +118,7 @@ class Attributor:
             state_B=state_B.cpu(),
             exact_BS=_only(ok_B, exact.normalised_BS()) if exact else None,
             exact_influence_BS=_only(ok_B, exact.influence_BS()) if exact else None,
+            hidden_BH=hidden_BH,
         )
 
     def _calibrated(self, loss_B: Tensor) -> Tensor:

@@ -20,10 +20,12 @@ from curator.errors import NotMeasurable
 from curator.influence import scoring
 from curator.influence.attribution import Attributor, Measured
 from curator.influence.confidence import code_error
+from curator.influence.controls import Controls, terms
 from curator.influence.exact import directions_of
 from curator.influence.mixtures import Mixtures
 from curator.influence.scoring import Directions
 from curator.settings import Settings
+from curator.sources.likeness import words
 from curator.stages import instrument, yardstick
 from curator.stages.instrument import Instrument, finite, states_of
 from curator.store import directions, offers, recipes, tensors, validation, vectors, work
@@ -113,6 +115,7 @@ def _made(tools: Instrument, batch: Batch) -> Result:
         arrays |= _exact(tools, attributor, batch.examples, rows, against)
     stick = yardstick.fit(list(rows), rows, measured, made, against)
     arrays |= {f"harm/{name}": array for name, array in stick.harm_arrays().items()}
+    arrays |= _controls(batch.examples, measured, rows, against)
     stick, code = _with_code_error(stick, tools, attributor, batch.examples, measured, arrays)
     arrays |= code
     references = _references(stick, batch.examples, measured)
@@ -195,6 +198,25 @@ def _exact(
     batches = {name: list(tools.batches([examples[row].record for row in r.tolist()])) for name, r in parts.items()}
     made = by_validation_loss.exact_directions(batches, mixtures)
     return {f"exact/{name}": t.cpu().numpy() for name, t in made.tensors().items()}
+
+
+def _controls(
+    examples: Sequence[ValidationExample],
+    measured: Measured,
+    rows: Mapping[Key, Tensor],
+    against: Mapping[Key, Tensor],
+) -> dict[str, NDArray[Any]]:
+    """What the controls of arrivals are taken against."""
+    part_SN = np.zeros((len(rows), len(examples)))
+    for s, (key, behind) in enumerate(rows.items()):
+        part_SN[s, behind.numpy()] = 1 / len(behind)
+        if key in against:
+            part_SN[s, against[key].numpy()] = -1 / len(against[key])
+    used = np.flatnonzero(part_SN.any(axis=0)).tolist()
+    documents = [terms(words(examples[row].record)) for row in used]
+    hidden_NH = None if measured.hidden_BH is None else measured.hidden_BH[torch.tensor(used)]
+    made = Controls.fit(hidden_NH, documents, part_SN[:, used])
+    return {f"control/{name}": array for name, array in made.arrays().items()}
 
 
 def _with_code_error(

@@ -176,4 +176,10 @@ def _facts(measured: Measured, row: int, number: int, state: GradientState) -> d
         "gradient_norm": finite(float(measured.gradient_norm_B[row])),
         "whitened_norm": float(measured.whitened_norm_B[row]) if ok else None,
         "exact": exact,
+        "embedding_similarity": _listed(measured.similarity_BS, row),
+        "bm25": _listed(measured.bm25_BS, row),
     }
+
+
+def _listed(value_BS: torch.Tensor | None, row: int) -> list[float] | None:
+    return None if value_BS is None else value_BS[row].tolist()

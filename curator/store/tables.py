@@ -375,6 +375,8 @@ gradients = Table(
     Column("whitened_norm", REAL, comment="of the kept entries; its square is the self-influence"),
     Column("direction_set_id", BigInteger, comment="the directions `exact` was taken against, on arrival"),
     Column("exact", ARRAY(REAL), comment="un-compressed normalised influence on each of them"),
+    Column("embedding_similarity", ARRAY(REAL), comment="control: of the last hidden states, with each of them"),
+    Column("bm25", ARRAY(REAL), comment="control: of the words, for each of them"),
     _now("computed_at"),
     PrimaryKeyConstraint("recipe_id", "example_id", comment="Delivered twice, computed twice, kept once."),
     _one_of("state", "ok", "no_signal", "nonfinite"),

@@ -114,7 +114,7 @@ class Report:
     by: str | None
     groups: tuple[groups.Group, ...]
     flags: tuple[flags.Flag, ...]
-    overlap: Mapping[str, int]
+    controls: tuple[Mapping[str, Any], ...]
     precision: tuple[Precision, ...]
     level: float | None
     refusals: tuple[Mapping[str, Any], ...]
@@ -157,7 +157,7 @@ def report(connection: Connection, project: str = "", by: str | None = None) -> 
         by=by,
         groups=groups.by(connection, by) if by else (),
         flags=tuple(flags.flagged(connection, limit=FLAGS)),
-        overlap=dict(figures.overlap(connection)._mapping),
+        controls=tuple(dict(row._mapping) for row in figures.controls(connection)),
         precision=precision,
         level=level,
         refusals=tuple(

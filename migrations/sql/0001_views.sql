@@ -26,7 +26,14 @@ SELECT e.id                                         AS example_id,
        CASE WHEN s.normalised_stderr[d.ordinal] > 0
             THEN (1 + erf(abs(s.normalised[d.ordinal]) / s.normalised_stderr[d.ordinal] / sqrt(2.0))) / 2 END
                                                     AS sign_stability,
-       s.neighbours[d.ordinal]                      AS neighbour_cosine
+       s.neighbours[d.ordinal]                      AS neighbour_cosine,
+       CASE WHEN g.direction_set_id = s.direction_set_id THEN g.embedding_similarity[d.ordinal] END
+                                                    AS embedding_similarity,
+       CASE WHEN g.direction_set_id = s.direction_set_id THEN g.bm25[d.ordinal] END
+                                                    AS bm25,
+       -- 52 bits of a hash: uniform in [0, 1), and the same whenever it is asked for.
+       (hashint8extended(e.id, 0) & 4503599627370495) / 4503599627370496.0::double precision
+                                                    AS random
 FROM curator.scores s
 JOIN curator.directions d ON d.direction_set_id = s.direction_set_id
 JOIN curator.direction_sets ds ON ds.id = s.direction_set_id
@@ -56,6 +63,11 @@ COMMENT ON COLUMN curator.influence_scores.gradient_norm IS 'norm of the un-comp
 COMMENT ON COLUMN curator.influence_scores.calibrated_loss IS 'the loss after the checkpoint''s temperature';
 COMMENT ON COLUMN curator.influence_scores.exact_influence IS
 'un-compressed normalised influence taken on arrival; NULL when the directions have changed since';
+COMMENT ON COLUMN curator.influence_scores.embedding_similarity IS
+'control: mean cosine of the last hidden states with those of the slice, taken on arrival; NULL when the directions have changed since';
+COMMENT ON COLUMN curator.influence_scores.bm25 IS
+'control: mean BM25 of the words for the slice''s examples as queries, taken on arrival; NULL as before, and without text';
+COMMENT ON COLUMN curator.influence_scores.random IS 'control: a number that knows nothing, always the same for an example';
 COMMENT ON COLUMN curator.influence_scores.p_value IS
 'conformal: chance that a trusted example looks at least this harmful';
 COMMENT ON COLUMN curator.influence_scores.normalised_stderr IS

@@ -462,6 +462,13 @@ def upgrade() -> None:
         sa.Column(
             "exact", sa.ARRAY(sa.REAL()), nullable=True, comment="un-compressed normalised influence on each of them"
         ),
+        sa.Column(
+            "embedding_similarity",
+            sa.ARRAY(sa.REAL()),
+            nullable=True,
+            comment="control: of the last hidden states, with each of them",
+        ),
+        sa.Column("bm25", sa.ARRAY(sa.REAL()), nullable=True, comment="control: of the words, for each of them"),
         sa.Column("computed_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
         sa.CheckConstraint("state IN ('ok', 'no_signal', 'nonfinite')", name=op.f("gradients_state_check")),
         sa.ForeignKeyConstraint(["example_id"], ["curator.examples.id"], name=op.f("gradients_example_id_fkey")),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from curator.cli import intake
+from curator import arrivals
 from tests.store.conftest import Curator
 
 GOOD = '{"text": "a", "label": "x"}\n{"text": "b", "label": "y"}\n'
@@ -73,11 +73,11 @@ def test_standard_input_goes_by_that_name_and_leaves_no_copy(new_curator: Curato
 def test_the_copy_of_standard_input_is_its_owner_s(new_curator: Curator, monkeypatch: pytest.MonkeyPatch) -> None:
     modes = []
 
-    def look(opened: object, given: list[intake.Given]) -> list[object]:
+    def look(opened: object, given: list[arrivals.Given]) -> list[object]:
         modes.extend(stat.S_IMODE(file.path.stat().st_mode) for file in given)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("curator.cli.intake._open", look)
+    monkeypatch.setattr("curator.arrivals.open_all", look)
     assert new_curator("ingest", "-", stdin=GOOD).exit_code == 130
     assert modes == [0o600]
 

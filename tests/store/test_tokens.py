@@ -67,6 +67,9 @@ def test_a_word_s_pull_is_the_score_less_that_without_it(settings: Settings, eng
         assert recipe is not None
         tools = instrument.load(connection, settings, recipe.id, 1)
         towards = yardstick.load(connection, recipe, 1).directions
+    [score] = known.scores
+    assert -1 <= score["embedding_similarity"] <= 1
+    assert score["bm25"] > 0, "one of its words is also in the trusted texts"
     runtime = Runtime(settings)
     found = explain(runtime, 1)
     assert found["how"] == "removal"
