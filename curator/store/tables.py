@@ -132,6 +132,7 @@ examples = Table(
     Column("batch_id", BigInteger, nullable=False),
     Column("record", JSON, nullable=False, comment="json, not jsonb: jsonb refuses an escaped NUL"),
     _now("arrived_at"),
+    Column("position", BigInteger, nullable=False, server_default="0", comment="where it was first met"),
     UniqueConstraint("digest", comment="One example however often it arrives: it is computed once."),
     Index(None, "batch_id"),
     Index(None, "external_id", postgresql_where=text("external_id <> ''")),
@@ -147,6 +148,7 @@ occurrences = Table(
     Column("position", BigInteger, nullable=False, comment="where it was first met"),
     Column("n", BigInteger, nullable=False, server_default="1"),
     PrimaryKeyConstraint("example_id", "intake_id", "external_id"),
+    comment="Arrivals of an example after its first, which is the example: most arrive once, and cost no row here.",
 )
 
 sketches = Table(

@@ -320,8 +320,8 @@ FROM curator.quarantine q
 LEFT JOIN curator.sources src ON src.id = q.source_id
 LEFT JOIN curator.intakes i ON i.id = q.intake_id
 LEFT JOIN LATERAL (
-    SELECT n.origin, o.position FROM curator.occurrences o JOIN curator.intakes n ON n.id = o.intake_id
-    WHERE o.example_id = q.example_id ORDER BY o.intake_id, o.position LIMIT 1
+    SELECT n.origin, e.position FROM curator.examples e JOIN curator.batches b ON b.id = e.batch_id
+    JOIN curator.intakes n ON n.id = b.intake_id WHERE e.id = q.example_id
 ) met ON true;
 
 COMMENT ON VIEW curator.quarantined_records IS 'One row for each record refused, or given up after it stopped its workers.';

@@ -415,6 +415,7 @@ def upgrade() -> None:
             comment="json, not jsonb: jsonb refuses an escaped NUL",
         ),
         sa.Column("arrived_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.Column("position", sa.BigInteger(), server_default="0", nullable=False, comment="where it was first met"),
         sa.PrimaryKeyConstraint("id", name=op.f("examples_pkey")),
         sa.UniqueConstraint("digest", name=op.f("examples_digest_key")),
         schema="curator",
@@ -511,6 +512,7 @@ def upgrade() -> None:
         sa.Column("n", sa.BigInteger(), server_default="1", nullable=False),
         sa.PrimaryKeyConstraint("example_id", "intake_id", "external_id", name=op.f("occurrences_pkey")),
         schema="curator",
+        comment="Arrivals of an example after its first, which is the example: most arrive once, and cost no row here.",
     )
     op.create_table(
         "quarantine",
