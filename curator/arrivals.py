@@ -9,6 +9,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -78,9 +79,8 @@ def open_all(opened: Runtime, arrived: Sequence[Given]) -> list[Intake]:
     """An intake for each, new or known; what it says of its state is from before this call read anything."""
     intakes = []
     for path, origin, source in arrived:
-        digest = files.digest(path)
-        with engine.begin(opened.engine) as connection:
-            intakes.append(stage.open_file(connection, origin, source, digest))
+        opening = partial(stage.open_file, origin=origin, source=source, digest=files.digest(path), again=True)
+        intakes.append(engine.transact(opened.engine, opening))
     return intakes
 
 

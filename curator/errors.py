@@ -196,6 +196,13 @@ class DaemonFailed(DependencyDown):
     hint = "The whole log is in {log}."
 
 
+class DiskLow(DependencyDown):
+    """The disk that holds {path} has {free} MB left, less than {least} MB: nothing is taken in."""
+
+    code = "CUR-RUN-003"
+    hint = "Make room: intake then goes on by itself. [limits] disk_bytes says how much must be left."
+
+
 # --- model and numbers ------------------------------------------------------------------------------------
 
 

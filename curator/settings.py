@@ -187,6 +187,21 @@ class Limits:
         default=60.0, metadata={"doc": "work that nobody takes for so long has its workers started again"}
     )
     turn_seconds: float = field(default=60.0, metadata={"doc": "how long one Celery message drains the table"})
+    silence_seconds: float = field(
+        default=15.0, metadata={"doc": "a database or broker that says nothing for so long is asked if it is there"}
+    )
+    disk_bytes: int = field(
+        default=256 << 20, metadata={"doc": "nothing is taken in while the project's disk has less; 0: no limit"}
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """How long what nobody needs any more is kept."""
+
+    quarantine_days: float = field(
+        default=90.0, metadata={"doc": "raw bytes of refused records; the line and the reason stay. 0: for ever"}
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +218,7 @@ class Settings:
     verdicts: Verdicts = Verdicts()
     schedule: Schedule = Schedule()
     limits: Limits = Limits()
+    retention: Retention = Retention()
     policy: Mapping[str, Policy] = field(default_factory=dict)
     origins: Mapping[str, str] = field(default_factory=dict)
 
@@ -481,6 +497,9 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("limits.quarantine_bytes", 0, 1 << 30),
     ("limits.expansion", 1, 1_000_000),
     ("limits.turn_seconds", 1, 86_400),
+    ("limits.silence_seconds", 0.1, 86_400),
+    ("limits.disk_bytes", 0, 1 << 50),
+    ("retention.quarantine_days", 0, 36_500),
 )
 
 

@@ -21,13 +21,14 @@ from curator.settings import Limits, Settings, Sources
 from curator.sources import files
 from curator.sources.records import NO_FIELDS, parse_record
 from curator.sources.remote import is_url
+from curator.sources.room import require_room
 from curator.store import examples, offers, recipes, work
 from curator.store.engine import read
 from curator.store.examples import Intake
 from curator.types import Counts, Lease, Record, Refusal, Stage
 
 STAGE = Stage.EXAMPLES
-CHUNK = 2000
+CHUNK = 5000
 CHUNK_BYTES = 8_000_000
 """A chunk ends with either: large enough that a transaction costs little, small enough for flat memory."""
 
@@ -93,12 +94,17 @@ class Reader:
     ahead: Future[Chunk] | None = None
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "read-ahead"))
 
+    @property
+    def most(self) -> int:
+        """Records of a chunk: no more than are judged together."""
+        return min(CHUNK, self.limits.batch_records)
+
     def take(self, path: Path, after: int) -> Chunk:
         """The next records behind ``after``."""
         if self.ahead is None or self.at != after:
             self.close()
             self.stream = files.open_records(path, self.limits, after, self.any_shape, self.fields)
-            self.ahead = self.pool.submit(_next, self.stream, after)
+            self.ahead = self.pool.submit(_next, self.stream, after, self.most)
         try:
             chunk = self.ahead.result()
         finally:
@@ -107,7 +113,7 @@ class Reader:
         if chunk.ended:
             return chunk if chunk.damage else dataclasses.replace(chunk, remark=files.remark(path))
         assert self.stream is not None
-        self.ahead = self.pool.submit(_next, self.stream, chunk.position)
+        self.ahead = self.pool.submit(_next, self.stream, chunk.position, self.most)
         return chunk
 
     def path_of(self, intake: Intake) -> Path:
@@ -121,7 +127,7 @@ class Reader:
         self.ahead = self.stream = None
 
 
-def _next(stream: Iterator[Record | Refusal], after: int) -> Chunk:
+def _next(stream: Iterator[Record | Refusal], after: int, most: int) -> Chunk:
     """A chunk of a stream: so many records, or so many bytes of them."""
     records: list[Record] = []
     refusals: list[Refusal] = []
@@ -136,7 +142,7 @@ def _next(stream: Iterator[Record | Refusal], after: int) -> Chunk:
                 refusals.append(item)
                 size += len(item.raw)
             n = len(records) + len(refusals)
-            if n == CHUNK or size >= CHUNK_BYTES:
+            if n == most or size >= CHUNK_BYTES:
                 return Chunk(records, refusals, position, ended=False)
             if n % YIELD_EVERY == 0:
                 time.sleep(0)
@@ -150,16 +156,28 @@ def copy_name(url: str, digest: bytes) -> str:
     return f"{digest.hex()}-{url.rsplit('/', 1)[-1]}"
 
 
-def open_file(connection: Connection, origin: Path | str, source: str, digest: bytes) -> Intake:
-    """Register a file, or the content of a URL, and offer it; or find the intake it already has."""
+def open_file(connection: Connection, origin: Path | str, source: str, digest: bytes, *, again: bool = False) -> Intake:
+    """Register a file, or the content of a URL, and offer it; or find the intake it already has.
+
+    ``again``: somebody delivers it anew, so one that was given up as damaged is read on: a limit may have been raised
+    since, or the worker that it stopped be given more memory.
+    """
     intake = examples.open_intake(connection, source, str(origin), digest)
-    if intake.state == "reading":
+    if again and intake.state == "damaged":
+        intake = examples.reopen_intake(connection, intake.id)
+        work.offer_again(connection, STAGE, [intake.id], kind=FILE)
+    elif intake.state == "reading":
         work.offer(connection, STAGE, [intake.id], kind=FILE)
     return intake
 
 
 def claim(connection: Connection, settings: Settings) -> Batch | None:
-    """Lease a chunk. A coin decides who is asked first, so that neither files nor the inbox starve."""
+    """Lease a chunk. A coin decides who is asked first, so that neither files nor the inbox starve.
+
+    Raises:
+        DiskLow: there is no room; what waits is taken in when there is.
+    """
+    require_room(settings.home, settings.limits.disk_bytes)
     kinds = [FILE, INBOX]
     random.shuffle(kinds)
     for kind in kinds:

@@ -21,7 +21,7 @@ from curator.influence.exact import Towards, directions_of
 from curator.influence.layers import find_layers
 from curator.settings import Settings
 from curator.sources.likeness import words
-from curator.store import directions, recipes, tensors
+from curator.store import directions, recipes, tensors, validation
 from curator.store.recipes import Recipe
 from curator.types import GradientState
 from curator.workloads import base, checkpoints, registry
@@ -71,6 +71,7 @@ class Instrument:
     direction_set_id: int | None = None
     towards: Towards | None = None
     controls: Controls | None = None
+    trusted: Sequence[Any] = ()
 
     @property
     def fitted(self) -> Attributor:
@@ -138,7 +139,8 @@ def load(connection: Connection, settings: Settings, recipe_id: int, direction_s
         return bare
     state = _torch(tensors.fetch(connection, "curvatures", "recipe_id", recipe_id))
     attributor = Attributor.from_state(bare.model, base.losses_of(bare.workload), bare.spec, state)
-    known = replace(bare, attributor=attributor, direction_set_id=direction_set_id)
+    trusted = validation.some_trusted(connection, recipe_id)
+    known = replace(bare, attributor=attributor, direction_set_id=direction_set_id, trusted=trusted)
     if not direction_set_id:
         return known
     kept = tensors.fetch(connection, "direction_tensors", "direction_set_id", direction_set_id)

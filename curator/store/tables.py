@@ -133,6 +133,7 @@ examples = Table(
     Column("batch_id", BigInteger, nullable=False),
     Column("record", JSON, nullable=False, comment="json, not jsonb: jsonb refuses an escaped NUL"),
     _now("arrived_at"),
+    Column("position", BigInteger, nullable=False, server_default="0", comment="where it was first met"),
     UniqueConstraint("digest", comment="One example however often it arrives: it is computed once."),
     Index(None, "batch_id"),
     Index(None, "external_id", postgresql_where=text("external_id <> ''")),
@@ -148,6 +149,7 @@ occurrences = Table(
     Column("position", BigInteger, nullable=False, comment="where it was first met"),
     Column("n", BigInteger, nullable=False, server_default="1"),
     PrimaryKeyConstraint("example_id", "intake_id", "external_id"),
+    comment="Arrivals of an example after its first, which is the example: most arrive once, and cost no row here.",
 )
 
 sketches = Table(
@@ -607,7 +609,7 @@ work = Table(
     Column("owner", Text),
     Column("leased_at", DateTime(timezone=True)),
     Column("lease_until", DateTime(timezone=True)),
-    Column("not_before", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    Column("not_before", DateTime(timezone=True), nullable=False, server_default=text("to_timestamp(0)")),
     _now("offered_at"),
     Column("last_error", Text),
     UniqueConstraint("stage", "kind", "recipe_id", "subject", comment="Offered twice, it is one piece of work."),
@@ -619,7 +621,22 @@ work = Table(
     ),
     Index("work_leased", "lease_until", postgresql_where=text("state = 'leased'")),
     Index("work_open_of_batch", "batch_id", "recipe_id", postgresql_where=text("state IN ('ready', 'leased')")),
+    Index("work_oldest", "stage", "state", "offered_at", postgresql_where=text("state IN ('ready', 'leased')")),
+    Index(
+        "work_troubled",
+        "id",
+        postgresql_where=text("last_error IS NOT NULL AND state IN ('ready', 'quarantined')"),
+    ),
     comment="The ledger. The database decides what is left; a Celery message only says there is some.",
+)
+
+work_tallies = Table(
+    "work_tallies",
+    metadata,
+    Column("stage", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("n", BigInteger, nullable=False),
+    comment="Differences noted by triggers on work; their sum is how much there is of a stage and state.",
 )
 
 jobs = Table(
@@ -628,6 +645,7 @@ jobs = Table(
     Column("job", Text, nullable=False),
     Column("window", BigInteger, nullable=False, comment="the schedule's period, counted from the epoch"),
     Column("owner", Text, nullable=False),
+    Column("others", Integer, nullable=False, server_default="0", comment="who came second"),
     _now("at"),
     PrimaryKeyConstraint("job", "window", comment="Two schedulers do scheduled work once."),
 )

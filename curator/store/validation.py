@@ -86,6 +86,19 @@ def validation_sets_in_use(connection: Connection) -> list[tuple[int, bytes]]:
     return [(row.id, bytes(row.digest)) for row in rows]
 
 
+def some_trusted(connection: Connection, recipe_id: int, n: int = 4) -> list[Mapping[str, Any]]:
+    """A few trusted records that were measured under a recipe: whoever cannot measure them now is himself at fault."""
+    rows = connection.scalars(
+        text(
+            "SELECT v.record FROM curator.validation_gradients g"
+            " JOIN curator.validation_examples v ON v.id = g.validation_example_id"
+            " WHERE g.recipe_id = :id AND g.state = 'ok' ORDER BY v.id LIMIT :n"
+        ),
+        {"id": recipe_id, "n": n},
+    )
+    return list(rows)
+
+
 def validation_examples(connection: Connection, set_ids: Sequence[int]) -> list[ValidationExample]:
     """The trusted examples of those sets, in a fixed order."""
     rows = connection.execute(
@@ -138,7 +151,8 @@ def arrived_in(connection: Connection, intake_ids: Sequence[int]) -> int:
                 "SELECT count(DISTINCT e.id) FROM curator.validation_examples v"
                 " JOIN curator.validation_sets s ON s.id = v.validation_set_id AND s.in_use"
                 " JOIN curator.examples e ON e.digest = v.digest"
-                " JOIN curator.occurrences o ON o.example_id = e.id AND o.intake_id = ANY(:ids)"
+                " JOIN curator.batches b ON b.id = e.batch_id WHERE b.intake_id = ANY(:ids) OR EXISTS"
+                " (SELECT FROM curator.occurrences o WHERE o.example_id = e.id AND o.intake_id = ANY(:ids))"
             ),
             {"ids": list(intake_ids)},
         )

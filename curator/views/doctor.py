@@ -27,8 +27,9 @@ from curator.views import fidelity
 
 GIGABYTE = 1 << 30
 DISK_LOW, DISK_EMPTY = 5 * GIGABYTE, GIGABYTE // 4
-# Leases are compared on the database's clock; what suffers from a skew are the times people read.
-SKEW_SECONDS = 5.0
+# Leases are compared on the database's clock; what suffers from a skew are the times people read. Rings are older than
+# they are, for a worker whose clock is ahead, and at last too old (runtime.WAKE_SECONDS).
+SKEW_SECONDS, DEAF_SECONDS = 5.0, 150.0
 LONG_SECONDS = 600.0
 WORKLOAD_SECONDS = 180
 # 1 is calibrated; the trap of METHOD.md was measured at 1.8.
@@ -146,11 +147,17 @@ def _pgvector(version: str | None) -> Check:
     if version is None:
         fix = "`curator db upgrade` creates it; the role needs the right to, or ask a superuser."
         return Check("pgvector", Outcome.FAIL, "the extension is not installed in this database", fix)
+    if migrate.is_older(version, migrate.PGVECTOR):
+        fix = f"Install pgvector {migrate.PGVECTOR} or later on the server, then: ALTER EXTENSION vector UPDATE"
+        return Check("pgvector", Outcome.FAIL, f"{version} is too old", fix)
     return ok("pgvector", version)
 
 
 def _clock(skew: float) -> Check:
     detail = f"the database is {abs(skew):.1f} s {'ahead of' if skew > 0 else 'behind'} this machine"
+    if abs(skew) > DEAF_SECONDS:
+        fix = "Run NTP on all machines: workers throw away rings that their clock calls too old, and wait for others."
+        return Check("clock", Outcome.FAIL, detail, fix)
     if abs(skew) > SKEW_SECONDS:
         return Check("clock", Outcome.WARN, detail, "Run NTP on both machines: times in reports are the database's.")
     return ok("clock", detail)

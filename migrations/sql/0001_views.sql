@@ -304,12 +304,13 @@ COMMENT ON COLUMN curator.validation_leaks.similarity IS
 '1 where it is the same; else the share of three-word sequences they have in common';
 
 CREATE VIEW curator.pipeline_status AS
-SELECT stage, state, count(*) AS n,
-       extract(epoch FROM now() - min(offered_at))::double precision AS oldest_seconds
-FROM curator.work
-GROUP BY stage, state;
+SELECT t.stage, t.state, t.n,
+       (SELECT extract(epoch FROM now() - min(w.offered_at))::double precision FROM curator.work w
+        WHERE w.stage = t.stage AND w.state = t.state AND w.state IN ('ready', 'leased')) AS oldest_seconds
+FROM (SELECT stage, state, sum(n)::bigint AS n FROM curator.work_tallies GROUP BY stage, state HAVING sum(n) > 0) t;
 
 COMMENT ON VIEW curator.pipeline_status IS 'One row for each stage and state of the work ledger.';
+COMMENT ON COLUMN curator.pipeline_status.oldest_seconds IS 'since the oldest of it was offered; NULL where it has ended';
 
 -- An example that was given up came from somewhere too: where it was first met.
 CREATE VIEW curator.quarantined_records AS
@@ -319,8 +320,8 @@ FROM curator.quarantine q
 LEFT JOIN curator.sources src ON src.id = q.source_id
 LEFT JOIN curator.intakes i ON i.id = q.intake_id
 LEFT JOIN LATERAL (
-    SELECT n.origin, o.position FROM curator.occurrences o JOIN curator.intakes n ON n.id = o.intake_id
-    WHERE o.example_id = q.example_id ORDER BY o.intake_id, o.position LIMIT 1
+    SELECT n.origin, e.position FROM curator.examples e JOIN curator.batches b ON b.id = e.batch_id
+    JOIN curator.intakes n ON n.id = b.intake_id WHERE e.id = q.example_id
 ) met ON true;
 
 COMMENT ON VIEW curator.quarantined_records IS 'One row for each record refused, or given up after it stopped its workers.';

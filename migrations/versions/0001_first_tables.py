@@ -74,6 +74,7 @@ def upgrade() -> None:
         sa.Column("job", sa.Text(), nullable=False),
         sa.Column("window", sa.BigInteger(), nullable=False, comment="the schedule's period, counted from the epoch"),
         sa.Column("owner", sa.Text(), nullable=False),
+        sa.Column("others", sa.Integer(), server_default="0", nullable=False, comment="who came second"),
         sa.Column("at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
         sa.PrimaryKeyConstraint("job", "window", name=op.f("jobs_pkey")),
         schema="curator",
@@ -127,7 +128,7 @@ def upgrade() -> None:
         sa.Column("owner", sa.Text(), nullable=True),
         sa.Column("leased_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("lease_until", sa.DateTime(timezone=True), nullable=True),
-        sa.Column("not_before", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.Column("not_before", sa.DateTime(timezone=True), server_default=sa.text("to_timestamp(0)"), nullable=False),
         sa.Column("offered_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
         sa.Column("last_error", sa.Text(), nullable=True),
         sa.CheckConstraint("state IN ('ready', 'leased', 'done', 'quarantined')", name=op.f("work_state_check")),
@@ -161,6 +162,30 @@ def upgrade() -> None:
         unique=False,
         schema="curator",
         postgresql_where=sa.text("state IN ('ready', 'leased')"),
+    )
+    op.create_index(
+        "work_oldest",
+        "work",
+        ["stage", "state", "offered_at"],
+        unique=False,
+        schema="curator",
+        postgresql_where=sa.text("state IN ('ready', 'leased')"),
+    )
+    op.create_index(
+        "work_troubled",
+        "work",
+        ["id"],
+        unique=False,
+        schema="curator",
+        postgresql_where=sa.text("last_error IS NOT NULL AND state IN ('ready', 'quarantined')"),
+    )
+    op.create_table(
+        "work_tallies",
+        sa.Column("stage", sa.Text(), nullable=False),
+        sa.Column("state", sa.Text(), nullable=False),
+        sa.Column("n", sa.BigInteger(), nullable=False),
+        schema="curator",
+        comment="Differences noted by triggers on work; their sum is how much there is of a stage and state.",
     )
     op.create_table(
         "intakes",
@@ -390,6 +415,7 @@ def upgrade() -> None:
             comment="json, not jsonb: jsonb refuses an escaped NUL",
         ),
         sa.Column("arrived_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.Column("position", sa.BigInteger(), server_default="0", nullable=False, comment="where it was first met"),
         sa.PrimaryKeyConstraint("id", name=op.f("examples_pkey")),
         sa.UniqueConstraint("digest", name=op.f("examples_digest_key")),
         schema="curator",
@@ -508,6 +534,7 @@ def upgrade() -> None:
         sa.Column("n", sa.BigInteger(), server_default="1", nullable=False),
         sa.PrimaryKeyConstraint("example_id", "intake_id", "external_id", name=op.f("occurrences_pkey")),
         schema="curator",
+        comment="Arrivals of an example after its first, which is the example: most arrive once, and cost no row here.",
     )
     op.create_table(
         "quarantine",
@@ -853,7 +880,7 @@ def downgrade() -> None:
                 EXECUTE format('DROP TABLE IF EXISTS curator.%I CASCADE', item.tablename);
             END LOOP;
             DROP FUNCTION IF EXISTS curator.offer_inbox, curator.make_partitions, curator.drop_partitions,
-                curator.t975;
+                curator.t975, curator.tally_work;
         END $$
         """
     )

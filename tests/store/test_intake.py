@@ -99,7 +99,7 @@ def test_a_file_that_cannot_be_read_does_not_hold_up_its_neighbours(watched: Pat
 
     watcher, places = Losing(still_seconds=0.0), [(str(watched / "none"), ""), (str(watched), "")]
     assert folders.settled_files(watcher, places) == []
-    assert [file.name for _, file, _, _ in folders.settled_files(watcher, places)] == ["b.jsonl"]
+    assert [found.file.name for found in folders.settled_files(watcher, places)] == ["b.jsonl"]
 
 
 def test_a_file_is_known_only_once_it_is_committed(engine: Engine, watched: Path) -> None:
