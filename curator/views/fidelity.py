@@ -12,8 +12,8 @@ from sqlalchemy import Connection, Row
 from curator.store import fidelity
 
 FLOOR = 0.7
-"""Below it the order is mostly another. The default has .81-.98 on mail and MNIST, a sixteenth of its entries .57-.94, a
-sixtieth, which keeps next to nothing, .12-.48 on MNIST (tests/benchmarks/results/fidelity.md)."""
+"""Below it the order is mostly another. The default has .81-.98 on mail and MNIST, a sixteenth of its entries .57-.94,
+a sixtieth, which keeps next to nothing, .12-.48 on MNIST (tests/benchmarks/results/fidelity.md)."""
 
 DROP = 0.15
 """A day that is so far below the first days of its directions is another kind of data, or a model that changed."""
