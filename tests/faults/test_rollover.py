@@ -183,6 +183,27 @@ def test_going_back_to_a_checkpoint_finds_what_was_measured_there(world: World) 
     assert world.scored()["base", True] == 200, "a row an example and direction"
 
 
+def test_a_validation_set_that_comes_back_into_use_judges_again(world: World) -> None:
+    """What was judged on another set meanwhile is judged as it was before: former verdicts do not count as spoken."""
+
+    def verdicts_now() -> dict[int, str]:
+        with read(world.engine) as connection:
+            rows = connection.execute(text("SELECT example_id, verdict FROM curator.verdicts_in_force"))
+            return {row.example_id: row.verdict for row in rows if row.verdict != "neutral"}
+
+    before = verdicts_now()
+    assert "harmful" in before.values()
+    few = list(jsonl.open_records(world.files.validation, world.settings.limits, any_shape=True))[:8]
+    with begin(world.engine) as connection:
+        recipes.add_validation(connection, world.settings, "trusted", "", few)  # type: ignore[arg-type]
+    world.work()
+    assert "harmful" not in verdicts_now().values(), "four references are too few to flag anything"
+    with begin(world.engine) as connection:
+        recipes.use_validation(connection, world.settings, "trusted", 1)
+    world.work()
+    assert verdicts_now() == before
+
+
 def test_what_is_in_use_is_not_dropped(world: World) -> None:
     with begin(world.engine) as connection, pytest.raises(CheckpointInUse):
         recipes.drop_checkpoint(connection, "base")
