@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -158,6 +159,16 @@ class Far:
     database: Proxy
     broker: Proxy
     engine: Engine
+    server: EmbeddedBroker
+
+    def replace_broker(self, seconds: float) -> None:
+        """Killed, away for a while, and back with nothing in it."""
+        process = self.server.process()
+        assert process is not None
+        process.kill()
+        shutil.rmtree(self.server.root / "broker")
+        time.sleep(seconds)
+        self.server.ensure()
 
     def takes_in(self) -> bool:
         """Whether a row that arrives now, is taken in, with nobody's help."""
@@ -186,7 +197,7 @@ def workers(project: Path, database_url: str, engine: Engine) -> Iterator[Far]:
         pool = chaos.Pool(commands, environment, project)
         pool.tend()
         try:
-            yield Far(database, bell, engine)
+            yield Far(database, bell, engine, broker)
             assert all(process.poll() is None for process in pool.running.values()), "nobody was started again"
         finally:
             pool.close()
@@ -223,8 +234,10 @@ def silent(proxy: Proxy) -> Iterator[None]:
     yield
 
 
-@pytest.mark.timeout(240)
-def test_worker_and_scheduler_outlive_every_fault_of_the_network(workers: Far, project: Path) -> None:
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("away_for", [1.0, pytest.param(60.0, marks=pytest.mark.campaign)])
+def test_worker_and_scheduler_outlive_every_fault_of_the_network(workers: Far, project: Path, away_for: float) -> None:
+    """The last one is a broker that is gone for a while, a minute in the campaign, and comes back empty."""
     assert workers.takes_in(), log(project)
     for name in ("database", "broker"):
         for fault in (slow, cut, away, silent):
@@ -232,6 +245,10 @@ def test_worker_and_scheduler_outlive_every_fault_of_the_network(workers: Far, p
             with fault(getattr(workers, name)):
                 assert workers.takes_in(), f"{name} {fault.__name__}: {log(project)}"
             print(f"{name}, {fault.__name__}: {time.monotonic() - began:.1f} s")
+    workers.replace_broker(away_for)
+    began = time.monotonic()
+    assert workers.takes_in(), log(project)
+    print(f"an empty broker after {away_for:.0f} s: {time.monotonic() - began:.1f} s")
 
 
 def log(project: Path) -> str:
