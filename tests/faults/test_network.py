@@ -9,17 +9,20 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from celery import Celery
+from celery.beat import ScheduleEntry
 from sqlalchemy import Engine, text
 from sqlalchemy.engine import make_url
 
 from curator.embedded.broker import EmbeddedBroker
 from curator.embedded.process import wait_until
 from curator.errors import DatabaseDown
-from curator.settings import Settings
+from curator.settings import Schedule, Settings
 from curator.stages import examples
 from curator.stages.turn import Turn
 from curator.store import work
@@ -202,6 +205,26 @@ def workers(project: Path, database_url: str, engine: Engine) -> Iterator[Far]:
         finally:
             pool.close()
     broker.release()
+
+
+def test_rings_are_due_by_a_clock_that_nobody_puts_back(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the wall clock, an hour put back would be an hour without a ring."""
+    monkeypatch.setenv("CURATOR_PROJECT", str(project))
+    monkeypatch.setenv("CURATOR_BROKER_URL", "memory://")
+    from workers import celery as ours
+
+    now = datetime.fromtimestamp(1000, UTC)
+    monkeypatch.setattr(ours, "_steady", lambda: now)
+    app = Celery("test", set_as_current=False)
+    monkeypatch.setattr(app, "now", lambda: pytest.fail("somebody looked at the wall"))
+    upkeep = ours._schedule(Schedule(upkeep=15.0))["curator.upkeep"]
+    entry = ScheduleEntry(name="upkeep", app=app, **upkeep)
+    assert not entry.is_due().is_due
+    now += timedelta(seconds=14)
+    assert not entry.is_due().is_due
+    now += timedelta(seconds=1)
+    assert entry.is_due().is_due
+    assert not next(entry).is_due().is_due
 
 
 @contextmanager
