@@ -47,7 +47,7 @@ COMMANDS: Final[Mapping[str, tuple[str, str]]] = {
     "report": ("curator.cli.exports:report", "Write one HTML page with plots, flags and sources."),
     "quarantine": ("curator.cli.quarantine:quarantine", "Look at the records that were refused, and try again."),
     "sql": ("curator.cli.sql:sql", "Query the public views."),
-    "db": ("curator.cli.database:database", "Bring the schema up to date, or compare it."),
+    "db": ("curator.cli.database:database", "Say where the database is; bring its schema up to date."),
     "config": ("curator.cli.project:config", "Show the settings and where they came from."),
     "explain": ("curator.cli.codes:explain", "Explain an error code."),
     "completion": ("curator.cli.completion:completion", "Print the completion script of a shell."),

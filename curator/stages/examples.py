@@ -28,7 +28,7 @@ from curator.store.examples import Intake
 from curator.types import Counts, Lease, Record, Refusal, Stage
 
 STAGE = Stage.EXAMPLES
-CHUNK = 2000
+CHUNK = 5000
 CHUNK_BYTES = 8_000_000
 """A chunk ends with either: large enough that a transaction costs little, small enough for flat memory."""
 
@@ -94,12 +94,17 @@ class Reader:
     ahead: Future[Chunk] | None = None
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "read-ahead"))
 
+    @property
+    def most(self) -> int:
+        """Records of a chunk: no more than are judged together."""
+        return min(CHUNK, self.limits.batch_records)
+
     def take(self, path: Path, after: int) -> Chunk:
         """The next records behind ``after``."""
         if self.ahead is None or self.at != after:
             self.close()
             self.stream = files.open_records(path, self.limits, after, self.any_shape, self.fields)
-            self.ahead = self.pool.submit(_next, self.stream, after)
+            self.ahead = self.pool.submit(_next, self.stream, after, self.most)
         try:
             chunk = self.ahead.result()
         finally:
@@ -108,7 +113,7 @@ class Reader:
         if chunk.ended:
             return chunk if chunk.damage else dataclasses.replace(chunk, remark=files.remark(path))
         assert self.stream is not None
-        self.ahead = self.pool.submit(_next, self.stream, chunk.position)
+        self.ahead = self.pool.submit(_next, self.stream, chunk.position, self.most)
         return chunk
 
     def path_of(self, intake: Intake) -> Path:
@@ -122,7 +127,7 @@ class Reader:
         self.ahead = self.stream = None
 
 
-def _next(stream: Iterator[Record | Refusal], after: int) -> Chunk:
+def _next(stream: Iterator[Record | Refusal], after: int, most: int) -> Chunk:
     """A chunk of a stream: so many records, or so many bytes of them."""
     records: list[Record] = []
     refusals: list[Refusal] = []
@@ -137,7 +142,7 @@ def _next(stream: Iterator[Record | Refusal], after: int) -> Chunk:
                 refusals.append(item)
                 size += len(item.raw)
             n = len(records) + len(refusals)
-            if n == CHUNK or size >= CHUNK_BYTES:
+            if n == most or size >= CHUNK_BYTES:
                 return Chunk(records, refusals, position, ended=False)
             if n % YIELD_EVERY == 0:
                 time.sleep(0)

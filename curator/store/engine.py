@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import psycopg
 from pgvector.psycopg import register_vector
 from sqlalchemy import Connection, Engine, create_engine, event
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import NullPool
@@ -72,6 +72,20 @@ def make_engine(
 
     event.listen(engine, "do_connect", connect)
     return engine
+
+
+def address(url: str) -> str:
+    """A url as libpq reads it, without its password.
+
+    Raises:
+        BadDatabaseUrl: it is no URL of PostgreSQL.
+    """
+    try:
+        parsed = make_url(url)
+    except ArgumentError as error:
+        raise BadDatabaseUrl(reason=str(error)) from None
+    bare = URL.create("postgresql", parsed.username, None, parsed.host, parsed.port, parsed.database, parsed.query)
+    return bare.render_as_string(hide_password=False)
 
 
 def _prepare(connection: psycopg.Connection[object], _: object) -> None:

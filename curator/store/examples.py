@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -177,7 +177,7 @@ def open_batch(connection: Connection, intake_id: int) -> int:
 
 
 def insert(connection: Connection, intake: Intake, batch_id: int, records: Sequence[Record]) -> list[int]:
-    """Insert what is new and note every occurrence. Returns the numbers of the new examples, in order of arrival.
+    """Insert what is new and count what is not. Returns the numbers of the new examples, in order of arrival.
 
     The digest decides: of two equal records, in one file or in two at the same time, one becomes the example.
     """
@@ -195,10 +195,19 @@ def insert(connection: Connection, intake: Intake, batch_id: int, records: Seque
         text("UPDATE curator.batches SET examples = examples + :n WHERE id = :id"), {"n": len(new), "id": batch_id}
     )
     if len(new) < len(fresh):  # some were somebody else's in the meantime
-        new = {record.digest: new[record.digest] for record in fresh if record.digest in new}
         numbers |= numbers_of(connection, [record.digest for record in fresh if record.digest not in new])
-    _note_occurrences(connection, intake.id, records, numbers | new, frozenset(new.values()))
+    _note_repeats(connection, intake.id, list(_repeats(records, new)), numbers | new)
     return sorted(new.values())
+
+
+def _repeats(records: Sequence[Record], new: Collection[bytes]) -> Iterator[Record]:
+    """The records that are not the first of a new example."""
+    unmet = set(new)
+    for record in records:
+        if record.digest in unmet:
+            unmet.remove(record.digest)
+        else:
+            yield record
 
 
 def numbers_of(connection: Connection, digests: Collection[bytes]) -> dict[bytes, int]:
@@ -232,10 +241,13 @@ def _copy_examples(
 ) -> dict[bytes, int]:
     drawn: list[int] = connection.scalar(_DRAW, {"n": len(records)}) or []
     rows = [
-        pack_row(number, record.digest, record.external_id.encode(), source, batch_id, record.record.encode())
+        pack_row(
+            *(number, record.digest, record.external_id.encode(), source, batch_id, record.record.encode()),
+            record.position,
+        )
         for number, record, source in zip(drawn, records, sources, strict=True)
     ]
-    copy_rows(connection, "examples (id, digest, external_id, source_id, batch_id, record)", rows)
+    copy_rows(connection, "examples (id, digest, external_id, source_id, batch_id, record, position)", rows)
     return {record.digest: number for record, number in zip(records, drawn, strict=True)}
 
 
@@ -252,6 +264,7 @@ def _insert_carefully(
             "external_ids": [record.external_id for record in records],
             "sources": list(sources),
             "records": [record.record for record in records],
+            "positions": [record.position for record in records],
             "batch_id": batch_id,
         },
     )
@@ -260,10 +273,11 @@ def _insert_carefully(
 
 _INSERT = text(
     """
-    INSERT INTO curator.examples (digest, external_id, source_id, batch_id, record)
-    SELECT digest, external_id, source_id, :batch_id, CAST(record AS json)
+    INSERT INTO curator.examples (digest, external_id, source_id, batch_id, record, position)
+    SELECT digest, external_id, source_id, :batch_id, CAST(record AS json), position
     FROM unnest(CAST(:digests AS bytea[]), CAST(:external_ids AS text[]), CAST(:sources AS bigint[]),
-                CAST(:records AS text[])) WITH ORDINALITY AS t (digest, external_id, source_id, record, n)
+                CAST(:records AS text[]), CAST(:positions AS bigint[]))
+        WITH ORDINALITY AS t (digest, external_id, source_id, record, position, n)
     ORDER BY n
     ON CONFLICT (digest) DO NOTHING
     RETURNING id, digest
@@ -271,27 +285,17 @@ _INSERT = text(
 )
 
 
-def _note_occurrences(
-    connection: Connection,
-    intake_id: int,
-    records: Sequence[Record],
-    numbers: Mapping[bytes, int],
-    new: Collection[int],
+def _note_repeats(
+    connection: Connection, intake_id: int, records: Sequence[Record], numbers: Mapping[bytes, int]
 ) -> None:
-    """Count every arrival. Of an example that is new in this transaction there can be no row yet."""
+    """Count the arrivals of examples that had arrived before."""
+    if not records:
+        return
     counted: dict[tuple[int, str], tuple[int, int]] = {}
     for record in records:
         key = numbers[record.digest], record.external_id
         position, n = counted.get(key, (record.position, 0))
         counted[key] = position, n + 1
-    copy_rows(
-        connection,
-        "occurrences (example_id, intake_id, external_id, position, n)",
-        [pack_row(key[0], intake_id, key[1].encode(), *value) for key, value in counted.items() if key[0] in new],
-    )
-    again = {key: value for key, value in counted.items() if key[0] not in new}
-    if not again:
-        return
     with raw(connection).cursor() as cursor:
         cursor.execute(
             """
@@ -303,10 +307,10 @@ def _note_occurrences(
             """,
             [
                 intake_id,
-                [example_id for example_id, _ in again],
-                [name for _, name in again],
-                [position for position, _ in again.values()],
-                [n for _, n in again.values()],
+                [example_id for example_id, _ in counted],
+                [name for _, name in counted],
+                [position for position, _ in counted.values()],
+                [n for _, n in counted.values()],
             ],
         )
 

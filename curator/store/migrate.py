@@ -1,22 +1,23 @@
-"""The schema: made, moved on, compared. Safe to interrupt and to run again; two runs at once take turns."""
+"""The schema: made, moved on, compared. Safe to interrupt and to run again; two runs at once take turns.
+
+alembic is imported by what needs it: every command asks for the revision, and its import takes a quarter of a second.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from alembic import command
-from alembic.autogenerate import compare_metadata
-from alembic.config import Config
-from alembic.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, text
 
 from curator.errors import NoPgvector, SchemaBehind
 from curator.store.engine import begin, read
 from curator.store.tables import SCHEMA, metadata
+
+if TYPE_CHECKING:
+    from alembic.config import Config
 
 PGVECTOR = "0.8.0"
 LOCK_SECONDS = 30
@@ -33,10 +34,8 @@ def scripts() -> Path:
 
 @cache
 def needed_revision() -> str:
-    """The revision this curator works with."""
-    head = ScriptDirectory(str(scripts())).get_current_head()
-    assert head is not None
-    return head
+    """The revision this curator works with: the number of the last script. Every command asks, so alembic is not."""
+    return max(path.name.partition("_")[0] for path in (scripts() / "versions").glob("[0-9]*.py"))
 
 
 def found_revision(connection: Connection) -> str | None:
@@ -54,6 +53,8 @@ def upgrade(engine: Engine) -> str:
         NoPgvector: the server has no pgvector that is new enough.
         DatabaseDown: the server does not answer.
     """
+    from alembic import command
+
     with begin(engine) as connection:
         _take_turn(connection)
         _require_pgvector(connection, engine)
@@ -64,6 +65,8 @@ def upgrade(engine: Engine) -> str:
 
 def downgrade(engine: Engine, revision: str) -> None:
     """Bring the database back to ``revision`` ("base": before the first)."""
+    from alembic import command
+
     with begin(engine) as connection:
         _take_turn(connection)
         command.downgrade(_config(connection), revision)
@@ -75,6 +78,9 @@ def check(engine: Engine) -> list[str]:
     Raises:
         SchemaBehind: the revision is another one, so a comparison would say nothing.
     """
+    from alembic.autogenerate import compare_metadata
+    from alembic.migration import MigrationContext
+
     with read(engine) as connection:
         require_revision(connection)
         context = MigrationContext.configure(connection, opts=dict(COMPARED))
@@ -99,6 +105,8 @@ def _take_turn(connection: Connection) -> None:
 
 
 def _config(connection: Connection) -> Config:
+    from alembic.config import Config
+
     config = Config()
     config.set_main_option("script_location", str(scripts()).replace("%", "%%"))
     config.set_main_option("path_separator", "os")

@@ -42,7 +42,8 @@ def example(connection: Connection, example_id: int) -> Row[Any] | None:
             """
             SELECT e.id AS example_id, nullif(e.external_id, '') AS external_id, s.name AS source, e.arrived_at,
                    e.record, f.verdict, v.reason, v.review, v.q_value,
-                   (SELECT sum(o.n) FROM curator.occurrences o WHERE o.example_id = e.id)::bigint AS occurrences
+                   1 + (SELECT coalesce(sum(o.n), 0) FROM curator.occurrences o WHERE o.example_id = e.id)::bigint
+                       AS occurrences
             FROM curator.examples e
             JOIN curator.sources s ON s.id = e.source_id
             LEFT JOIN curator.verdicts_in_force f ON f.example_id = e.id
@@ -262,7 +263,8 @@ def totals(connection: Connection) -> Row[Any]:
             """
             WITH recipe AS (SELECT id FROM curator.recipes WHERE in_use)
             SELECT (SELECT count(*) FROM curator.examples) AS examples,
-                   (SELECT coalesce(sum(n), 0) FROM curator.occurrences)::bigint AS records,
+                   (SELECT count(*) FROM curator.examples)
+                   + (SELECT coalesce(sum(n), 0) FROM curator.occurrences)::bigint AS records,
                    (SELECT count(*) FROM curator.scores s JOIN recipe r ON r.id = s.recipe_id) AS scored,
                    (SELECT count(*) FROM curator.gradients g JOIN recipe r ON r.id = g.recipe_id
                     WHERE g.state <> 'ok') AS without_signal,

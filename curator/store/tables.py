@@ -14,6 +14,7 @@ from sqlalchemy import (
     Boolean,
     CheckConstraint,
     Column,
+    Date,
     DateTime,
     Double,
     ForeignKey,
@@ -132,6 +133,7 @@ examples = Table(
     Column("batch_id", BigInteger, nullable=False),
     Column("record", JSON, nullable=False, comment="json, not jsonb: jsonb refuses an escaped NUL"),
     _now("arrived_at"),
+    Column("position", BigInteger, nullable=False, server_default="0", comment="where it was first met"),
     UniqueConstraint("digest", comment="One example however often it arrives: it is computed once."),
     Index(None, "batch_id"),
     Index(None, "external_id", postgresql_where=text("external_id <> ''")),
@@ -147,6 +149,7 @@ occurrences = Table(
     Column("position", BigInteger, nullable=False, comment="where it was first met"),
     Column("n", BigInteger, nullable=False, server_default="1"),
     PrimaryKeyConstraint("example_id", "intake_id", "external_id"),
+    comment="Arrivals of an example after its first, which is the example: most arrive once, and cost no row here.",
 )
 
 sketches = Table(
@@ -380,6 +383,20 @@ gradients = Table(
     PrimaryKeyConstraint("recipe_id", "example_id", comment="Delivered twice, computed twice, kept once."),
     _one_of("state", "ok", "no_signal", "nonfinite"),
     Index(None, "example_id"),
+    # Rows come in the order of time, so a few kilobytes say where the last days are.
+    Index(None, "computed_at", postgresql_using="brin"),
+)
+
+fidelities = Table(
+    "fidelities",
+    metadata,
+    _ref("direction_set_id", "direction_sets"),
+    Column("ordinal", SmallInteger, nullable=False),
+    Column("day", Date, nullable=False, comment="of UTC"),
+    Column("n", Integer, nullable=False),
+    Column("spearman", REAL, nullable=False, comment="of compressed with exact normalised influence"),
+    _now("measured_at"),
+    PrimaryKeyConstraint("direction_set_id", "ordinal", "day", comment="Measured again, a day is replaced."),
 )
 
 gradient_blocks = Table(

@@ -415,6 +415,7 @@ def upgrade() -> None:
             comment="json, not jsonb: jsonb refuses an escaped NUL",
         ),
         sa.Column("arrived_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.Column("position", sa.BigInteger(), server_default="0", nullable=False, comment="where it was first met"),
         sa.PrimaryKeyConstraint("id", name=op.f("examples_pkey")),
         sa.UniqueConstraint("digest", name=op.f("examples_digest_key")),
         schema="curator",
@@ -502,6 +503,28 @@ def upgrade() -> None:
         schema="curator",
     )
     op.create_index(op.f("gradients_example_id_idx"), "gradients", ["example_id"], unique=False, schema="curator")
+    op.create_index(
+        op.f("gradients_computed_at_idx"),
+        "gradients",
+        ["computed_at"],
+        unique=False,
+        schema="curator",
+        postgresql_using="brin",
+    )
+    op.create_table(
+        "fidelities",
+        sa.Column("direction_set_id", sa.BigInteger(), nullable=False),
+        sa.Column("ordinal", sa.SmallInteger(), nullable=False),
+        sa.Column("day", sa.Date(), nullable=False, comment="of UTC"),
+        sa.Column("n", sa.Integer(), nullable=False),
+        sa.Column("spearman", sa.REAL(), nullable=False, comment="of compressed with exact normalised influence"),
+        sa.Column("measured_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["direction_set_id"], ["curator.direction_sets.id"], name=op.f("fidelities_direction_set_id_fkey")
+        ),
+        sa.PrimaryKeyConstraint("direction_set_id", "ordinal", "day", name=op.f("fidelities_pkey")),
+        schema="curator",
+    )
     op.create_table(
         "occurrences",
         sa.Column("example_id", sa.BigInteger(), nullable=False),
@@ -511,6 +534,7 @@ def upgrade() -> None:
         sa.Column("n", sa.BigInteger(), server_default="1", nullable=False),
         sa.PrimaryKeyConstraint("example_id", "intake_id", "external_id", name=op.f("occurrences_pkey")),
         schema="curator",
+        comment="Arrivals of an example after its first, which is the example: most arrive once, and cost no row here.",
     )
     op.create_table(
         "quarantine",

@@ -712,8 +712,10 @@ class Chaos:
             ).all()
             occurrences = connection.execute(
                 text(
-                    "SELECT i.origin, sum(o.n) AS n FROM curator.occurrences o JOIN curator.intakes i"
-                    " ON i.id = o.intake_id GROUP BY 1"
+                    "SELECT i.origin, sum(o.n) AS n FROM"
+                    " (SELECT intake_id, n FROM curator.occurrences UNION ALL"
+                    " SELECT b.intake_id, 1 FROM curator.examples e JOIN curator.batches b ON b.id = e.batch_id) o"
+                    " JOIN curator.intakes i ON i.id = o.intake_id GROUP BY 1"
                 )
             ).all()
             doubled = connection.execute(

@@ -191,12 +191,7 @@ def _arrivals(connection: Connection, examples: int, bad: NDArray[np.bool_], ran
         ),
         rows,
     )
-    run(
-        text(
-            "INSERT INTO curator.occurrences (example_id, intake_id, external_id, position)"
-            " SELECT id, source_id, external_id, id FROM curator.examples"
-        )
-    )
+    run(text("UPDATE curator.examples SET position = id"))
 
 
 def _gradients(
