@@ -14,7 +14,7 @@ from curator.errors import CuratorError
 from curator.runtime import Runtime
 from curator.stages import directions, examples, gradients, likeness, scores, upkeep, verdicts
 from curator.stages.turn import StageModule, Turn
-from curator.store import migrate, offers, work
+from curator.store import fidelity, migrate, offers, work
 from curator.store.engine import read, transact
 from workers.base import stopping
 
@@ -36,6 +36,7 @@ def drain(runtime: Runtime) -> bool:
             turn.run(stage, runtime.settings.limits.turn_seconds)
         likeness.run(runtime.engine, runtime.settings.sources.similarity, runtime.settings.limits.turn_seconds)
         if not transact(runtime.engine, lambda connection: _left(connection, runtime)):
+            transact(runtime.engine, fidelity.measure)
             return True
         stopping.wait(PATIENCE_SECONDS)
     return False

@@ -10,7 +10,7 @@ from sqlalchemy import Connection
 from curator.errors import CuratorError
 from curator.settings import Settings
 from curator.stages import folders, likeness, upkeep
-from curator.store import examples, offers, work
+from curator.store import examples, fidelity, offers, work
 from curator.store.engine import read, transact
 from curator.types import UPKEEP_TASK, Stage
 from workers.base import StageTask, refused, shared
@@ -46,6 +46,7 @@ def _once(connection: Connection, chosen: Settings) -> upkeep.Mended | None:
 def _swept(connection: Connection, chosen: Settings) -> list[Stage]:
     if work.take_window(connection, "curator.sweep", SWEEP_SECONDS, f"{os.getpid()}"):
         offers.missing(connection)
+        fidelity.measure(connection)
     return work.claimable(connection, backfill=chosen.schedule.backfill)
 
 

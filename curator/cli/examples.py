@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from curator.views.examples import Why
     from curator.views.pulls import Driven, Pull, Side, Words
 
-_CONTROLS = ("loss", "calibrated_loss", "gradient_norm", "self_influence")
+_CONTROLS = ("loss", "calibrated_loss", "gradient_norm", "self_influence", "length")
 _SCORES = (
     "slice", "normalised_influence", "exact_influence", "influence", "stderr", "percentile", "harm", "p_value",
     "embedding_similarity", "bm25",
@@ -102,7 +102,7 @@ def _print(why: Why) -> None:
     if why.harm_from:
         _section("What the harm is made of (deviations from trusted examples, higher is worse; the largest part leads)")
         show(why.harm_from, Form.TEXT, (*of_set, *_INGREDIENTS))
-    _section("Controls (percentile: share of arrivals below it)")
+    _section("Controls (percentile: share of arrivals below it; length in bytes, among the latest 1,000)")
     show(({"control": n, "value": why.controls.get(n), "percentile": why.controls.get(f"{n}_percentile")}
           for n in _CONTROLS), Form.TEXT)  # fmt: skip
     for driven in why.driven_by:

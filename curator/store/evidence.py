@@ -16,6 +16,7 @@ from sqlalchemy import Connection, Row, text
 
 from curator.store.reads import Rows
 
+_LATEST = 1_000
 # A label may be worth grouping by; `->>` refuses a record with an escaped NUL, wherever in it that is.
 _LABEL = "CASE WHEN position('\\u0000' IN v.record::text) = 0 THEN v.record ->> 'label' END"
 
@@ -151,7 +152,10 @@ def harm_scales(connection: Connection, direction_set_id: int) -> dict[str, NDAr
 
 
 def controls(connection: Connection, recipe_id: int, example_id: int) -> Row[Any] | None:
-    """What is known of an example without any validation data, and the share of arrivals that is below it in each."""
+    """What is known of an example without any validation data, and the share of arrivals that is below it in each.
+
+    Its length is in bytes of the record, and held against the latest arrivals only: all of them would have to be read.
+    """
     return connection.execute(
         text(
             """
@@ -159,12 +163,19 @@ def controls(connection: Connection, recipe_id: int, example_id: int) -> Row[Any
                    avg((o.loss < g.loss)::integer)::float8 AS loss_percentile,
                    avg((o.calibrated_loss < g.calibrated_loss)::integer)::float8 AS calibrated_loss_percentile,
                    avg((o.gradient_norm < g.gradient_norm)::integer)::float8 AS gradient_norm_percentile,
-                   avg((o.whitened_norm < g.whitened_norm)::integer)::float8 AS self_influence_percentile
+                   avg((o.whitened_norm < g.whitened_norm)::integer)::float8 AS self_influence_percentile,
+                   min(l.length) AS length, min(l.percentile) AS length_percentile
             FROM curator.gradients g
+            JOIN LATERAL (
+                SELECT own.length, avg((octet_length(e.record::text) < own.length)::integer)::float8 AS percentile
+                FROM (SELECT octet_length(record::text) AS length FROM curator.examples WHERE id = g.example_id) own,
+                     (SELECT record FROM curator.examples ORDER BY id DESC LIMIT :latest) e
+                GROUP BY own.length
+            ) l ON true
             LEFT JOIN curator.gradients o ON o.recipe_id = g.recipe_id AND o.state = 'ok'
             WHERE g.recipe_id = :recipe AND g.example_id = :example
             GROUP BY g.recipe_id, g.example_id
             """
         ),
-        {"recipe": recipe_id, "example": example_id},
+        {"recipe": recipe_id, "example": example_id, "latest": _LATEST},
     ).one_or_none()

@@ -14,6 +14,7 @@ from sqlalchemy import (
     Boolean,
     CheckConstraint,
     Column,
+    Date,
     DateTime,
     Double,
     ForeignKey,
@@ -382,6 +383,20 @@ gradients = Table(
     PrimaryKeyConstraint("recipe_id", "example_id", comment="Delivered twice, computed twice, kept once."),
     _one_of("state", "ok", "no_signal", "nonfinite"),
     Index(None, "example_id"),
+    # Rows come in the order of time, so a few kilobytes say where the last days are.
+    Index(None, "computed_at", postgresql_using="brin"),
+)
+
+fidelities = Table(
+    "fidelities",
+    metadata,
+    _ref("direction_set_id", "direction_sets"),
+    Column("ordinal", SmallInteger, nullable=False),
+    Column("day", Date, nullable=False, comment="of UTC"),
+    Column("n", Integer, nullable=False),
+    Column("spearman", REAL, nullable=False, comment="of compressed with exact normalised influence"),
+    _now("measured_at"),
+    PrimaryKeyConstraint("direction_set_id", "ordinal", "day", comment="Measured again, a day is replaced."),
 )
 
 gradient_blocks = Table(

@@ -21,8 +21,9 @@ from sqlalchemy import Connection, Engine
 
 from curator.errors import CuratorError
 from curator.settings import Settings
-from curator.store import health, migrate, reads
+from curator.store import health, migrate, reads, recipes
 from curator.store.engine import read
+from curator.views import fidelity
 
 GIGABYTE = 1 << 30
 DISK_LOW, DISK_EMPTY = 5 * GIGABYTE, GIGABYTE // 4
@@ -232,6 +233,15 @@ def measures(engine: Engine) -> Iterator[Check]:
         yield Check("validation", Outcome.WARN, "no validation set is in use", "curator validation add NAME FILE")
     if footing.temperature is not None:
         yield _temperature(footing.temperature)
+    with read(engine) as connection:
+        outlived = recipes.outlived(connection)
+        yield from map(_fidelity, fidelity.latest(connection))
+    if outlived:
+        detail = f"curvature was fitted on trusted data that is no longer in use: {', '.join(outlived)}"
+        fix = (
+            "If it was at fault, set [gradients] seed: another recipe is fitted, and all gradients are computed again."
+        )
+        yield Check("curvature", Outcome.WARN, detail, fix)
 
 
 def _unchanged(path: Path, footing: object) -> Iterator[Check]:
@@ -244,6 +254,13 @@ def _unchanged(path: Path, footing: object) -> Iterator[Check]:
         return
     detail = f"{path} has changed since it was added: {now[:12]}, not {then[:12]}"
     yield Check("checkpoint", Outcome.FAIL, detail, "Put it back, or add the new one under a new name.")
+
+
+def _fidelity(found: fidelity.Fidelity) -> Check:
+    if found.alarm:
+        return Check("fidelity", Outcome.WARN, found.alarm, "See docs/quality.md; `recipe_fidelity` has every day.")
+    detail = f"compressed and exact influence on {found.slice} agree by {found.spearman:.2f} ({found.day}, {found.n})"
+    return ok("fidelity", detail)
 
 
 def _temperature(temperature: float) -> Check:

@@ -12,7 +12,7 @@ from curator.embedded.supervisor import ChildStatus, DaemonStatus
 from curator.errors import DependencyDown
 from curator.store import health, reads, work
 from curator.types import Stage
-from curator.views import reviews
+from curator.views import fidelity, reviews
 
 # Ready work is claimed within seconds while somebody runs; a minute without any claim means that nobody does.
 IDLE_SECONDS = 60.0
@@ -90,6 +90,7 @@ def status(
             *(_stuck(connection, stages, daemon, elsewhere) if work.pending(connection, backfill=backfill) else ()),
             *_troubled(daemon),
             *_given_up(connection, footing),
+            *fidelity.alarms(connection),
             *_held(connection),
         ),
     )

@@ -503,6 +503,28 @@ def upgrade() -> None:
         schema="curator",
     )
     op.create_index(op.f("gradients_example_id_idx"), "gradients", ["example_id"], unique=False, schema="curator")
+    op.create_index(
+        op.f("gradients_computed_at_idx"),
+        "gradients",
+        ["computed_at"],
+        unique=False,
+        schema="curator",
+        postgresql_using="brin",
+    )
+    op.create_table(
+        "fidelities",
+        sa.Column("direction_set_id", sa.BigInteger(), nullable=False),
+        sa.Column("ordinal", sa.SmallInteger(), nullable=False),
+        sa.Column("day", sa.Date(), nullable=False, comment="of UTC"),
+        sa.Column("n", sa.Integer(), nullable=False),
+        sa.Column("spearman", sa.REAL(), nullable=False, comment="of compressed with exact normalised influence"),
+        sa.Column("measured_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["direction_set_id"], ["curator.direction_sets.id"], name=op.f("fidelities_direction_set_id_fkey")
+        ),
+        sa.PrimaryKeyConstraint("direction_set_id", "ordinal", "day", name=op.f("fidelities_pkey")),
+        schema="curator",
+    )
     op.create_table(
         "occurrences",
         sa.Column("example_id", sa.BigInteger(), nullable=False),

@@ -123,6 +123,17 @@ def test_a_recipe_that_does_not_suit_the_model_is_refused_when_the_checkpoint_is
     assert named in done.stderr
 
 
+def test_a_loss_that_depends_on_the_batch_is_refused_when_trusted_data_is_added(
+    curator, project: Path, digits_files: digits.Files
+) -> None:
+    workload = project / "digits_workload.py"
+    workload.write_text(
+        workload.read_text().replace("x, y = batch", "x, y = batch[0] - batch[0].mean(dim=0), batch[1]")
+    )
+    assert curator("checkpoint", "add", "base", digits_files.checkpoint, "--no-check").returncode == 0
+    assert_refused(curator("validation", "add", "trusted", digits_files.validation), "CUR-WRK-010")
+
+
 def test_an_empty_validation_file_is_refused(curator, tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").touch()
     assert_refused(curator("validation", "add", "trusted", tmp_path / "empty.jsonl"), "CUR-VAL-005")

@@ -20,11 +20,11 @@ SEED = int(os.environ.get("CURATOR_CHAOS_SEED", random.SystemRandom().randrange(
 
 
 @pytest.mark.timeout(240)
-def test_ten_faults_change_nothing(
+def test_eight_faults_change_nothing(
     project: Path, digits_files: digits.Files, brought: chaos.Delivery, calm: chaos.Outcome
 ) -> None:
-    done = chaos.Chaos(project, digits_files, brought, calm, SEED, faults=10, pause=0.3, second=("model",)).run()
-    assert sum(done.values()) == 10
+    done = chaos.Chaos(project, digits_files, brought, calm, SEED, faults=8, pause=0.3, second=("model",)).run()
+    assert sum(done.values()) == 8
 
 
 @pytest.mark.campaign
@@ -43,7 +43,8 @@ def test_a_campaign(digits_files: digits.Files) -> None:
             brought = chaos.delivery(digits_files, n_files=20, n_rows=200, seed=seed)
             calm = a_quiet_day(digits.make_project(folder / "quiet", digits_files), digits_files, brought)
             project = digits.make_project(folder / "project", digits_files)
-            total += chaos.Chaos(project, digits_files, brought, calm, seed, faults=100, pause=0.5).run()
+            faults = min(100, wanted - sum(total.values()))
+            total += chaos.Chaos(project, digits_files, brought, calm, seed, faults=faults, pause=0.5).run()
         seed += 1
         print(f"{sum(total.values())} faults in {time.monotonic() - began:.0f} s, lost 0, double 0", flush=True)
         for name, n in sorted(total.items()):

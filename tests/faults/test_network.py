@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from celery import Celery
+from celery.beat import ScheduleEntry
 from sqlalchemy import Engine, text
 from sqlalchemy.engine import make_url
 
 from curator.embedded.broker import EmbeddedBroker
 from curator.embedded.process import wait_until
 from curator.errors import DatabaseDown
-from curator.settings import Settings
+from curator.settings import Schedule, Settings
 from curator.stages import examples
 from curator.stages.turn import Turn
 from curator.store import work
@@ -158,6 +162,16 @@ class Far:
     database: Proxy
     broker: Proxy
     engine: Engine
+    server: EmbeddedBroker
+
+    def replace_broker(self, seconds: float) -> None:
+        """Killed, away for a while, and back with nothing in it."""
+        process = self.server.process()
+        assert process is not None
+        process.kill()
+        shutil.rmtree(self.server.root / "broker")
+        time.sleep(seconds)
+        self.server.ensure()
 
     def takes_in(self) -> bool:
         """Whether a row that arrives now, is taken in, with nobody's help."""
@@ -186,11 +200,31 @@ def workers(project: Path, database_url: str, engine: Engine) -> Iterator[Far]:
         pool = chaos.Pool(commands, environment, project)
         pool.tend()
         try:
-            yield Far(database, bell, engine)
+            yield Far(database, bell, engine, broker)
             assert all(process.poll() is None for process in pool.running.values()), "nobody was started again"
         finally:
             pool.close()
     broker.release()
+
+
+def test_rings_are_due_by_a_clock_that_nobody_puts_back(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the wall clock, an hour put back would be an hour without a ring."""
+    monkeypatch.setenv("CURATOR_PROJECT", str(project))
+    monkeypatch.setenv("CURATOR_BROKER_URL", "memory://")
+    from workers import celery as ours
+
+    now = datetime.fromtimestamp(1000, UTC)
+    monkeypatch.setattr(ours, "_steady", lambda: now)
+    app = Celery("test", set_as_current=False)
+    monkeypatch.setattr(app, "now", lambda: pytest.fail("somebody looked at the wall"))
+    upkeep = ours._schedule(Schedule(upkeep=15.0))["curator.upkeep"]
+    entry = ScheduleEntry(name="upkeep", app=app, **upkeep)
+    assert not entry.is_due().is_due
+    now += timedelta(seconds=14)
+    assert not entry.is_due().is_due
+    now += timedelta(seconds=1)
+    assert entry.is_due().is_due
+    assert not next(entry).is_due().is_due
 
 
 @contextmanager
@@ -223,8 +257,10 @@ def silent(proxy: Proxy) -> Iterator[None]:
     yield
 
 
-@pytest.mark.timeout(240)
-def test_worker_and_scheduler_outlive_every_fault_of_the_network(workers: Far, project: Path) -> None:
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("away_for", [1.0, pytest.param(60.0, marks=pytest.mark.campaign)])
+def test_worker_and_scheduler_outlive_every_fault_of_the_network(workers: Far, project: Path, away_for: float) -> None:
+    """The last one is a broker that is gone for a while, a minute in the campaign, and comes back empty."""
     assert workers.takes_in(), log(project)
     for name in ("database", "broker"):
         for fault in (slow, cut, away, silent):
@@ -232,6 +268,10 @@ def test_worker_and_scheduler_outlive_every_fault_of_the_network(workers: Far, p
             with fault(getattr(workers, name)):
                 assert workers.takes_in(), f"{name} {fault.__name__}: {log(project)}"
             print(f"{name}, {fault.__name__}: {time.monotonic() - began:.1f} s")
+    workers.replace_broker(away_for)
+    began = time.monotonic()
+    assert workers.takes_in(), log(project)
+    print(f"an empty broker after {away_for:.0f} s: {time.monotonic() - began:.1f} s")
 
 
 def log(project: Path) -> str:

@@ -15,9 +15,9 @@ import psycopg
 import pytest
 from sqlalchemy import Connection, Engine, text
 
-from curator.errors import CheckpointMissing, DatabaseDown, DiskLow, WorkerKilled
+from curator.errors import CheckpointMissing, DatabaseDown, DiskLow, WorkerKilled, WorkloadBroken
 from curator.settings import Retention, Settings
-from curator.stages import examples, folders, turn, upkeep
+from curator.stages import examples, folders, gradients, turn, upkeep
 from curator.stages.folders import Watcher
 from curator.stages.turn import Turn
 from curator.store import examples as arrived
@@ -412,3 +412,39 @@ def test_a_big_file_is_digested_a_look_at_a_time(tmp_path: Path, monkeypatch: py
 def test_psycopg_names_the_error_of_a_server_that_is_read_only() -> None:
     """``store.engine`` relies on it."""
     assert psycopg.errors.ReadOnlySqlTransaction.sqlstate == "25006"
+
+
+@dataclass
+class Tools:
+    """A workload that fails on some records."""
+
+    trusted: list[dict[str, str]]
+    fails_on: set[str]
+    workload: object = None
+
+    def measure(self, records: list[dict[str, str]]) -> object:
+        if any(record["kind"] in self.fails_on for record in records):
+            raise ValueError("no gradient")
+        return records
+
+
+@pytest.mark.parametrize(
+    ("fails_on", "trusted", "their_fault"),
+    [
+        pytest.param({"bad"}, [{"kind": "good"}], True, id="trusted records still can be measured"),
+        pytest.param({"bad", "good"}, [{"kind": "good"}], False, id="nothing can be measured any more"),
+        pytest.param({"bad"}, [], False, id="there is nothing to try it on"),
+    ],
+)
+def test_a_delivery_of_which_nothing_can_be_measured_is_told_from_a_workload_that_is_broken(
+    fails_on: set[str], trusted: list[dict[str, str]], their_fault: bool
+) -> None:
+    """Else it would be tried for ever, and its batch never judged; or good records given up for a full device."""
+    lease = Lease("me", Stage.GRADIENTS, 1, tuple(range(20)), tuple(range(20)))
+    batch = gradients.Batch(lease, 1, None, {n: {"kind": "bad"} for n in range(20)})
+    tools: Any = Tools(trusted, fails_on)
+    if their_fault:
+        assert set(gradients.compute(tools, batch).broken) == set(range(20))
+    else:
+        with pytest.raises(WorkloadBroken):
+            gradients.compute(tools, batch)

@@ -121,7 +121,7 @@ def test_a_hostile_record_is_text(body: str) -> None:
 
 
 def test_controls_stand_beside_the_flags(body: str, world: World) -> None:
-    assert f"curator's {len(world.flagged)} flags" in body
+    assert f"the {len(world.flagged)} flags in force" in body
     for control in ("harm (curator)", "loss", "random"):
         assert f'<td class="name">{control}</td>' in body
     assert "mean gradient norm" in body
