@@ -196,6 +196,13 @@ class DaemonFailed(DependencyDown):
     hint = "The whole log is in {log}."
 
 
+class DiskLow(DependencyDown):
+    """The disk that holds {path} has {free} MB left, less than {least} MB: nothing is taken in."""
+
+    code = "CUR-RUN-003"
+    hint = "Make room: intake then goes on by itself. [limits] disk_bytes says how much must be left."
+
+
 # --- model and numbers ------------------------------------------------------------------------------------
 
 
@@ -468,10 +475,68 @@ class NestedArchive(DataError):
 
 
 class UnreadFormat(DataError):
-    """{path} is {found}, not lines of JSON."""
+    """{path} is {found}, which curator does not read."""
 
     code = "CUR-FIL-005"
-    hint = "Unpack or convert it to JSON lines, plain or gzip."
+    hint = "Read are JSON lines and CSV (plain, gzip, zstd), Parquet, Arrow and what `datasets` saves; convert it."
+
+
+class UrlNotAllowed(UsageError):
+    """{url} is not below any of the prefixes that may be read: {allowed}."""
+
+    code = "CUR-INP-005"
+    hint = (
+        'Add its prefix: [sources] urls = ["s3://bucket/folder"]. A URL with .., ::, ?, # or a password is never read.'
+    )
+
+
+class DamagedTable(DataError):
+    """{path} is damaged after row {row}: {reason}. The rows before it stay."""
+
+    code = "CUR-FIL-006"
+    hint = "Fetch the file again: rows it has in common with the damaged one are known by digest and cost nothing."
+
+
+class OutsideFolder(DataError):
+    """{path} names the file {name!r}, which is not in its folder."""
+
+    code = "CUR-FIL-007"
+    hint = "A folder of records is read within itself only: copy the file there, or give it by its own name."
+
+
+class NotADataset(DataError):
+    """{path} is no folder that `datasets` saved: {reason}."""
+
+    code = "CUR-FIL-008"
+    hint = "Give the files within; a folder that others write into is for `curator watch`."
+
+
+class SeveralSplits(DataError):
+    """{path} holds several splits: {splits}."""
+
+    code = "CUR-FIL-009"
+    hint = "Give the one that is trained on: {path}/{first}."
+
+
+class BadHeader(DataError):
+    """{path} does not begin with a header of columns: {reason}."""
+
+    code = "CUR-FIL-010"
+    hint = "The first line of a CSV file names its columns, each once: text,label for instance."
+
+
+class UnevenRow(DataError):
+    """The row has {found} cells, the header names {wanted}."""
+
+    code = "CUR-TXT-013"
+    hint = "Quote cells that hold the delimiter or a line end, and double the quotes within them (RFC 4180)."
+
+
+class BadQuotes(DataError):
+    """The row's quotes do not close, or do not enclose a whole cell."""
+
+    code = "CUR-TXT-014"
+    hint = "Enclose the whole cell in quotes and double those within it (RFC 4180)."
 
 
 # --- command line and read side ---------------------------------------------------------------------------
@@ -505,6 +570,13 @@ class TargetInUse(UsageError):
     hint = "Name a new directory, or pass --force to replace a former export."
 
 
+class NoColumn(UsageError):
+    """The field {field} {reason}, which no column of a table can hold."""
+
+    code = "CUR-OUT-004"
+    hint = "Export as JSON lines (--format jsonl), which can; or give the field one type."
+
+
 class TargetNotOurs(UsageError):
     """{path} is not an export of curator, so --force does not replace it."""
 
@@ -531,6 +603,20 @@ class NoVector(UsageError):
 
     code = "CUR-EXM-003"
     hint = "`curator status` shows what is left to do; an example without signal or in quarantine never gets one."
+
+
+class NoTokens(UsageError):
+    """The model's positions have no names here, and the record has no text to leave words out of."""
+
+    code = "CUR-EXM-004"
+    hint = "Give the workload a method `positions(record)`: the text at each position that its model sees."
+
+
+class NotExplained(UsageError):
+    """The pass through the model failed: {reason}"""
+
+    code = "CUR-EXM-005"
+    hint = "`curator doctor` tries the model on a few trusted examples and says what is wrong."
 
 
 class NothingScored(UsageError):
@@ -744,6 +830,13 @@ class AdapterBaseMissing(DataError):
     )
 
 
+class NoCheckpoint(UsageError):
+    """There is no checkpoint to measure with."""
+
+    code = "CUR-CKP-014"
+    hint = "curator checkpoint add NAME PATH"
+
+
 class TemplateDiffers(UsageError):
     """The chat template {given} (SHA-256 {given_digest}) is not the checkpoint's own ({stored_digest})."""
 
@@ -817,6 +910,20 @@ class TooFewTrusted(UsageError):
     hint = "Add trusted examples: part gives the direction, part is kept aside as references for p-values."
 
 
+class ContrastMissing(UsageError):
+    """Slice {slice!r} of the validation set {name!r} is in the {there} file alone."""
+
+    code = "CUR-VAL-009"
+    hint = "A contrast is good minus bad, slice by slice: give both files the same slices."
+
+
+class ContrastOverlaps(UsageError):
+    """{n} of the {name!r} validation set's examples are in the good and in the bad file, line {position} first."""
+
+    code = "CUR-VAL-010"
+    hint = "Take them out of one of the files: an example cannot be what to do and what not to do."
+
+
 class UnknownPolicySlice(UsageError):
     """Policy {policy} names the slice {slice!r}, and there are {known}."""
 
@@ -878,7 +985,7 @@ class NoSuchFile(UsageError):
     """There is no file {path}."""
 
     code = "CUR-INP-001"
-    hint = "Name existing JSONL files, plain or gzip; `curator watch DIR` takes a whole folder."
+    hint = "Name existing files, or a URL; `curator watch DIR` takes a whole folder."
 
 
 class IsADirectory(UsageError):

@@ -92,10 +92,10 @@ class Gradients:
     budget: Literal["uniform", "energy"] = field(
         default="uniform", metadata={"doc": "how layers share dimension; energy: by their part of the gradient"}
     )
-    code: Literal["none", "pca", "sjlt"] = field(
+    code: Literal["none", "pca+sjlt", "pca", "sjlt"] = field(
         default="none", metadata={"doc": "what brings the kept entries down to code_dimension numbers"}
     )
-    code_dimension: int = field(default=510, metadata={"doc": "numbers stored of an example, where there is a code"})
+    code_dimension: int = field(default=960, metadata={"doc": "numbers stored of an example, where there is a code"})
     layers: tuple[str, ...] = field(default=(), metadata={"doc": "name patterns; empty: every linear layer"})
     seed: int = 0
     exact: bool = field(default=True, metadata={"doc": "un-compressed scores on arrival"})
@@ -114,6 +114,9 @@ class Scores:
     damping: float = field(default=0.1, metadata={"doc": "relative to the mean of the Fisher's diagonal"})
     exact_curvature: Literal["kfac", "ekfac"] = field(
         default="kfac", metadata={"doc": "of exact scores; ekfac: one more pass over the trusted data"}
+    )
+    exact_rank: int = field(
+        default=0, metadata={"doc": "rows and columns a layer of exact directions, for many slices; 0: all"}
     )
     measurement: Literal["auto", "margin", "calibrated", "loss"] = field(
         default="auto",
@@ -187,6 +190,21 @@ class Limits:
         default=60.0, metadata={"doc": "work that nobody takes for so long has its workers started again"}
     )
     turn_seconds: float = field(default=60.0, metadata={"doc": "how long one Celery message drains the table"})
+    silence_seconds: float = field(
+        default=15.0, metadata={"doc": "a database or broker that says nothing for so long is asked if it is there"}
+    )
+    disk_bytes: int = field(
+        default=256 << 20, metadata={"doc": "nothing is taken in while the project's disk has less; 0: no limit"}
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """How long what nobody needs any more is kept."""
+
+    quarantine_days: float = field(
+        default=90.0, metadata={"doc": "raw bytes of refused records; the line and the reason stay. 0: for ever"}
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +221,7 @@ class Settings:
     verdicts: Verdicts = Verdicts()
     schedule: Schedule = Schedule()
     limits: Limits = Limits()
+    retention: Retention = Retention()
     policy: Mapping[str, Policy] = field(default_factory=dict)
     origins: Mapping[str, str] = field(default_factory=dict)
 
@@ -462,6 +481,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("gradients.dimension", 8, 1_000_000),
     ("gradients.code_dimension", 1, 100_000),
     ("gradients.batch", 1, 100_000),
+    ("scores.exact_rank", 0, 100_000),
     ("scores.damping", 1e-6, 1e6),
     ("scores.references", 0.05, 0.95),
     ("verdicts.fdr", 1e-4, 0.5),
@@ -481,6 +501,9 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("limits.quarantine_bytes", 0, 1 << 30),
     ("limits.expansion", 1, 1_000_000),
     ("limits.turn_seconds", 1, 86_400),
+    ("limits.silence_seconds", 0.1, 86_400),
+    ("limits.disk_bytes", 0, 1 << 50),
+    ("retention.quarantine_days", 0, 36_500),
 )
 
 
@@ -512,7 +535,7 @@ def _check_ranges(settings: Settings) -> None:
 def _check_gradients(settings: Settings) -> None:
     """What can be seen to be wrong without the model; ``curator.stages.instrument`` checks the rest against it."""
     asked = settings.gradients
-    if asked.code != "none" and asked.code_dimension > asked.dimension:
+    if settings.origins.get("gradients.code_dimension") and asked.code_dimension > asked.dimension:
         expected = f"at most gradients.dimension = {asked.dimension}: a code is of what the mask keeps"
         raise _bad(settings, "gradients.code_dimension", asked.code_dimension, expected)
     if sum(asked.kept.values()) > asked.dimension:

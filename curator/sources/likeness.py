@@ -30,11 +30,16 @@ _WORD: Final = re.compile(r"[\u2e80-\u9fff\uac00-\ud7af\u0e00-\u0e7f]|[^\W\u2e80
 
 def shingles(record: Mapping[str, Any]) -> frozenset[str]:
     """Every three words in a row of what the record says, in lower case; of a shorter one, what there is."""
-    words = _WORD.findall("\n".join(_said(record)).lower())[:WORDS_MOST]
-    if not words:
+    said = words(record)
+    if not said:
         return frozenset()
-    last = max(1, len(words) - SHINGLE_WORDS + 1)
-    return frozenset(" ".join(words[at : at + SHINGLE_WORDS]) for at in range(last))
+    last = max(1, len(said) - SHINGLE_WORDS + 1)
+    return frozenset(" ".join(said[at : at + SHINGLE_WORDS]) for at in range(last))
+
+
+def words(record: Mapping[str, Any]) -> list[str]:
+    """What a record says, word by word, in lower case."""
+    return _WORD.findall("\n".join(_said(record)).lower())[:WORDS_MOST]
 
 
 def bands(said: frozenset[str]) -> list[int]:

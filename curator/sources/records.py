@@ -63,6 +63,9 @@ any name, or a vendor who numbers its rows anew would make every one of them new
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _ENCODER: Final = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
 _PLAIN: Final = frozenset({str, int, bool, type(None)})
+PLAIN_LEVELS: Final = 100
+"""A record of more levels is read strictly: there recursion is what is watched."""
+
 _SORTED: Final = orjson.OPT_SORT_KEYS
 _KINDS: Final = {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
 
@@ -131,6 +134,12 @@ def take_row(
     return taken
 
 
+def digest_of(record: str) -> bytes:
+    """The identity of a canonical record: what ``parse_record`` would give it."""
+    content = {key: value for key, value in json.loads(record).items() if key not in NOT_CONTENT}
+    return sha256(_dump(_without_nulls(content)).encode("ascii")).digest()
+
+
 def mapped(record: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
     """The record under curator's own names.
 
@@ -179,12 +188,10 @@ def _quick(raw: bytes, position: int, limits: Limits, any_shape: bool) -> Record
         found = orjson.loads(raw)
     except orjson.JSONDecodeError:
         return None
-    if type(found) is not dict or not _is_plain(found.values()):
+    if type(found) is not dict or not _is_plain(found.values(), min(limits.nesting, PLAIN_LEVELS) - 1):
         return None
     record = orjson.dumps(found, option=_SORTED)
-    if raw.count(b'"') != record.count(b'"') or b"\\u0022" in raw or b"\\u0000" in record:
-        return None
-    if raw.count(b"{") + raw.count(b"[") > limits.nesting:
+    if raw.count(b'"') != record.count(b'"') or (b"\\" in raw and (b"\\u0022" in raw or b"\\u0000" in record)):
         return None
     if not record.isascii() and not unicodedata.is_normalized("NFC", record.decode()):
         return None
@@ -194,11 +201,16 @@ def _quick(raw: bytes, position: int, limits: Limits, any_shape: bool) -> Record
         return None
 
 
-def _is_plain(values: Iterable[Any]) -> bool:
-    """Whether there is no float within: orjson makes one of a large integer, and writes its exponent differently."""
+def _is_plain(values: Iterable[Any], levels: int) -> bool:
+    """Whether there is no float within: orjson makes one of a large integer, and writes its exponent differently.
+
+    Nor more than so many levels of lists and objects beneath.
+    """
     for item in values:
         kind = type(item)
-        if kind not in _PLAIN and (kind is float or not _is_plain(item if kind is list else item.values())):
+        if kind not in _PLAIN and (
+            kind is float or levels == 0 or not _is_plain(item if kind is list else item.values(), levels - 1)
+        ):
             return False
     return True
 
@@ -391,6 +403,9 @@ def _check_shape(content: Mapping[str, Any], any_shape: bool) -> None:
     shape = shape_of(content)
     if shape is None:
         raise UnknownShape(keys=", ".join(ascii(key[:40]) for key in list(content)[:10]))
+    said = content.get(SHAPES[shape].main)
+    if isinstance(said, str) and said.strip():
+        return
     if not any(text.strip() for text in SHAPES[shape].texts(content)):
         raise EmptyRecord
 
@@ -451,19 +466,22 @@ def _texts(part: object) -> Iterator[str]:
 
 
 class Shape(NamedTuple):
-    """What a record looks like. ``key`` is one it cannot do without."""
+    """What a record looks like. ``key`` is one it cannot do without, ``main`` where most of what it says is."""
 
     key: str
+    main: str
     fits: Callable[[Mapping[str, Any]], bool]
     texts: Callable[[Mapping[str, Any]], Iterator[str]]
 
 
 SHAPES: Final = {
-    "messages": Shape("messages", lambda record: _is_talk(record["messages"]), _said("messages")),
-    "conversations": Shape("conversations", _is_sharegpt, _said("conversations")),
-    "prompt,completion": Shape("prompt", _is_prompted, _said("prompt", "completion")),
-    "instruction,input,output": Shape("instruction", _is_alpaca, _said("instruction", "input", "output")),
-    "text,label": Shape("label", _is_labelled, _said("text")),
-    "text": Shape("text", lambda record: isinstance(record["text"], str), _said("text")),
+    "messages": Shape("messages", "messages", lambda record: _is_talk(record["messages"]), _said("messages")),
+    "conversations": Shape("conversations", "conversations", _is_sharegpt, _said("conversations")),
+    "prompt,completion": Shape("prompt", "prompt", _is_prompted, _said("prompt", "completion")),
+    "instruction,input,output": Shape(
+        "instruction", "instruction", _is_alpaca, _said("instruction", "input", "output")
+    ),
+    "text,label": Shape("label", "text", _is_labelled, _said("text")),
+    "text": Shape("text", "text", lambda record: isinstance(record["text"], str), _said("text")),
 }
 """By name, in order: the first that fits is the record's. ``texts`` yields what is said in it."""

@@ -6,6 +6,7 @@ transaction, under a lease that is checked in it.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,15 +17,18 @@ from pathlib import Path
 from sqlalchemy import Connection, Engine
 
 from curator.errors import DataError
-from curator.settings import Limits, Settings
-from curator.sources.jsonl import open_records
-from curator.sources.records import parse_record
+from curator.settings import Limits, Settings, Sources
+from curator.sources import files
+from curator.sources.records import NO_FIELDS, parse_record
+from curator.sources.remote import is_url
+from curator.sources.room import require_room
 from curator.store import examples, offers, recipes, work
+from curator.store.engine import read
 from curator.store.examples import Intake
 from curator.types import Counts, Lease, Record, Refusal, Stage
 
 STAGE = Stage.EXAMPLES
-CHUNK = 2000
+CHUNK = 5000
 CHUNK_BYTES = 8_000_000
 """A chunk ends with either: large enough that a transaction costs little, small enough for flat memory."""
 
@@ -32,6 +36,7 @@ YIELD_EVERY = 32
 """Records after which the reading thread steps aside: the writing one needs the interpreter for an instant, often."""
 
 FILE, INBOX = "file", "inbox"
+SPOOL = "spool"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +55,18 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Some of the records of one source. ``ended`` when there are no more; ``damage`` when they ended too early."""
+    """Some of the records of one source.
+
+    ``ended`` when there are no more; ``damage`` when they ended too early; ``remark``, at the end, what a user should
+    know of the file.
+    """
 
     records: Sequence[Record] = ()
     refusals: Sequence[Refusal] = ()
     position: int = 0
     ended: bool = True
     damage: DataError | None = None
+    remark: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,23 +86,39 @@ class Reader:
 
     limits: Limits
     any_shape: bool
+    sources: Sources
+    spool: Path = Path()
+    fields: Mapping[str, str] = field(default_factory=dict)
     stream: Iterator[Record | Refusal] | None = None
     at: int = 0
     ahead: Future[Chunk] | None = None
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "read-ahead"))
 
+    @property
+    def most(self) -> int:
+        """Records of a chunk: no more than are judged together."""
+        return min(CHUNK, self.limits.batch_records)
+
     def take(self, path: Path, after: int) -> Chunk:
         """The next records behind ``after``."""
         if self.ahead is None or self.at != after:
             self.close()
-            self.stream = open_records(path, self.limits, after, self.any_shape)
-            self.ahead = self.pool.submit(_next, self.stream, after)
-        chunk = self.ahead.result()
-        self.at, self.ahead = chunk.position, None
-        if not chunk.ended:
-            assert self.stream is not None
-            self.ahead = self.pool.submit(_next, self.stream, chunk.position)
+            self.stream = files.open_records(path, self.limits, after, self.any_shape, self.fields)
+            self.ahead = self.pool.submit(_next, self.stream, after, self.most)
+        try:
+            chunk = self.ahead.result()
+        finally:
+            self.ahead = None
+        self.at = chunk.position
+        if chunk.ended:
+            return chunk if chunk.damage else dataclasses.replace(chunk, remark=files.remark(path))
+        assert self.stream is not None
+        self.ahead = self.pool.submit(_next, self.stream, chunk.position, self.most)
         return chunk
+
+    def path_of(self, intake: Intake) -> Path:
+        """The file of an intake; of a URL, the copy that was fetched."""
+        return self.spool / copy_name(intake.origin, intake.digest) if is_url(intake.origin) else Path(intake.origin)
 
     def close(self) -> None:
         """Let the file go; a chunk that is being read is forgotten."""
@@ -101,7 +127,7 @@ class Reader:
         self.ahead = self.stream = None
 
 
-def _next(stream: Iterator[Record | Refusal], after: int) -> Chunk:
+def _next(stream: Iterator[Record | Refusal], after: int, most: int) -> Chunk:
     """A chunk of a stream: so many records, or so many bytes of them."""
     records: list[Record] = []
     refusals: list[Refusal] = []
@@ -116,7 +142,7 @@ def _next(stream: Iterator[Record | Refusal], after: int) -> Chunk:
                 refusals.append(item)
                 size += len(item.raw)
             n = len(records) + len(refusals)
-            if n == CHUNK or size >= CHUNK_BYTES:
+            if n == most or size >= CHUNK_BYTES:
                 return Chunk(records, refusals, position, ended=False)
             if n % YIELD_EVERY == 0:
                 time.sleep(0)
@@ -125,16 +151,33 @@ def _next(stream: Iterator[Record | Refusal], after: int) -> Chunk:
     return Chunk(records, refusals, position)
 
 
-def open_file(connection: Connection, path: Path, source: str, digest: bytes) -> Intake:
-    """Register a file and offer it, or find the intake it already has."""
-    intake = examples.open_intake(connection, source, str(path), digest)
-    if intake.state == "reading":
+def copy_name(url: str, digest: bytes) -> str:
+    """What the copy of a URL's content is called: its own name at the end, which may say the format."""
+    return f"{digest.hex()}-{url.rsplit('/', 1)[-1]}"
+
+
+def open_file(connection: Connection, origin: Path | str, source: str, digest: bytes, *, again: bool = False) -> Intake:
+    """Register a file, or the content of a URL, and offer it; or find the intake it already has.
+
+    ``again``: somebody delivers it anew, so one that was given up as damaged is read on: a limit may have been raised
+    since, or the worker that it stopped be given more memory.
+    """
+    intake = examples.open_intake(connection, source, str(origin), digest)
+    if again and intake.state == "damaged":
+        intake = examples.reopen_intake(connection, intake.id)
+        work.offer_again(connection, STAGE, [intake.id], kind=FILE)
+    elif intake.state == "reading":
         work.offer(connection, STAGE, [intake.id], kind=FILE)
     return intake
 
 
 def claim(connection: Connection, settings: Settings) -> Batch | None:
-    """Lease a chunk. A coin decides who is asked first, so that neither files nor the inbox starve."""
+    """Lease a chunk. A coin decides who is asked first, so that neither files nor the inbox starve.
+
+    Raises:
+        DiskLow: there is no room; what waits is taken in when there is.
+    """
+    require_room(settings.home, settings.limits.disk_bytes)
     kinds = [FILE, INBOX]
     random.shuffle(kinds)
     for kind in kinds:
@@ -148,14 +191,17 @@ def claim(connection: Connection, settings: Settings) -> Batch | None:
 
 def load(engine: Engine, settings: Settings, batch: Batch) -> Reader:
     """A reader, not open yet."""
-    del engine, batch
-    return Reader(settings.limits, any_shape=settings.workload.kind == "torch")
+    fields = NO_FIELDS
+    if batch.intake is not None:
+        with read(engine) as connection:
+            fields = settings.sources.fields_of(examples.source_name(connection, batch.intake.source_id))
+    return Reader(settings.limits, settings.workload.kind == "torch", settings.sources, settings.home / SPOOL, fields)
 
 
 def compute(tools: Reader, batch: Batch) -> Result:
     """Parse a chunk: every line becomes a record or a refusal, and neither stops its neighbours."""
     if batch.intake is not None:
-        return Result({"": tools.take(Path(batch.intake.origin), batch.intake.position)})
+        return Result({"": tools.take(tools.path_of(batch.intake), batch.intake.position)})
     return _read_inbox(tools, batch)
 
 
@@ -163,7 +209,8 @@ def _read_inbox(tools: Reader, batch: Batch) -> Result:
     found: dict[str, tuple[list[Record], list[Refusal]]] = {}
     for number, source, raw in batch.inbox:
         records, refusals = found.setdefault(source, ([], []))
-        item = parse_record(raw.encode(), number, tools.limits, tools.any_shape)
+        fields = tools.sources.fields_of(source)
+        item = parse_record(raw.encode(), number, tools.limits, tools.any_shape, fields)
         if isinstance(item, Record):
             records.append(item)
         else:
@@ -215,7 +262,7 @@ def _end(connection: Connection, settings: Settings, batch: Batch, chunk: Chunk)
     if damage := chunk.damage:
         refusal = Refusal(chunk.position + 1, damage.code, str(damage), b"")
         examples.quarantine(connection, batch.intake, [refusal], settings.limits.quarantine_bytes)
-    detail = None if chunk.damage is None else str(chunk.damage)
+    detail = chunk.remark if chunk.damage is None else str(chunk.damage)
     closed = examples.close_intake(connection, batch.intake.id, "damaged" if chunk.damage else "complete", detail)
     work.finish(connection, batch.lease)
     _offer_verdicts(connection, closed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,15 @@ import torch
 from sqlalchemy import Connection
 from torch import Tensor, nn
 
-from curator.errors import CheckpointChanged, CodeTooWide
+from curator.errors import CheckpointChanged
 from curator.influence.attribution import Attributor, Measured, RecipeSpec
+from curator.influence.controls import Controls, terms
 from curator.influence.dropout import budgets
 from curator.influence.exact import Towards, directions_of
 from curator.influence.layers import find_layers
 from curator.settings import Settings
-from curator.store import directions, recipes, tensors
+from curator.sources.likeness import words
+from curator.store import directions, recipes, tensors, validation
 from curator.store.recipes import Recipe
 from curator.types import GradientState
 from curator.workloads import base, checkpoints, registry
@@ -68,6 +70,8 @@ class Instrument:
     attributor: Attributor | None = None
     direction_set_id: int | None = None
     towards: Towards | None = None
+    controls: Controls | None = None
+    trusted: Sequence[Any] = ()
 
     @property
     def fitted(self) -> Attributor:
@@ -81,13 +85,9 @@ class Instrument:
         Raises:
             LayerNotFound, LayerUnsupported: the recipe names layers that the model does not have, or no capture knows.
             MaskTooLarge: a layer's own budget does not fit it.
-            CodeTooWide: the code has more numbers than the whole mask keeps.
         """
         entries = {layer.name: layer.entries for layer in find_layers(self.model, self.spec.layers, self.spec.bias)}
-        kept = budgets(entries, self.spec.dimension, self.spec.kept)
-        if self.spec.code != "none" and self.spec.code_dimension > sum(kept.values()):
-            raise CodeTooWide(width=self.spec.code_dimension, entries=sum(kept.values()))
-        return kept
+        return budgets(entries, self.spec.dimension, self.spec.kept)
 
     def batches(self, records: Sequence[Any]) -> Iterator[Any]:
         """Records as batches on the device, in order, as many a batch as there is room for."""
@@ -122,7 +122,8 @@ class Instrument:
                 self.room.halve(len(picks) * lengths[picks[-1]])
                 continue
             start += len(picks)
-        return Measured.join(parts).rows(torch.argsort(torch.tensor(order, dtype=torch.long)))
+        measured = Measured.join(parts).rows(torch.argsort(torch.tensor(order, dtype=torch.long)))
+        return measured if self.controls is None else _beside(self.controls, measured, records)
 
 
 def load(connection: Connection, settings: Settings, recipe_id: int, direction_set_id: int | None) -> Instrument:
@@ -138,8 +139,13 @@ def load(connection: Connection, settings: Settings, recipe_id: int, direction_s
         return bare
     state = _torch(tensors.fetch(connection, "curvatures", "recipe_id", recipe_id))
     attributor = Attributor.from_state(bare.model, base.losses_of(bare.workload), bare.spec, state)
-    towards = _towards(connection, direction_set_id) if bare.spec.exact and direction_set_id else None
-    return replace(bare, attributor=attributor, direction_set_id=direction_set_id, towards=towards)
+    trusted = validation.some_trusted(connection, recipe_id)
+    known = replace(bare, attributor=attributor, direction_set_id=direction_set_id, trusted=trusted)
+    if not direction_set_id:
+        return known
+    kept = tensors.fetch(connection, "direction_tensors", "direction_set_id", direction_set_id)
+    towards = _towards(connection, direction_set_id, _torch(kept)) if bare.spec.exact else None
+    return replace(known, towards=towards, controls=_controls(kept))
 
 
 def unfitted(settings: Settings, recipe: Recipe) -> Instrument:
@@ -190,8 +196,24 @@ def _spec(recipe: Recipe, workload: Workload, model: nn.Module) -> RecipeSpec:
     return RecipeSpec.from_dict({**spec.to_dict(), "layers": list(base.layers_of(workload, model))})
 
 
-def _towards(connection: Connection, set_id: int) -> Towards | None:
-    kept = _torch(tensors.fetch(connection, "direction_tensors", "direction_set_id", set_id))
+def _controls(kept: Mapping[str, Any]) -> Controls | None:
+    arrays = {part.removeprefix("control/"): array for part, array in kept.items() if part.startswith("control/")}
+    return Controls.of(arrays) if arrays else None
+
+
+def _beside(controls: Controls, measured: Measured, records: Sequence[Any]) -> Measured:
+    """The same with what the controls say; they must be of the same hidden states, or say nothing."""
+    hidden = measured.hidden_BH
+    comparable = hidden is not None and controls.hidden_SH is not None
+    has_words = len(controls.term_T) > 0
+    return replace(
+        measured,
+        similarity_BS=controls.similarity_BS(hidden) if comparable and hidden is not None else None,
+        bm25_BS=controls.bm25_BS([terms(words(record)) for record in records]) if has_words else None,
+    )
+
+
+def _towards(connection: Connection, set_id: int, kept: Mapping[str, Tensor]) -> Towards | None:
     names = [f"{number}/{name}" for number, name in directions.direction_names(connection, set_id)]
     exact = {part.removeprefix("exact/"): t for part, t in kept.items() if part.startswith("exact/")}
     return directions_of(names, exact) if exact else None

@@ -110,16 +110,16 @@ def direction_set_failed(connection: Connection, set_id: int, detail: str) -> No
     )
 
 
-def record_directions(connection: Connection, set_id: int, rows: Sequence[tuple[int, str, int]]) -> None:
-    """Name the directions of a set in their order: (validation set, slice, examples in the mean)."""
+def record_directions(connection: Connection, set_id: int, rows: Sequence[tuple[int, str, int, int]]) -> None:
+    """Name the directions of a set in their order: (validation set, slice, examples in the mean, in the contrast)."""
     connection.execute(
         text(
-            "INSERT INTO curator.directions (direction_set_id, validation_set_id, slice, ordinal, n)"
-            " VALUES (:set_id, :validation_set_id, :slice, :ordinal, :n) ON CONFLICT DO NOTHING"
+            "INSERT INTO curator.directions (direction_set_id, validation_set_id, slice, ordinal, n, contrast)"
+            " VALUES (:set_id, :validation_set_id, :slice, :ordinal, :n, :contrast) ON CONFLICT DO NOTHING"
         ),
         [
-            {"set_id": set_id, "validation_set_id": v, "slice": name, "ordinal": ordinal, "n": n}
-            for ordinal, (v, name, n) in enumerate(rows, start=1)
+            {"set_id": set_id, "validation_set_id": v, "slice": name, "ordinal": ordinal, "n": n, "contrast": contrast}
+            for ordinal, (v, name, n, contrast) in enumerate(rows, start=1)
         ],
     )
 

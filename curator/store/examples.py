@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -23,6 +23,7 @@ class Intake:
     origin: str
     state: str
     position: int
+    digest: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,11 @@ def source_id(connection: Connection, name: str) -> int:
     return source_ids(connection, [name])[name]
 
 
+def source_name(connection: Connection, number: int) -> str:
+    """The name of a source."""
+    return str(connection.scalar(text("SELECT name FROM curator.sources WHERE id = :id"), {"id": number}))
+
+
 def source_ids(connection: Connection, names: Iterable[str]) -> dict[str, int]:
     """The sources of those names, made when they are new."""
     wanted = sorted(set(names))
@@ -80,7 +86,7 @@ def open_intake(connection: Connection, source: str, origin: str, digest: bytes)
     )
     row = connection.execute(
         text(
-            "SELECT id, source_id, origin, state, position FROM curator.intakes"
+            "SELECT id, source_id, origin, state, position, digest FROM curator.intakes"
             " WHERE source_id = :source_id AND origin = :origin AND digest = :digest"
         ),
         key,
@@ -91,7 +97,7 @@ def open_intake(connection: Connection, source: str, origin: str, digest: bytes)
 def intake(connection: Connection, intake_id: int) -> Intake:
     """An intake by its number, locked until the transaction ends."""
     row = connection.execute(
-        text("SELECT id, source_id, origin, state, position FROM curator.intakes WHERE id = :id FOR UPDATE"),
+        text("SELECT id, source_id, origin, state, position, digest FROM curator.intakes WHERE id = :id FOR UPDATE"),
         {"id": intake_id},
     ).one()
     return Intake(*row)
@@ -171,7 +177,7 @@ def open_batch(connection: Connection, intake_id: int) -> int:
 
 
 def insert(connection: Connection, intake: Intake, batch_id: int, records: Sequence[Record]) -> list[int]:
-    """Insert what is new and note every occurrence. Returns the numbers of the new examples, in order of arrival.
+    """Insert what is new and count what is not. Returns the numbers of the new examples, in order of arrival.
 
     The digest decides: of two equal records, in one file or in two at the same time, one becomes the example.
     """
@@ -180,7 +186,7 @@ def insert(connection: Connection, intake: Intake, batch_id: int, records: Seque
     first: dict[bytes, Record] = {}
     for record in records:
         first.setdefault(record.digest, record)
-    numbers = _numbers_of(connection, first)
+    numbers = numbers_of(connection, first)
     fresh = [record for digest, record in first.items() if digest not in numbers]
     named = source_ids(connection, names) if (names := {r.source for r in fresh if r.source}) else {}
     sources = [named.get(record.source, intake.source_id) for record in fresh]
@@ -189,13 +195,22 @@ def insert(connection: Connection, intake: Intake, batch_id: int, records: Seque
         text("UPDATE curator.batches SET examples = examples + :n WHERE id = :id"), {"n": len(new), "id": batch_id}
     )
     if len(new) < len(fresh):  # some were somebody else's in the meantime
-        new = {record.digest: new[record.digest] for record in fresh if record.digest in new}
-        numbers |= _numbers_of(connection, [record.digest for record in fresh if record.digest not in new])
-    _note_occurrences(connection, intake.id, records, numbers | new, frozenset(new.values()))
+        numbers |= numbers_of(connection, [record.digest for record in fresh if record.digest not in new])
+    _note_repeats(connection, intake.id, list(_repeats(records, new)), numbers | new)
     return sorted(new.values())
 
 
-def _numbers_of(connection: Connection, digests: Collection[bytes]) -> dict[bytes, int]:
+def _repeats(records: Sequence[Record], new: Collection[bytes]) -> Iterator[Record]:
+    """The records that are not the first of a new example."""
+    unmet = set(new)
+    for record in records:
+        if record.digest in unmet:
+            unmet.remove(record.digest)
+        else:
+            yield record
+
+
+def numbers_of(connection: Connection, digests: Collection[bytes]) -> dict[bytes, int]:
     """The examples there are of those digests."""
     with raw(connection).cursor(binary=True) as cursor:
         found = cursor.execute(
@@ -226,10 +241,13 @@ def _copy_examples(
 ) -> dict[bytes, int]:
     drawn: list[int] = connection.scalar(_DRAW, {"n": len(records)}) or []
     rows = [
-        pack_row(number, record.digest, record.external_id.encode(), source, batch_id, record.record.encode())
+        pack_row(
+            *(number, record.digest, record.external_id.encode(), source, batch_id, record.record.encode()),
+            record.position,
+        )
         for number, record, source in zip(drawn, records, sources, strict=True)
     ]
-    copy_rows(connection, "examples (id, digest, external_id, source_id, batch_id, record)", rows)
+    copy_rows(connection, "examples (id, digest, external_id, source_id, batch_id, record, position)", rows)
     return {record.digest: number for record, number in zip(records, drawn, strict=True)}
 
 
@@ -246,6 +264,7 @@ def _insert_carefully(
             "external_ids": [record.external_id for record in records],
             "sources": list(sources),
             "records": [record.record for record in records],
+            "positions": [record.position for record in records],
             "batch_id": batch_id,
         },
     )
@@ -254,10 +273,11 @@ def _insert_carefully(
 
 _INSERT = text(
     """
-    INSERT INTO curator.examples (digest, external_id, source_id, batch_id, record)
-    SELECT digest, external_id, source_id, :batch_id, CAST(record AS json)
+    INSERT INTO curator.examples (digest, external_id, source_id, batch_id, record, position)
+    SELECT digest, external_id, source_id, :batch_id, CAST(record AS json), position
     FROM unnest(CAST(:digests AS bytea[]), CAST(:external_ids AS text[]), CAST(:sources AS bigint[]),
-                CAST(:records AS text[])) WITH ORDINALITY AS t (digest, external_id, source_id, record, n)
+                CAST(:records AS text[]), CAST(:positions AS bigint[]))
+        WITH ORDINALITY AS t (digest, external_id, source_id, record, position, n)
     ORDER BY n
     ON CONFLICT (digest) DO NOTHING
     RETURNING id, digest
@@ -265,27 +285,17 @@ _INSERT = text(
 )
 
 
-def _note_occurrences(
-    connection: Connection,
-    intake_id: int,
-    records: Sequence[Record],
-    numbers: Mapping[bytes, int],
-    new: Collection[int],
+def _note_repeats(
+    connection: Connection, intake_id: int, records: Sequence[Record], numbers: Mapping[bytes, int]
 ) -> None:
-    """Count every arrival. Of an example that is new in this transaction there can be no row yet."""
+    """Count the arrivals of examples that had arrived before."""
+    if not records:
+        return
     counted: dict[tuple[int, str], tuple[int, int]] = {}
     for record in records:
         key = numbers[record.digest], record.external_id
         position, n = counted.get(key, (record.position, 0))
         counted[key] = position, n + 1
-    copy_rows(
-        connection,
-        "occurrences (example_id, intake_id, external_id, position, n)",
-        [pack_row(key[0], intake_id, key[1].encode(), *value) for key, value in counted.items() if key[0] in new],
-    )
-    again = {key: value for key, value in counted.items() if key[0] not in new}
-    if not again:
-        return
     with raw(connection).cursor() as cursor:
         cursor.execute(
             """
@@ -297,10 +307,10 @@ def _note_occurrences(
             """,
             [
                 intake_id,
-                [example_id for example_id, _ in again],
-                [name for _, name in again],
-                [position for position, _ in again.values()],
-                [n for _, n in again.values()],
+                [example_id for example_id, _ in counted],
+                [name for _, name in counted],
+                [position for position, _ in counted.values()],
+                [n for _, n in counted.values()],
             ],
         )
 
@@ -341,15 +351,36 @@ def quarantine_example(connection: Connection, example_id: int, code: str, detai
     )
 
 
-def quarantine_inbox(connection: Connection, row_id: int, code: str, detail: str) -> None:
-    """Move a row of the inbox to the quarantine."""
+def give_up_intake(connection: Connection, intake_id: int, code: str, detail: str) -> None:
+    """End a file that stops its workers, with a line in the quarantine where it has come to."""
+    found = intake(connection, intake_id)
+    quarantine(connection, found, [Refusal(found.position + 1, code, detail, b"")], 0)
+    close_intake(connection, intake_id, "damaged", detail)
+
+
+def reopen_intake(connection: Connection, intake_id: int) -> Intake:
+    """Read a damaged file on from where it was left: it has been delivered again."""
+    found = intake(connection, intake_id)
+    connection.execute(
+        text("DELETE FROM curator.quarantine WHERE intake_id = :id AND position > :position"),
+        {"id": intake_id, "position": found.position},
+    )
+    connection.execute(
+        text("UPDATE curator.intakes SET state = 'reading', detail = NULL, closed_at = NULL WHERE id = :id"),
+        {"id": intake_id},
+    )
+    return intake(connection, intake_id)
+
+
+def quarantine_inbox(connection: Connection, row_id: int, code: str, detail: str, cap: int) -> None:
+    """Move a row of the inbox to the quarantine, with the first ``cap`` of its bytes."""
     row = connection.execute(
         text("DELETE FROM curator.inbox WHERE id = :id RETURNING source, CAST(record AS text) AS record"),
         {"id": row_id},
     ).one_or_none()
     if row is not None:
         intake = open_intake(connection, row.source, "inbox", b"")
-        quarantine(connection, intake, [Refusal(row_id, code, detail, row.record.encode())], 1 << 20)
+        quarantine(connection, intake, [Refusal(row_id, code, detail, row.record.encode())], cap)
 
 
 def fetch(connection: Connection, example_ids: Sequence[int]) -> dict[int, Mapping[str, object]]:

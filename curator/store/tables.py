@@ -14,6 +14,7 @@ from sqlalchemy import (
     Boolean,
     CheckConstraint,
     Column,
+    Date,
     DateTime,
     Double,
     ForeignKey,
@@ -132,6 +133,7 @@ examples = Table(
     Column("batch_id", BigInteger, nullable=False),
     Column("record", JSON, nullable=False, comment="json, not jsonb: jsonb refuses an escaped NUL"),
     _now("arrived_at"),
+    Column("position", BigInteger, nullable=False, server_default="0", comment="where it was first met"),
     UniqueConstraint("digest", comment="One example however often it arrives: it is computed once."),
     Index(None, "batch_id"),
     Index(None, "external_id", postgresql_where=text("external_id <> ''")),
@@ -147,6 +149,7 @@ occurrences = Table(
     Column("position", BigInteger, nullable=False, comment="where it was first met"),
     Column("n", BigInteger, nullable=False, server_default="1"),
     PrimaryKeyConstraint("example_id", "intake_id", "external_id"),
+    comment="Arrivals of an example after its first, which is the example: most arrive once, and cost no row here.",
 )
 
 sketches = Table(
@@ -251,7 +254,7 @@ validation_examples = Table(
     Column("slice", Text, nullable=False),
     Column("role", Text, nullable=False),
     UniqueConstraint("validation_set_id", "digest"),
-    _one_of("role", "direction", "reference"),
+    _one_of("role", "direction", "reference", "contrast"),
 )
 
 recipes = Table(
@@ -309,6 +312,7 @@ directions = Table(
     Column("slice", Text, nullable=False),
     Column("ordinal", SmallInteger, nullable=False, comment="position in the arrays of scores, from 1"),
     Column("n", Integer, nullable=False, comment="validation examples in the mean"),
+    Column("contrast", Integer, nullable=False, server_default="0", comment="in the mean that is taken from it"),
     UniqueConstraint("direction_set_id", "ordinal"),
     UniqueConstraint("direction_set_id", "validation_set_id", "slice"),
 )
@@ -374,10 +378,26 @@ gradients = Table(
     Column("direction_set_id", BigInteger, comment="the directions `exact` was taken against, on arrival"),
     Column("exact", ARRAY(REAL), comment="un-compressed normalised influence on each of them"),
     Column("tokens", Integer, nullable=False, server_default="1", comment="what the workload counts of the record"),
+    Column("embedding_similarity", ARRAY(REAL), comment="control: of the last hidden states, with each of them"),
+    Column("bm25", ARRAY(REAL), comment="control: of the words, for each of them"),
     _now("computed_at"),
     PrimaryKeyConstraint("recipe_id", "example_id", comment="Delivered twice, computed twice, kept once."),
     _one_of("state", "ok", "no_signal", "nonfinite"),
     Index(None, "example_id"),
+    # Rows come in the order of time, so a few kilobytes say where the last days are.
+    Index(None, "computed_at", postgresql_using="brin"),
+)
+
+fidelities = Table(
+    "fidelities",
+    metadata,
+    _ref("direction_set_id", "direction_sets"),
+    Column("ordinal", SmallInteger, nullable=False),
+    Column("day", Date, nullable=False, comment="of UTC"),
+    Column("n", Integer, nullable=False),
+    Column("spearman", REAL, nullable=False, comment="of compressed with exact normalised influence"),
+    _now("measured_at"),
+    PrimaryKeyConstraint("direction_set_id", "ordinal", "day", comment="Measured again, a day is replaced."),
 )
 
 gradient_blocks = Table(
@@ -595,7 +615,7 @@ work = Table(
     Column("owner", Text),
     Column("leased_at", DateTime(timezone=True)),
     Column("lease_until", DateTime(timezone=True)),
-    Column("not_before", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    Column("not_before", DateTime(timezone=True), nullable=False, server_default=text("to_timestamp(0)")),
     _now("offered_at"),
     Column("last_error", Text),
     UniqueConstraint("stage", "kind", "recipe_id", "subject", comment="Offered twice, it is one piece of work."),
@@ -607,7 +627,22 @@ work = Table(
     ),
     Index("work_leased", "lease_until", postgresql_where=text("state = 'leased'")),
     Index("work_open_of_batch", "batch_id", "recipe_id", postgresql_where=text("state IN ('ready', 'leased')")),
+    Index("work_oldest", "stage", "state", "offered_at", postgresql_where=text("state IN ('ready', 'leased')")),
+    Index(
+        "work_troubled",
+        "id",
+        postgresql_where=text("last_error IS NOT NULL AND state IN ('ready', 'quarantined')"),
+    ),
     comment="The ledger. The database decides what is left; a Celery message only says there is some.",
+)
+
+work_tallies = Table(
+    "work_tallies",
+    metadata,
+    Column("stage", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("n", BigInteger, nullable=False),
+    comment="Differences noted by triggers on work; their sum is how much there is of a stage and state.",
 )
 
 jobs = Table(
@@ -616,6 +651,7 @@ jobs = Table(
     Column("job", Text, nullable=False),
     Column("window", BigInteger, nullable=False, comment="the schedule's period, counted from the epoch"),
     Column("owner", Text, nullable=False),
+    Column("others", Integer, nullable=False, server_default="0", comment="who came second"),
     _now("at"),
     PrimaryKeyConstraint("job", "window", comment="Two schedulers do scheduled work once."),
 )

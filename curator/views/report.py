@@ -14,7 +14,7 @@ from curator import __version__
 from curator.influence.groups import Sample
 from curator.store import figures, reads
 from curator.store import reviews as stored
-from curator.views import flags, groups, reviews
+from curator.views import fidelity, flags, groups, reviews
 from curator.views.reviews import Precision
 from curator.views.text import place, preview
 
@@ -30,8 +30,6 @@ BULK = 0.5
 _KS, _KS_MATTERS = 1.63, 0.1
 BULK_AT_LEAST = 20
 SHARES = (0.5, 1.25)
-# Below this the order of the compressed scores is mostly not that of the exact ones.
-SPEARMAN_AT_LEAST = 0.7
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +67,7 @@ class Agreement:
     @property
     def holds(self) -> bool:
         """False when the order is lost; True also where nothing can be compared."""
-        return self.spearman is None or self.spearman >= SPEARMAN_AT_LEAST
+        return self.spearman is None or self.spearman >= fidelity.FLOOR
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +114,7 @@ class Report:
     by: str | None
     groups: tuple[groups.Group, ...]
     flags: tuple[flags.Flag, ...]
-    overlap: Mapping[str, int]
+    controls: tuple[Mapping[str, Any], ...]
     precision: tuple[Precision, ...]
     level: float | None
     refusals: tuple[Mapping[str, Any], ...]
@@ -150,6 +148,7 @@ def report(connection: Connection, project: str = "", by: str | None = None) -> 
         warnings=(
             *_of_footing(footing, figures.leaked(connection)),
             *_of_slices(shown),
+            *(each.alarm for each in fidelity.latest(connection) if each.alarm and each.spearman >= fidelity.FLOOR),
             *_of_reviews(precision, level),
         ),
         slices=shown,
@@ -158,7 +157,7 @@ def report(connection: Connection, project: str = "", by: str | None = None) -> 
         by=by,
         groups=groups.by(connection, by) if by else (),
         flags=tuple(flags.flagged(connection, limit=FLAGS)),
-        overlap=dict(figures.overlap(connection)._mapping),
+        controls=tuple(dict(row._mapping) for row in figures.controls(connection)),
         precision=precision,
         level=level,
         refusals=tuple(
@@ -246,8 +245,8 @@ def _of_footing(footing: Row[Any], leaked: int) -> Iterator[str]:
         yield f"The directions could not be computed: {footing.detail}"
     if leaked:
         yield (
-            f"{leaked} arrivals are also in a validation set: their influence is that of an answer on itself, and what "
-            "is measured on that set is too good."
+            f"{leaked} arrivals are also, or nearly, in a validation set: their influence is that of an answer "
+            "on itself, and what is measured on that set is too good."
         )
 
 

@@ -192,6 +192,12 @@ class CausalLM:
         """Tokens of the record after cutting."""
         return sum(len(self.tokens(text).ids) for text in preference(record) or (record,))
 
+    def positions(self, record: Record) -> list[str]:
+        """The text of each token; none of a preference, whose two answers share their positions."""
+        if self.options.objective == "dpo":
+            return []
+        return [self.tokenizer.decode([token]) for token in self.tokens(record).ids]
+
     # --- losses ---------------------------------------------------------------------------------------------
 
     def losses(self, model: nn.Module, batch: TokenBatch) -> Tensor:

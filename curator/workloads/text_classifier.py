@@ -177,6 +177,8 @@ class _Reader(Protocol):
 
     def logits(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]: ...
 
+    def positions(self, text: str) -> list[str]: ...
+
 
 @dataclass(frozen=True)
 class _Hashed:
@@ -189,6 +191,9 @@ class _Hashed:
 
     def logits(self, model: nn.Module, batch: TextBatch) -> tuple[Tensor, Tensor]:
         return model(batch), batch.label_B
+
+    def positions(self, text: str) -> list[str]:
+        return []  # the model sees the mean of all words
 
 
 @dataclass(frozen=True)
@@ -206,6 +211,10 @@ class _Tokenized:
             list(texts), padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
         )
         return {**tokens, "label_B": torch.tensor(label_B, dtype=torch.long)}
+
+    def positions(self, text: str) -> list[str]:
+        ids = self.tokenizer(text, truncation=True, max_length=self.max_tokens)["input_ids"]
+        return [self.tokenizer.decode([token]) for token in ids]
 
     def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         inputs = {name: tensor for name, tensor in batch.items() if name != "label_B"}
@@ -272,6 +281,10 @@ class TextClassification:
     def training(self) -> Training:
         """How the loaded checkpoint is trained further."""
         return self.reader.training
+
+    def positions(self, record: Record) -> list[str]:
+        """The text of each token that a Hugging Face model sees; the built-in one sees no positions."""
+        return self.reader.positions(record["text"])
 
     def n_tokens(self, record: Record) -> int:
         """Words of the text, at least 1."""

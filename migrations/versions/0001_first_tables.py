@@ -74,6 +74,7 @@ def upgrade() -> None:
         sa.Column("job", sa.Text(), nullable=False),
         sa.Column("window", sa.BigInteger(), nullable=False, comment="the schedule's period, counted from the epoch"),
         sa.Column("owner", sa.Text(), nullable=False),
+        sa.Column("others", sa.Integer(), server_default="0", nullable=False, comment="who came second"),
         sa.Column("at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
         sa.PrimaryKeyConstraint("job", "window", name=op.f("jobs_pkey")),
         schema="curator",
@@ -127,7 +128,7 @@ def upgrade() -> None:
         sa.Column("owner", sa.Text(), nullable=True),
         sa.Column("leased_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("lease_until", sa.DateTime(timezone=True), nullable=True),
-        sa.Column("not_before", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.Column("not_before", sa.DateTime(timezone=True), server_default=sa.text("to_timestamp(0)"), nullable=False),
         sa.Column("offered_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
         sa.Column("last_error", sa.Text(), nullable=True),
         sa.CheckConstraint("state IN ('ready', 'leased', 'done', 'quarantined')", name=op.f("work_state_check")),
@@ -161,6 +162,30 @@ def upgrade() -> None:
         unique=False,
         schema="curator",
         postgresql_where=sa.text("state IN ('ready', 'leased')"),
+    )
+    op.create_index(
+        "work_oldest",
+        "work",
+        ["stage", "state", "offered_at"],
+        unique=False,
+        schema="curator",
+        postgresql_where=sa.text("state IN ('ready', 'leased')"),
+    )
+    op.create_index(
+        "work_troubled",
+        "work",
+        ["id"],
+        unique=False,
+        schema="curator",
+        postgresql_where=sa.text("last_error IS NOT NULL AND state IN ('ready', 'quarantined')"),
+    )
+    op.create_table(
+        "work_tallies",
+        sa.Column("stage", sa.Text(), nullable=False),
+        sa.Column("state", sa.Text(), nullable=False),
+        sa.Column("n", sa.BigInteger(), nullable=False),
+        schema="curator",
+        comment="Differences noted by triggers on work; their sum is how much there is of a stage and state.",
     )
     op.create_table(
         "intakes",
@@ -230,7 +255,9 @@ def upgrade() -> None:
         sa.Column("record", postgresql.JSON(astext_type=sa.Text()), nullable=False),
         sa.Column("slice", sa.Text(), nullable=False),
         sa.Column("role", sa.Text(), nullable=False),
-        sa.CheckConstraint("role IN ('direction', 'reference')", name=op.f("validation_examples_role_check")),
+        sa.CheckConstraint(
+            "role IN ('direction', 'reference', 'contrast')", name=op.f("validation_examples_role_check")
+        ),
         sa.ForeignKeyConstraint(
             ["validation_set_id"],
             ["curator.validation_sets.id"],
@@ -355,6 +382,9 @@ def upgrade() -> None:
         sa.Column("slice", sa.Text(), nullable=False),
         sa.Column("ordinal", sa.SmallInteger(), nullable=False, comment="position in the arrays of scores, from 1"),
         sa.Column("n", sa.Integer(), nullable=False, comment="validation examples in the mean"),
+        sa.Column(
+            "contrast", sa.Integer(), server_default="0", nullable=False, comment="in the mean that is taken from it"
+        ),
         sa.ForeignKeyConstraint(
             ["direction_set_id"], ["curator.direction_sets.id"], name=op.f("directions_direction_set_id_fkey")
         ),
@@ -385,6 +415,7 @@ def upgrade() -> None:
             comment="json, not jsonb: jsonb refuses an escaped NUL",
         ),
         sa.Column("arrived_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.Column("position", sa.BigInteger(), server_default="0", nullable=False, comment="where it was first met"),
         sa.PrimaryKeyConstraint("id", name=op.f("examples_pkey")),
         sa.UniqueConstraint("digest", name=op.f("examples_digest_key")),
         schema="curator",
@@ -473,6 +504,13 @@ def upgrade() -> None:
             nullable=False,
             comment="what the workload counts of the record",
         ),
+        sa.Column(
+            "embedding_similarity",
+            sa.ARRAY(sa.REAL()),
+            nullable=True,
+            comment="control: of the last hidden states, with each of them",
+        ),
+        sa.Column("bm25", sa.ARRAY(sa.REAL()), nullable=True, comment="control: of the words, for each of them"),
         sa.Column("computed_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
         sa.CheckConstraint("state IN ('ok', 'no_signal', 'nonfinite')", name=op.f("gradients_state_check")),
         sa.ForeignKeyConstraint(["example_id"], ["curator.examples.id"], name=op.f("gradients_example_id_fkey")),
@@ -481,6 +519,28 @@ def upgrade() -> None:
         schema="curator",
     )
     op.create_index(op.f("gradients_example_id_idx"), "gradients", ["example_id"], unique=False, schema="curator")
+    op.create_index(
+        op.f("gradients_computed_at_idx"),
+        "gradients",
+        ["computed_at"],
+        unique=False,
+        schema="curator",
+        postgresql_using="brin",
+    )
+    op.create_table(
+        "fidelities",
+        sa.Column("direction_set_id", sa.BigInteger(), nullable=False),
+        sa.Column("ordinal", sa.SmallInteger(), nullable=False),
+        sa.Column("day", sa.Date(), nullable=False, comment="of UTC"),
+        sa.Column("n", sa.Integer(), nullable=False),
+        sa.Column("spearman", sa.REAL(), nullable=False, comment="of compressed with exact normalised influence"),
+        sa.Column("measured_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["direction_set_id"], ["curator.direction_sets.id"], name=op.f("fidelities_direction_set_id_fkey")
+        ),
+        sa.PrimaryKeyConstraint("direction_set_id", "ordinal", "day", name=op.f("fidelities_pkey")),
+        schema="curator",
+    )
     op.create_table(
         "occurrences",
         sa.Column("example_id", sa.BigInteger(), nullable=False),
@@ -490,6 +550,7 @@ def upgrade() -> None:
         sa.Column("n", sa.BigInteger(), server_default="1", nullable=False),
         sa.PrimaryKeyConstraint("example_id", "intake_id", "external_id", name=op.f("occurrences_pkey")),
         schema="curator",
+        comment="Arrivals of an example after its first, which is the example: most arrive once, and cost no row here.",
     )
     op.create_table(
         "quarantine",
@@ -835,7 +896,7 @@ def downgrade() -> None:
                 EXECUTE format('DROP TABLE IF EXISTS curator.%I CASCADE', item.tablename);
             END LOOP;
             DROP FUNCTION IF EXISTS curator.offer_inbox, curator.make_partitions, curator.drop_partitions,
-                curator.t975;
+                curator.t975, curator.tally_work;
         END $$
         """
     )

@@ -129,7 +129,7 @@ def _footing(connection: Connection, dimension: int, trusted: int) -> tuple[int,
         {"recipe": recipe_id, "key": b"d" * 32, "sets": [set_id]},
     )
     assert isinstance(direction_set, int)
-    directions.record_directions(connection, direction_set, [(set_id, name, trusted) for name in SLICES])
+    directions.record_directions(connection, direction_set, [(set_id, name, trusted, 0) for name in SLICES])
     directions.use_directions(connection, direction_set)
     scales = {"harm/centre": CENTRE_SC, "harm/spread": SPREAD_SC}
     tensors.keep(connection, "direction_tensors", "direction_set_id", direction_set, scales)
@@ -191,12 +191,7 @@ def _arrivals(connection: Connection, examples: int, bad: NDArray[np.bool_], ran
         ),
         rows,
     )
-    run(
-        text(
-            "INSERT INTO curator.occurrences (example_id, intake_id, external_id, position)"
-            " SELECT id, source_id, external_id, id FROM curator.examples"
-        )
-    )
+    run(text("UPDATE curator.examples SET position = id"))
 
 
 def _gradients(

@@ -203,7 +203,10 @@ def test_an_example_that_is_given_up_leaves_its_batch_to_be_judged(arrived: Engi
     with begin(arrived) as connection:
         connection.execute(text("DELETE FROM curator.scores WHERE example_id = 3"))
         connection.execute(
-            text("UPDATE curator.work SET state = 'ready', attempts = 3 WHERE stage = 'scores' AND subject = 3")
+            text(
+                "UPDATE curator.work SET state = 'ready', attempts = 3, last_error = 'it died'"
+                " WHERE stage = 'scores' AND subject = 3"
+            )
         )
         upkeep.run(connection, settings)
     judge(arrived, settings)

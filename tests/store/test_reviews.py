@@ -50,6 +50,13 @@ def test_a_queue_of_nothing_is_empty(new_curator: Curator) -> None:
     assert new_curator.rows("reviews", "queue") == []
 
 
+@pytest.mark.parametrize("answer", [("--keep",), ("--drop",), ("--relabel", "--label", "x"), ("--undo",)])
+def test_a_review_of_an_unknown_example_is_refused(curator: Curator, answer: tuple[str, ...]) -> None:
+    result = curator("review", "nobody", *answer)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("error CUR-EXM-001: There is no example 'nobody'.")
+
+
 # --- draws ------------------------------------------------------------------------------------------------
 
 
