@@ -124,7 +124,7 @@ def sketches_after(connection: Connection, sketch_id: int, limit: int) -> Sequen
 def validation_records(connection: Connection, validation_set_id: int) -> dict[int, Mapping[str, Any]]:
     """The records of a validation set by the number of the validation example."""
     rows = connection.execute(
-        text("SELECT id, record FROM curator.validation_examples WHERE validation_set_id = :id"),
+        text("SELECT id, record FROM curator.validation_examples WHERE validation_set_id = :id AND role <> 'contrast'"),
         {"id": validation_set_id},
     )
     return {row.id: row.record for row in rows}
