@@ -86,21 +86,15 @@ def home(digits_files: digits.Files) -> Iterator[Daemon]:
             chaos.prepare(project, digits_files)
             lines = chaos.delivery(digits_files, 1, 0, seed=0).files["vendor-0.jsonl"].splitlines()
             yield Daemon(project, servers, lines[: chaos.FILE_LINES])
+            stop_daemon(project / ".curator")
 
 
 @pytest.fixture
-def daemon(home: Daemon) -> Iterator[Daemon]:
+def daemon(home: Daemon) -> Daemon:
     """It, running; one that a test has ended is started again."""
     if daemon_status(home.project / ".curator") is None:
         chaos.must(chaos.curator(home.project, "up", "--detach"))
-    yield home
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ended(home: Daemon) -> Iterator[None]:
-    """Nothing of it is left behind."""
-    yield
-    stop_daemon(home.project / ".curator")
+    return home
 
 
 def ledger(engine: Engine, stage: str) -> dict[str, int]:
