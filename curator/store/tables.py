@@ -162,7 +162,14 @@ sketches = Table(
     Column("similarity", REAL, comment="share of the shingles of both that they have in common"),
     UniqueConstraint("example_id", comment="Sketched twice, it is kept once."),
     # Only heads are compared with: a million near-copies of one text must not meet each other.
-    Index("sketches_of_heads", "bands", postgresql_using="gin", postgresql_where=text("of_id IS NULL")),
+    # Without the list of pending entries, which every look-up would read from end to end.
+    Index(
+        "sketches_of_heads",
+        "bands",
+        postgresql_using="gin",
+        postgresql_where=text("of_id IS NULL"),
+        postgresql_with={"fastupdate": "off"},
+    ),
 )
 
 leaks = Table(

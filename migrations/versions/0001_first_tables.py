@@ -844,6 +844,7 @@ def upgrade() -> None:
         schema="curator",
         postgresql_using="gin",
         postgresql_where=sa.text("of_id IS NULL"),
+        postgresql_with={"fastupdate": "off"},
     )
     op.create_table(
         "leaks",

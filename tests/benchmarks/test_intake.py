@@ -35,7 +35,7 @@ from curator.store.engine import begin, make_engine, raw
 from tests.benchmarks.machine import described
 from tests.conftest import open_folder
 
-RECORDS, REPEATS = 60_000, 5
+RECORDS, REPEATS = 40_000, 5
 BIG_BYTES = 3 << 30
 MEGABYTES_MOST = 500
 RESULTS = Path(__file__).parent / "results" / "intake.md"
