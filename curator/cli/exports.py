@@ -19,44 +19,69 @@ _GROUP = (
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
-    from curator.views.export import File, Plan
+    from curator.views import export as view
+    from curator.views.export import Plan
+    from curator.views.shards import File
 
 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory to write; new or empty.")
 @click.option("--what", type=click.Choice(["kept", "selected", "dropped"]), default="kept", show_default=True)
 @click.option("--selection", help="With --what selected: which; `standing` is the daemon's own. [default: the latest]")
+@click.option(
+    "--format",
+    "written",
+    type=click.Choice(["jsonl", "parquet", "hf"]),
+    default="jsonl",
+    show_default=True,
+    help="hf: a folder for datasets.load_from_disk.",
+)
+@click.option("--shard-bytes", type=click.IntRange(1), default=1 << 30, show_default=True, help="JSON in a shard.")
+@click.option("--weights", is_flag=True, help="Add a column `weight`: 1 - harm.")
 @click.option("--force", is_flag=True, help="Replace a former export.")
 @rows_options
 @pass_invocation
-def export(here: Invocation, out: Path, what: str, selection: str | None, force: bool, form: Form) -> None:
-    """Write examples as JSONL, with a manifest that says what they are.
+def export(
+    here: Invocation,
+    out: Path,
+    what: str,
+    selection: str | None,
+    written: str,
+    shard_bytes: int,
+    weights: bool,
+    force: bool,
+    form: Form,
+) -> None:
+    """Write examples for the next training run, with a manifest that says what they are.
 
-    The same data gives the same bytes. Each example is written once, however often it arrived.
+    The same data gives the same bytes. Each example is written once, however often it arrived; index.jsonl lists their
+    ids and digests. Where all are of one shape, entries for LLaMA-Factory and Axolotl are beside them.
     """
     from curator.views import export as view
+    from curator.views.shards import Format
 
     if selection and what != "selected":
         raise click.UsageError("--selection goes with --what selected.")
     with here.reading() as connection:
         planned = view.plan(connection, view.What(what), selection)
-        written = _write(connection, planned, out, force=force)
+        chosen = view.Form(Format(written), shard_bytes, weights)
+        files = _write(connection, planned, out, chosen, force=force)
     if form is Form.TEXT:
-        facts({"directory": out, "file": written.name, "examples": written.examples, "sha256": written.sha256})
+        facts({"directory": out, "files": ", ".join(file.name for file in files), "examples": planned.examples})
     else:
-        show([written], form)
+        show([file._asdict() for file in files], form)
     if planned.waiting and what == "kept":
         say(f"{planned.waiting} examples are still on their way and are not in it: `curator status`")
 
 
-def _write(connection: Connection, planned: Plan, out: Path, *, force: bool) -> File:
+def _write(connection: Connection, planned: Plan, out: Path, chosen: view.Form, *, force: bool) -> list[File]:
     from tqdm import tqdm
 
     from curator.views import export as view
 
     hidden = not sys.stderr.isatty()
     with tqdm(total=planned.examples, unit=" examples", disable=hidden, leave=False) as bar:
-        return view.write(connection, planned, out, force=force, tick=bar.update)
+        return view.write(connection, planned, out, chosen, force=force, tick=bar.update)
 
 
 @click.command()

@@ -17,6 +17,7 @@ from curator.errors import BrokenTrusted, NothingAccepted
 
 if TYPE_CHECKING:
     from curator.settings import Settings
+    from curator.stages.trusted import Roles
     from curator.types import Record
 
 
@@ -99,25 +100,30 @@ def validation() -> None:
 
 @validation.command("add")
 @click.argument("name")
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("file", type=click.Path(exists=True, path_type=Path))
 @click.option("--slice", "field", default="", help="A field of the records that names their slice.")
+@click.option(
+    "--contrast", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Examples of what is not wanted."
+)
 @click.option("--check/--no-check", default=True, show_default=True, help="Try the model on a few of the records.")
 @pass_invocation
-def add_validation(here: Invocation, name: str, file: Path, field: str, check: bool) -> None:
+def add_validation(here: Invocation, name: str, file: Path, field: str, contrast: Path | None, check: bool) -> None:
     """Register the trusted examples of FILE as NAME.
 
     Part of each slice gives the direction of influence; the rest is kept aside as references, which say how bad
-    something trusted may look.
+    something trusted may look. With --contrast the direction is the good examples' minus the bad ones': what both have
+    in common cancels, and negative influence pushes towards the bad.
     """
     from curator.stages import recipes
     from curator.store import engine
     from curator.store import validation as stored
 
     settings = here.settings()
-    records = list(_trusted(settings, file))
+    good = _trusted(settings, file)
+    bad = _trusted(settings, contrast) if contrast else []
     with here.runtime() as opened:
         with engine.begin(opened.engine) as connection:
-            slices = recipes.add_validation(connection, settings, name, field, records)
+            slices = recipes.add_validation(connection, settings, name, field, good, bad)
             sets = stored.validation_sets_in_use(connection)
             leaks = sum(stored.leaked(connection, number) for number, _ in sets)
             waiting = recipes.waits_for_checkpoint(connection)
@@ -130,10 +136,11 @@ def add_validation(here: Invocation, name: str, file: Path, field: str, check: b
         say("next: curator checkpoint add NAME PATH")
 
 
-def _describe(name: str, slices: Mapping[str, tuple[int, int]], fdr: float) -> None:
-    for key, (behind, aside) in slices.items():
-        say(f"{name}/{key}: {behind} examples give the direction, {aside} are kept aside as references")
-    say(_reach(sum(aside for _, aside in slices.values()), fdr, len(slices)))
+def _describe(name: str, slices: Mapping[str, Roles], fdr: float) -> None:
+    for key, (behind, aside, contrast) in slices.items():
+        against = f", against {contrast}" if contrast else ""
+        say(f"{name}/{key}: {behind} examples give the direction{against}, {aside} are kept aside as references")
+    say(_reach(sum(roles.reference for roles in slices.values()), fdr, len(slices)))
 
 
 def _try(settings: Settings, what: str) -> None:
@@ -166,7 +173,7 @@ def _reach(references: int, fdr: float, slices: int) -> str:
 
 def _trusted(settings: Settings, file: Path) -> list[Record]:
     """The records of a trusted file, all of them or none."""
-    from curator.sources.jsonl import open_records
+    from curator.sources.files import open_records
     from curator.types import Record, Refusal
 
     items = list(open_records(file, settings.limits, any_shape=settings.workload.kind == "torch"))

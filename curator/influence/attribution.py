@@ -16,12 +16,15 @@ from torch import Tensor, nn
 from curator.errors import NoCurvature
 from curator.influence import fitting, parts, scoring
 from curator.influence.capture import Reader, capture, each, find_layers
+from curator.influence.codes import FoldedCode
 from curator.influence.confidence import calibrated_loss, measurement_slope
+from curator.influence.controls import LastHidden
 from curator.influence.exact import DirectionSums, ExactDirections, ExactScores, ExactTerms, LowRankDirections, Towards
 from curator.influence.fitting import Fitted, Losses, device_of
 from curator.influence.kept import KeptEntries
 from curator.influence.kronecker import KroneckerRoots
 from curator.influence.measured import Measured, Signal
+from curator.influence.mixtures import Mixtures
 from curator.influence.parts import LayerScores, PositionScores
 from curator.influence.recipe import RecipeSpec, draw_masks
 from curator.influence.scoring import Directions
@@ -42,6 +45,11 @@ class Attributor:
     def K(self) -> int:
         """The width of every vector of this recipe: kept entries over all layers, or the numbers of its code."""
         return self.fitted.encoding.width
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether vectors are numbers of a code, and not the kept entries themselves."""
+        return isinstance(self.fitted.encoding, FoldedCode)
 
     @property
     def temperature(self) -> float:
@@ -81,8 +89,9 @@ class Attributor:
         """
         kept = KeptEntries(self.fitted.masks, "exact" if self.spec.exact_norm else "kept")
         exact = ExactScores(self._roots(), towards.to(self.device)) if towards else None
-        loss_B = self._pass(batch, kept, *([exact] if exact else []))
-        return self._assemble(loss_B, kept, exact)
+        with LastHidden(self.model) as last:
+            loss_B = self._pass(batch, kept, *([exact] if exact else []))
+        return self._assemble(loss_B, kept, exact, last.hidden_BH(len(loss_B)))
 
     def _pass(self, batch: Any, *readers: Reader) -> Tensor:
         return capture(self.model, self.layers, lambda: self.losses(self.model, batch), each(*readers))
@@ -92,7 +101,9 @@ class Attributor:
             raise NoCurvature()
         return self.fitted.roots
 
-    def _assemble(self, loss_B: Tensor, kept: KeptEntries, exact: ExactScores | None) -> Measured:
+    def _assemble(
+        self, loss_B: Tensor, kept: KeptEntries, exact: ExactScores | None, hidden_BH: Tensor | None
+    ) -> Measured:
         unit_BK, whitened_B = scoring.unit(self.fitted.encoding.apply(kept.g_BK(loss_B)))
         gradient_B = kept.norm_B()
         state_B = _states(loss_B, gradient_B, whitened_B)
@@ -107,6 +118,7 @@ class Attributor:
             state_B=state_B.cpu(),
             exact_BS=_only(ok_B, exact.normalised_BS()) if exact else None,
             exact_influence_BS=_only(ok_B, exact.influence_BS()) if exact else None,
+            hidden_BH=hidden_BH,
         )
 
     def _calibrated(self, loss_B: Tensor) -> Tensor:
@@ -168,14 +180,20 @@ class Attributor:
             raise NoCurvature()
         return scoring.directions({name: _validation_rows(m) for name, m in joined.items()})
 
-    def exact_directions(self, slices: Mapping[str, Sequence[Any]]) -> Towards:
+    def exact_directions(self, slices: Mapping[str, Sequence[Any]], mixtures: Mixtures | None = None) -> Towards:
         """Un-compressed directions of each slice from its batches, in two passes over them; of the recipe's rank.
+
+        Args:
+            slices: batches by the name of their slice.
+            mixtures: the directions asked for as weighted sums of the slices; without, they are the slices.
 
         Raises:
             NoCurvature: the recipe keeps no Kronecker factors, or a slice has no example with a signal.
+            NoSuchSlice: a mixture names a slice that is not there.
         """
         sums = [self._exact_direction(batches) for batches in slices.values()]
         whole = ExactDirections(tuple(slices), _by_layer(sums, 0), _by_layer(sums, 1))
+        whole = whole if mixtures is None else whole.mixed(mixtures)
         rank = self.spec.exact_rank
         return LowRankDirections.fit(whole, self._roots().to(torch.device("cpu")), rank) if rank else whole
 

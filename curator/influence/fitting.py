@@ -97,7 +97,7 @@ def _encoding_of(masks: Mapping[str, LayerMask], spec: RecipeSpec, tensors: Mapp
     wanted = {name: mask.kept for name, mask in masks.items()}
     if "temperature" not in tensors or not masks:
         raise StateMismatch(found={}, wanted=wanted)
-    if spec.code != "none":
+    if spec.shortens(sum(wanted.values())):
         shape = (sum(wanted.values()), spec.code_dimension)
         found_shape = tuple(tensors["code"].shape) if "code" in tensors else None
         if found_shape != shape:
@@ -144,7 +144,7 @@ def fit(model: nn.Module, losses: Losses, trusted: Iterable[Any], spec: RecipeSp
         NoCurvature: no trusted example gave a finite gradient, or none a gradient at all.
         LayersUnreached: a chosen layer never took part in the loss.
         UnknownCompression: the recipe's code is none of CODE_KINDS.
-        CodeTooWide: its code is wider than its mask.
+        CodeTooWide: its code has no number.
         UnknownCurvature: its exact curvature is neither ``kfac`` nor ``ekfac``.
     """
     layers = find_layers(model, spec.layers, spec.bias)
@@ -198,6 +198,8 @@ def _roots(sample: _Sample, kronecker: KroneckerSums, spec: RecipeSpec) -> Krone
 
 def _encoding(sample: _Sample, masks: Mapping[str, LayerMask], fisher: FisherSums, spec: RecipeSpec) -> Encoding:
     whitening = _whitening(sample, masks, fisher, spec)
+    if not spec.shortens(sum(mask.kept for mask in masks.values())):
+        return whitening
     code = fit_code(spec.code, _whitened(sample, masks, whitening), spec.code_dimension, spec.seed)
     return FoldedCode.fold(whitening, code) if code else whitening
 

@@ -24,7 +24,8 @@ class Measured:
     """What one pass gives of B examples; float32, on the CPU. Rows that are not OK hold zeros, never NaN.
 
     ``loss_B`` and ``gradient_norm_B`` keep what was found, infinities and NaN included. ``measurement_B`` is the factor
-    by which a validation example's loss gradient becomes the gradient of what the recipe measures.
+    by which a validation example's loss gradient becomes the gradient of what the recipe measures. ``hidden_BH`` and
+    what is compared with it and with the words (``influence.controls``) need no gradient.
     """
 
     unit_BK: Tensor
@@ -36,6 +37,9 @@ class Measured:
     state_B: Tensor
     exact_BS: Tensor | None = None
     exact_influence_BS: Tensor | None = None
+    hidden_BH: Tensor | None = None
+    similarity_BS: Tensor | None = None
+    bm25_BS: Tensor | None = None
 
     @property
     def ok_B(self) -> Tensor:

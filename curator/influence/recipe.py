@@ -30,7 +30,8 @@ class RecipeSpec:
     ``importance`` draws the mask by measured gradients (``rms``) instead of evenly (``none``), ``budget`` shares
     ``dimension`` over the layers evenly (``uniform``) or by their part of the gradient's ``energy``; both take one
     more pass over the trusted data. A ``code`` brings the whitened K entries down to ``code_dimension`` numbers, which
-    are what is stored (``curator.influence.codes``), and takes one more pass too.
+    are what is stored (``curator.influence.codes``), and takes more passes too; one that would make nothing shorter is
+    left out, as where a model has no more entries than that.
     """
 
     layers: tuple[str, ...] = ("*",)
@@ -61,6 +62,10 @@ class RecipeSpec:
         """Whether fitting goes over the trusted data more than once."""
         wide = max(self.dimension, *self.kept.values(), 0) > WIDEST_BLOCK
         return wide or self.measures_energy or self.code != "none" or self.exact_curvature != "kfac"
+
+    def shortens(self, kept: int) -> bool:
+        """Whether there is a code, and so many kept entries are more than its numbers."""
+        return self.code != "none" and self.code_dimension < kept
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,15 @@ import torch
 from sqlalchemy import Connection
 from torch import Tensor, nn
 
-from curator.errors import CheckpointChanged, CodeTooWide
+from curator.errors import CheckpointChanged
 from curator.influence.attribution import Attributor, Measured, RecipeSpec
+from curator.influence.controls import Controls, terms
 from curator.influence.dropout import budgets
 from curator.influence.exact import Towards, directions_of
 from curator.influence.layers import find_layers
 from curator.settings import Settings
-from curator.store import directions, recipes, tensors
+from curator.sources.likeness import words
+from curator.store import directions, recipes, tensors, validation
 from curator.store.recipes import Recipe
 from curator.types import GradientState
 from curator.workloads import base, checkpoints, registry
@@ -31,6 +33,30 @@ STATES = (GradientState.OK, GradientState.NO_SIGNAL, GradientState.NONFINITE)
 """By ``influence.attribution.Signal``."""
 
 
+@dataclass
+class Room:
+    """How much one forward pass takes: ``examples``, and ``tokens`` with their padding. Less once memory ran out."""
+
+    examples: int
+    tokens: int
+
+    def fitting(self, lengths: Sequence[int]) -> int:
+        """How many of the first records fit together, at least one of any."""
+        longest = 0
+        for n, length in enumerate(lengths[: self.examples]):
+            longest = max(longest, length)
+            if n and (n + 1) * longest > self.tokens:
+                return n
+        return min(len(lengths), self.examples)
+
+    def halve(self, tokens: int) -> None:
+        """A pass of so many tokens did not fit: take half of it from now on, and give cached memory back."""
+        self.tokens = max(1, tokens // 2)
+        log.warning("out of memory with %d tokens in a pass; from now on %d", tokens, self.tokens)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
 @dataclass(frozen=True)
 class Instrument:
     """A model in evaluation mode, its workload, and what was fitted; ``attributor`` is None before the fit."""
@@ -40,10 +66,12 @@ class Instrument:
     model: nn.Module
     device: torch.device
     spec: RecipeSpec
-    batch_size: int
+    room: Room
     attributor: Attributor | None = None
     direction_set_id: int | None = None
     towards: Towards | None = None
+    controls: Controls | None = None
+    trusted: Sequence[Any] = ()
 
     @property
     def fitted(self) -> Attributor:
@@ -57,22 +85,45 @@ class Instrument:
         Raises:
             LayerNotFound, LayerUnsupported: the recipe names layers that the model does not have, or no capture knows.
             MaskTooLarge: a layer's own budget does not fit it.
-            CodeTooWide: the code has more numbers than the whole mask keeps.
         """
         entries = {layer.name: layer.entries for layer in find_layers(self.model, self.spec.layers, self.spec.bias)}
-        kept = budgets(entries, self.spec.dimension, self.spec.kept)
-        if self.spec.code != "none" and self.spec.code_dimension > sum(kept.values()):
-            raise CodeTooWide(width=self.spec.code_dimension, entries=sum(kept.values()))
-        return kept
+        return budgets(entries, self.spec.dimension, self.spec.kept)
 
     def batches(self, records: Sequence[Any]) -> Iterator[Any]:
-        """Records as batches on the device, in order."""
-        for start in range(0, len(records), self.batch_size):
-            yield base.batch_of(self.workload, records[start : start + self.batch_size], self.device)
+        """Records as batches on the device, in order, as many a batch as there is room for."""
+        lengths = [base.n_tokens_of(self.workload, record) for record in records]
+        start = 0
+        while start < len(records):
+            end = start + self.room.fitting(lengths[start:])
+            yield base.batch_of(self.workload, records[start:end], self.device)
+            start = end
 
     def measure(self, records: Sequence[Any]) -> Measured:
-        """The gradients of records, with their exact scores when directions are at hand."""
-        return Measured.join([self.fitted.measure(batch, self.towards) for batch in self.batches(records)])
+        """The gradients of records, with their exact scores when directions are at hand.
+
+        Records of like length go together, since a batch is padded to its longest. A batch that memory has no room
+        for is cut in half, and so is every later one.
+
+        Raises:
+            torch.OutOfMemoryError: one record alone does not fit.
+        """
+        lengths = [base.n_tokens_of(self.workload, record) for record in records]
+        order = sorted(range(len(records)), key=lengths.__getitem__)
+        parts: list[Measured] = []
+        start = 0
+        while start < len(order) or not parts:
+            picks = order[start : start + self.room.fitting([lengths[i] for i in order[start:]])]
+            try:
+                batch = base.batch_of(self.workload, [records[i] for i in picks], self.device)
+                parts.append(self.fitted.measure(batch, self.towards))
+            except torch.OutOfMemoryError:
+                if len(picks) <= 1:
+                    raise
+                self.room.halve(len(picks) * lengths[picks[-1]])
+                continue
+            start += len(picks)
+        measured = Measured.join(parts).rows(torch.argsort(torch.tensor(order, dtype=torch.long)))
+        return measured if self.controls is None else _beside(self.controls, measured, records)
 
 
 def load(connection: Connection, settings: Settings, recipe_id: int, direction_set_id: int | None) -> Instrument:
@@ -88,8 +139,13 @@ def load(connection: Connection, settings: Settings, recipe_id: int, direction_s
         return bare
     state = _torch(tensors.fetch(connection, "curvatures", "recipe_id", recipe_id))
     attributor = Attributor.from_state(bare.model, base.losses_of(bare.workload), bare.spec, state)
-    towards = _towards(connection, direction_set_id) if bare.spec.exact and direction_set_id else None
-    return replace(bare, attributor=attributor, direction_set_id=direction_set_id, towards=towards)
+    trusted = validation.some_trusted(connection, recipe_id)
+    known = replace(bare, attributor=attributor, direction_set_id=direction_set_id, trusted=trusted)
+    if not direction_set_id:
+        return known
+    kept = tensors.fetch(connection, "direction_tensors", "direction_set_id", direction_set_id)
+    towards = _towards(connection, direction_set_id, _torch(kept)) if bare.spec.exact else None
+    return replace(known, towards=towards, controls=_controls(kept))
 
 
 def unfitted(settings: Settings, recipe: Recipe) -> Instrument:
@@ -97,7 +153,8 @@ def unfitted(settings: Settings, recipe: Recipe) -> Instrument:
     workload = workload_of(settings, recipe.spec["workload"])
     device = device_of(settings)
     model = base.load_model(workload, verified(recipe), device)
-    return Instrument(recipe, workload, model, device, _spec(recipe, workload, model), settings.gradients.batch)
+    room = Room(settings.gradients.batch, settings.gradients.tokens)
+    return Instrument(recipe, workload, model, device, _spec(recipe, workload, model), room)
 
 
 def workload_of(settings: Settings, asked: Any) -> Workload:
@@ -139,8 +196,24 @@ def _spec(recipe: Recipe, workload: Workload, model: nn.Module) -> RecipeSpec:
     return RecipeSpec.from_dict({**spec.to_dict(), "layers": list(base.layers_of(workload, model))})
 
 
-def _towards(connection: Connection, set_id: int) -> Towards | None:
-    kept = _torch(tensors.fetch(connection, "direction_tensors", "direction_set_id", set_id))
+def _controls(kept: Mapping[str, Any]) -> Controls | None:
+    arrays = {part.removeprefix("control/"): array for part, array in kept.items() if part.startswith("control/")}
+    return Controls.of(arrays) if arrays else None
+
+
+def _beside(controls: Controls, measured: Measured, records: Sequence[Any]) -> Measured:
+    """The same with what the controls say; they must be of the same hidden states, or say nothing."""
+    hidden = measured.hidden_BH
+    comparable = hidden is not None and controls.hidden_SH is not None
+    has_words = len(controls.term_T) > 0
+    return replace(
+        measured,
+        similarity_BS=controls.similarity_BS(hidden) if comparable and hidden is not None else None,
+        bm25_BS=controls.bm25_BS([terms(words(record)) for record in records]) if has_words else None,
+    )
+
+
+def _towards(connection: Connection, set_id: int, kept: Mapping[str, Tensor]) -> Towards | None:
     names = [f"{number}/{name}" for number, name in directions.direction_names(connection, set_id)]
     exact = {part.removeprefix("exact/"): t for part, t in kept.items() if part.startswith("exact/")}
     return directions_of(names, exact) if exact else None

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +16,14 @@ from sqlalchemy import Connection
 from curator.errors import (
     CheckpointInUse,
     CheckpointNameTaken,
-    EmptyValidation,
-    MissingSliceField,
     NoSuchCheckpoint,
     NoSuchValidationSet,
-    TooFewTrusted,
 )
 from curator.settings import Settings
+from curator.stages import trusted
+from curator.stages.trusted import Roles
 from curator.store import directions, offers, recipes, retention, validation, work
-from curator.store.validation import NewValidationExample
 from curator.types import Record, Stage
-
-WHOLE = "all"
-"""The slice of a validation set that has no slices."""
-
-FEWEST = 4
-"""Trusted examples below which a slice has neither a direction nor a reference worth the name."""
 
 
 def add_checkpoint(connection: Connection, settings: Settings, name: str, path: Path, digest: bytes) -> int | None:
@@ -77,24 +68,23 @@ def drop_checkpoint(connection: Connection, name: str) -> int:
 
 
 def add_validation(
-    connection: Connection, settings: Settings, name: str, slice_field: str, records: Iterable[Record]
-) -> dict[str, tuple[int, int]]:
-    """A new version of a validation set; returns (direction, reference) counts by slice.
+    connection: Connection,
+    settings: Settings,
+    name: str,
+    slice_field: str,
+    good: Iterable[Record],
+    bad: Iterable[Record] = (),
+) -> Mapping[str, Roles]:
+    """A new version of a validation set, perhaps as a contrast of good with bad; returns its counts by slice.
 
     Raises:
-        EmptyValidation: it has no records.
-        MissingSliceField: a record lacks the field that names its slice.
-        TooFewTrusted: a slice is too small to be split.
+        EmptyValidation, MissingSliceField, TooFewTrusted, ContrastMissing, ContrastOverlaps: see ``trusted.examples``.
     """
-    slices = _by_slice(name, slice_field, records)
-    if not slices:
-        raise EmptyValidation(name=name)
-    split = {key: _split(name, key, members, settings.scores.references) for key, members in slices.items()}
-    rows = [row for members in split.values() for row in members]
+    rows = trusted.examples(name, slice_field, good, bad, settings.scores.references)
     digest = hashlib.sha256(b"".join(sorted(row.digest + row.role.encode() for row in rows))).digest()
     validation.add_validation_set(connection, name, slice_field, digest, rows)
     ask(connection, settings)
-    return {key: _roles(members) for key, members in split.items()}
+    return trusted.roles(rows)
 
 
 def waits_for_checkpoint(connection: Connection) -> bool:
@@ -122,47 +112,6 @@ def use_validation(connection: Connection, settings: Settings, name: str, versio
     if not validation.use_validation_set(connection, name, version):
         raise NoSuchValidationSet(name=name, version=f" version {version}")
     ask(connection, settings)
-
-
-def _by_slice(name: str, slice_field: str, records: Iterable[Record]) -> Mapping[str, dict[bytes, Record]]:
-    """Distinct records by slice: the same trusted example twice would be its own reference."""
-    slices: dict[str, dict[bytes, Record]] = defaultdict(dict)
-    for record in records:
-        slices[_slice(name, slice_field, record)].setdefault(record.digest, record)
-    return slices
-
-
-def _slice(name: str, slice_field: str, record: Record) -> str:
-    if not slice_field:
-        return WHOLE
-    values = json.loads(record.record)
-    value = values.get(slice_field, (values.get("meta") or {}).get(slice_field))
-    if not isinstance(value, (str, int, bool)) or value == "":
-        raise MissingSliceField(name=name, field=slice_field, position=record.position)
-    return str(value)
-
-
-def _split(name: str, key: str, members: Mapping[bytes, Record], share: float) -> Sequence[NewValidationExample]:
-    """Part of a slice becomes its direction, the rest its references: by digest, so it is the same every time."""
-    if len(members) < FEWEST:
-        raise TooFewTrusted(name=name, slice=key, found=len(members), needed=FEWEST)
-    references = min(max(round(len(members) * share), 1), len(members) - 2)
-    ordered = sorted(members, key=lambda digest: hashlib.sha256(b"reference" + digest).digest())
-    return [
-        NewValidationExample(
-            digest=digest,
-            external_id=members[digest].external_id,
-            record=members[digest].record,
-            slice=key,
-            role="reference" if rank < references else "direction",
-        )
-        for rank, digest in enumerate(ordered)
-    ]
-
-
-def _roles(members: Sequence[NewValidationExample]) -> tuple[int, int]:
-    references = sum(member.role == "reference" for member in members)
-    return len(members) - references, references
 
 
 def ask(connection: Connection, settings: Settings) -> int | None:
@@ -215,6 +164,7 @@ def spec(settings: Settings) -> dict[str, Any]:
             "exact": asked.exact,
             "exact_norm": asked.exact_norm,
             "exact_curvature": settings.scores.exact_curvature,
+            "exact_rank": settings.scores.exact_rank,
         },
     }
 

@@ -127,8 +127,10 @@ def _row(result: Result, row: int, number: int) -> Mapping[str, Any]:
         "influence": scored.influence_BS[row].tolist(),
         "stderr": scored.stderr_BS[row].tolist(),
         "normalised": scored.normalised_BS[row].tolist(),
+        "normalised_stderr": scored.normalised_stderr_BS[row].tolist(),
         "percentile": result.percentile_BS[row].tolist(),
         "self_influence": float(scored.self_influence_B[row]),
+        "neighbours": scored.neighbours_BS[row].tolist(),
         "harm": scored.harm_BS[row].tolist(),
         "p_value": result.p_value_BS[row].tolist(),
     }

@@ -85,6 +85,18 @@ def direction_names(connection: Connection, set_id: int) -> list[tuple[int, str]
     return [(row.validation_set_id, row.slice) for row in rows]
 
 
+def slices_of(connection: Connection, set_id: int) -> list[tuple[str, str]]:
+    """(validation set, slice) of each direction of a set, by name, in their order."""
+    rows = connection.execute(
+        text(
+            "SELECT v.name, d.slice FROM curator.directions d JOIN curator.validation_sets v"
+            " ON v.id = d.validation_set_id WHERE d.direction_set_id = :id ORDER BY d.ordinal"
+        ),
+        {"id": set_id},
+    )
+    return [(name, slice_) for name, slice_ in rows]
+
+
 def direction_set_state(connection: Connection, set_id: int) -> str:
     """pending, ready or failed."""
     return str(connection.scalar(text("SELECT state FROM curator.direction_sets WHERE id = :id"), {"id": set_id}))
@@ -98,16 +110,16 @@ def direction_set_failed(connection: Connection, set_id: int, detail: str) -> No
     )
 
 
-def record_directions(connection: Connection, set_id: int, rows: Sequence[tuple[int, str, int]]) -> None:
-    """Name the directions of a set in their order: (validation set, slice, examples in the mean)."""
+def record_directions(connection: Connection, set_id: int, rows: Sequence[tuple[int, str, int, int]]) -> None:
+    """Name the directions of a set in their order: (validation set, slice, examples in the mean, in the contrast)."""
     connection.execute(
         text(
-            "INSERT INTO curator.directions (direction_set_id, validation_set_id, slice, ordinal, n)"
-            " VALUES (:set_id, :validation_set_id, :slice, :ordinal, :n) ON CONFLICT DO NOTHING"
+            "INSERT INTO curator.directions (direction_set_id, validation_set_id, slice, ordinal, n, contrast)"
+            " VALUES (:set_id, :validation_set_id, :slice, :ordinal, :n, :contrast) ON CONFLICT DO NOTHING"
         ),
         [
-            {"set_id": set_id, "validation_set_id": v, "slice": name, "ordinal": ordinal, "n": n}
-            for ordinal, (v, name, n) in enumerate(rows, start=1)
+            {"set_id": set_id, "validation_set_id": v, "slice": name, "ordinal": ordinal, "n": n, "contrast": contrast}
+            for ordinal, (v, name, n, contrast) in enumerate(rows, start=1)
         ],
     )
 
@@ -117,19 +129,20 @@ def record_references(connection: Connection, set_id: int, rows: Sequence[Mappin
     connection.execute(
         text(
             "INSERT INTO curator.reference_scores"
-            " (direction_set_id, validation_example_id, normalised, influence, harm)"
-            " VALUES (:set_id, :id, :normalised, :influence, :harm) ON CONFLICT DO NOTHING"
+            " (direction_set_id, validation_example_id, normalised, influence, harm, self_influence)"
+            " VALUES (:set_id, :id, :normalised, :influence, :harm, :self_influence) ON CONFLICT DO NOTHING"
         ),
         [{"set_id": set_id, **row} for row in rows],
     )
 
 
 def references(connection: Connection, set_id: int) -> list[Row[Any]]:
-    """(normalised[], influence[], harm[]) of each trusted reference; one that is in two sets counts once."""
+    """(normalised[], influence[], harm[], self_influence) of each trusted reference; one in two sets counts once."""
     return list(
         connection.execute(
             text(
-                "SELECT DISTINCT ON (v.digest) r.normalised, r.influence, r.harm FROM curator.reference_scores r"
+                "SELECT DISTINCT ON (v.digest) r.normalised, r.influence, r.harm, r.self_influence"
+                " FROM curator.reference_scores r"
                 " JOIN curator.validation_examples v ON v.id = r.validation_example_id"
                 " WHERE r.direction_set_id = :id ORDER BY v.digest, v.id"
             ),

@@ -16,6 +16,7 @@ from sqlalchemy import Connection, Row, text
 
 from curator.store.reads import Rows
 
+_LATEST = 1_000
 # A label may be worth grouping by; `->>` refuses a record with an escaped NUL, wherever in it that is.
 _LABEL = "CASE WHEN position('\\u0000' IN v.record::text) = 0 THEN v.record ->> 'label' END"
 
@@ -23,6 +24,7 @@ _LABEL = "CASE WHEN position('\\u0000' IN v.record::text) = 0 THEN v.record ->> 
 def pulls(connection: Connection, recipe_id: int, direction_set_id: int, example_id: int) -> Rows:
     """What each validation example adds to the normalised influence of one example; the sum over a slice is it.
 
+    An example of the contrast adds what is taken away: a negative pull means that the arrival is like it.
     A row: ordinal, validation_set, slice, validation_example_id, label, pull; the lowest first in each slice.
     """
     return list(
@@ -30,11 +32,13 @@ def pulls(connection: Connection, recipe_id: int, direction_set_id: int, example
             text(
                 f"""
                 SELECT s.name AS validation_set, d.slice, d.ordinal, v.id AS validation_example_id,
-                       {_LABEL} AS label, t.product / d.n AS pull
+                       {_LABEL} AS label,
+                       CASE v.role WHEN 'contrast' THEN -t.product / d.contrast ELSE t.product / d.n END AS pull
                 FROM curator.directions d
                 JOIN curator.validation_sets s ON s.id = d.validation_set_id
                 JOIN curator.validation_examples v
-                  ON v.validation_set_id = d.validation_set_id AND v.slice = d.slice AND v.role = 'direction'
+                  ON v.validation_set_id = d.validation_set_id AND v.slice = d.slice
+                 AND v.role IN ('direction', 'contrast')
                 JOIN LATERAL (
                     SELECT sum(-(g.vector <#> b.vector)) AS product
                     FROM curator.gradient_blocks g
@@ -148,7 +152,10 @@ def harm_scales(connection: Connection, direction_set_id: int) -> dict[str, NDAr
 
 
 def controls(connection: Connection, recipe_id: int, example_id: int) -> Row[Any] | None:
-    """What is known of an example without any validation data, and the share of arrivals that is below it in each."""
+    """What is known of an example without any validation data, and the share of arrivals that is below it in each.
+
+    Its length is in bytes of the record, and held against the latest arrivals only: all of them would have to be read.
+    """
     return connection.execute(
         text(
             """
@@ -156,12 +163,19 @@ def controls(connection: Connection, recipe_id: int, example_id: int) -> Row[Any
                    avg((o.loss < g.loss)::integer)::float8 AS loss_percentile,
                    avg((o.calibrated_loss < g.calibrated_loss)::integer)::float8 AS calibrated_loss_percentile,
                    avg((o.gradient_norm < g.gradient_norm)::integer)::float8 AS gradient_norm_percentile,
-                   avg((o.whitened_norm < g.whitened_norm)::integer)::float8 AS self_influence_percentile
+                   avg((o.whitened_norm < g.whitened_norm)::integer)::float8 AS self_influence_percentile,
+                   min(l.length) AS length, min(l.percentile) AS length_percentile
             FROM curator.gradients g
+            JOIN LATERAL (
+                SELECT own.length, avg((octet_length(e.record::text) < own.length)::integer)::float8 AS percentile
+                FROM (SELECT octet_length(record::text) AS length FROM curator.examples WHERE id = g.example_id) own,
+                     (SELECT record FROM curator.examples ORDER BY id DESC LIMIT :latest) e
+                GROUP BY own.length
+            ) l ON true
             LEFT JOIN curator.gradients o ON o.recipe_id = g.recipe_id AND o.state = 'ok'
             WHERE g.recipe_id = :recipe AND g.example_id = :example
             GROUP BY g.recipe_id, g.example_id
             """
         ),
-        {"recipe": recipe_id, "example": example_id},
+        {"recipe": recipe_id, "example": example_id, "latest": _LATEST},
     ).one_or_none()

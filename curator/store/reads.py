@@ -42,7 +42,8 @@ def example(connection: Connection, example_id: int) -> Row[Any] | None:
             """
             SELECT e.id AS example_id, nullif(e.external_id, '') AS external_id, s.name AS source, e.arrived_at,
                    e.record, f.verdict, v.reason, v.review, v.q_value,
-                   (SELECT sum(o.n) FROM curator.occurrences o WHERE o.example_id = e.id)::bigint AS occurrences
+                   1 + (SELECT coalesce(sum(o.n), 0) FROM curator.occurrences o WHERE o.example_id = e.id)::bigint
+                       AS occurrences
             FROM curator.examples e
             JOIN curator.sources s ON s.id = e.source_id
             LEFT JOIN curator.verdicts_in_force f ON f.example_id = e.id
@@ -61,7 +62,8 @@ def scores_of(connection: Connection, example_id: int) -> Rows:
             text(
                 """
                 SELECT checkpoint, validation_set, slice, influence, stderr, percentile, normalised_influence,
-                       exact_influence, self_influence, harm, p_value, loss, calibrated_loss, gradient_norm
+                       exact_influence, self_influence, harm, p_value, loss, calibrated_loss, gradient_norm,
+                       embedding_similarity, bm25
                 FROM curator.influence_scores WHERE example_id = :id AND in_use ORDER BY validation_set, slice
                 """
             ),
@@ -206,15 +208,15 @@ def given_up(connection: Connection, example_id: int) -> Row[Any] | None:
     ).one_or_none()
 
 
-def ended(connection: Connection, origins: list[str]) -> list[str]:
-    """Which of these files no intake will read again."""
+def ended(connection: Connection, digests: list[str]) -> list[str]:
+    """Which contents, by their digests in hex, no intake will read again."""
     return list(
         connection.scalars(
             text(
-                "SELECT origin FROM curator.intakes WHERE origin = ANY(:origins)"
-                " GROUP BY origin HAVING bool_and(state <> 'reading')"
+                "SELECT encode(digest, 'hex') FROM curator.intakes WHERE encode(digest, 'hex') = ANY(:digests)"
+                " GROUP BY digest HAVING bool_and(state <> 'reading')"
             ),
-            {"origins": origins},
+            {"digests": digests},
         )
     )
 
@@ -239,8 +241,8 @@ def abandoned(connection: Connection) -> Rows:
     return list(
         connection.execute(
             text(
-                "SELECT stage, coalesce(last_error, 'no message') AS error, count(*) AS n FROM curator.work"
-                " WHERE state = 'quarantined' GROUP BY 1, 2 ORDER BY 1, 3 DESC, 2"
+                "SELECT stage, last_error AS error, count(*) AS n FROM curator.work"
+                " WHERE state = 'quarantined' AND last_error IS NOT NULL GROUP BY 1, 2 ORDER BY 1, 3 DESC, 2"
             )
         )
     )
@@ -261,7 +263,8 @@ def totals(connection: Connection) -> Row[Any]:
             """
             WITH recipe AS (SELECT id FROM curator.recipes WHERE in_use)
             SELECT (SELECT count(*) FROM curator.examples) AS examples,
-                   (SELECT coalesce(sum(n), 0) FROM curator.occurrences)::bigint AS records,
+                   (SELECT count(*) FROM curator.examples)
+                   + (SELECT coalesce(sum(n), 0) FROM curator.occurrences)::bigint AS records,
                    (SELECT count(*) FROM curator.scores s JOIN recipe r ON r.id = s.recipe_id) AS scored,
                    (SELECT count(*) FROM curator.gradients g JOIN recipe r ON r.id = g.recipe_id
                     WHERE g.state <> 'ok') AS without_signal,

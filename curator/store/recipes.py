@@ -144,3 +144,20 @@ def recipe_fitted(
         ),
         {"id": recipe_id, "set_ids": list(set_ids), "dimension": dimension, "temperature": temperature},
     )
+
+
+def outlived(connection: Connection) -> list[str]:
+    """Validation sets that the curvature of the recipe in use was fitted on, and that are in use no more: NAME vN."""
+    return list(
+        connection.scalars(
+            text(
+                """
+                SELECT v.name || ' v' || v.version
+                FROM curator.recipes r JOIN curator.validation_sets v ON v.id = ANY(r.fitted_on)
+                WHERE r.in_use AND r.state = 'ready' AND NOT EXISTS (
+                    SELECT FROM curator.validation_sets u WHERE u.in_use AND u.digest = v.digest)
+                ORDER BY v.name, v.version
+                """
+            )
+        )
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from sqlalchemy import Connection, Row, text
 
 @dataclass(frozen=True, slots=True)
 class ValidationExample:
-    """A trusted example, either part of a direction or kept aside as a reference."""
+    """An example of a validation set: part of a direction, kept aside as a reference, or what it is contrasted with."""
 
     id: int
     validation_set_id: int
@@ -86,6 +86,19 @@ def validation_sets_in_use(connection: Connection) -> list[tuple[int, bytes]]:
     return [(row.id, bytes(row.digest)) for row in rows]
 
 
+def some_trusted(connection: Connection, recipe_id: int, n: int = 4) -> list[Mapping[str, Any]]:
+    """A few trusted records that were measured under a recipe: whoever cannot measure them now is himself at fault."""
+    rows = connection.scalars(
+        text(
+            "SELECT v.record FROM curator.validation_gradients g"
+            " JOIN curator.validation_examples v ON v.id = g.validation_example_id"
+            " WHERE g.recipe_id = :id AND g.state = 'ok' ORDER BY v.id LIMIT :n"
+        ),
+        {"id": recipe_id, "n": n},
+    )
+    return list(rows)
+
+
 def validation_examples(connection: Connection, set_ids: Sequence[int]) -> list[ValidationExample]:
     """The trusted examples of those sets, in a fixed order."""
     rows = connection.execute(
@@ -99,14 +112,15 @@ def validation_examples(connection: Connection, set_ids: Sequence[int]) -> list[
 
 
 def validation_summary(connection: Connection) -> list[Row[Any]]:
-    """Each validation set and slice: name, version, in_use, slice, direction, reference."""
+    """Each validation set and slice: name, version, in_use, slice, direction, reference, contrast."""
     return list(
         connection.execute(
             text(
                 """
                 SELECT s.name, s.version, s.in_use, e.slice,
                        count(*) FILTER (WHERE e.role = 'direction') AS direction,
-                       count(*) FILTER (WHERE e.role = 'reference') AS reference
+                       count(*) FILTER (WHERE e.role = 'reference') AS reference,
+                       count(*) FILTER (WHERE e.role = 'contrast') AS contrast
                 FROM curator.validation_sets s
                 JOIN curator.validation_examples e ON e.validation_set_id = s.id
                 GROUP BY s.id, e.slice ORDER BY s.name, s.version, e.slice
@@ -116,12 +130,42 @@ def validation_summary(connection: Connection) -> list[Row[Any]]:
     )
 
 
+def digests_in_use(connection: Connection, digests: Collection[bytes]) -> set[bytes]:
+    """Which of those are the digest of an example of a validation set in use."""
+    rows = connection.scalars(
+        text(
+            "SELECT v.digest FROM curator.validation_examples v"
+            " JOIN curator.validation_sets s ON s.id = v.validation_set_id AND s.in_use"
+            " WHERE v.digest = ANY(CAST(:digests AS bytea[])) AND v.role <> 'contrast'"
+        ),
+        {"digests": list(digests)},
+    )
+    return set(map(bytes, rows))
+
+
+def arrived_in(connection: Connection, intake_ids: Sequence[int]) -> int:
+    """How many examples that came by those intakes are in a validation set in use."""
+    return int(
+        connection.scalar(
+            text(
+                "SELECT count(DISTINCT e.id) FROM curator.validation_examples v"
+                " JOIN curator.validation_sets s ON s.id = v.validation_set_id AND s.in_use"
+                " JOIN curator.examples e ON e.digest = v.digest"
+                " JOIN curator.batches b ON b.id = e.batch_id WHERE v.role <> 'contrast' AND (b.intake_id = ANY(:ids)"
+                " OR EXISTS (SELECT FROM curator.occurrences o WHERE o.example_id = e.id AND o.intake_id = ANY(:ids)))"
+            ),
+            {"ids": list(intake_ids)},
+        )
+        or 0
+    )
+
+
 def leaked(connection: Connection, set_id: int) -> int:
-    """How many examples of a validation set have also arrived as training data."""
+    """How many trusted examples of a validation set have also arrived as training data."""
     n: int | None = connection.scalar(
         text(
             "SELECT count(*) FROM curator.validation_examples v JOIN curator.examples e USING (digest)"
-            " WHERE v.validation_set_id = :id"
+            " WHERE v.validation_set_id = :id AND v.role <> 'contrast'"
         ),
         {"id": set_id},
     )
@@ -154,16 +198,16 @@ def measured_validation(connection: Connection, recipe_id: int) -> set[int]:
 
 
 def measured_direction_examples(connection: Connection, recipe_id: int, set_id: int) -> list[Row[Any]]:
-    """(id, validation_set_id, slice, whitened_norm, loss) of the examples behind the directions of a set."""
+    """(id, validation_set_id, slice, role, whitened_norm, loss) of the examples behind the directions of a set."""
     return list(
         connection.execute(
             text(
                 """
-                SELECT v.id, v.validation_set_id, v.slice, g.whitened_norm, g.loss
+                SELECT v.id, v.validation_set_id, v.slice, v.role, g.whitened_norm, g.loss
                 FROM curator.direction_sets d
                 JOIN curator.validation_examples v ON v.validation_set_id = ANY(d.validation_set_ids)
                 JOIN curator.validation_gradients g ON g.validation_example_id = v.id AND g.recipe_id = :recipe_id
-                WHERE d.id = :set_id AND v.role = 'direction' AND g.state = 'ok'
+                WHERE d.id = :set_id AND v.role IN ('direction', 'contrast') AND g.state = 'ok'
                 ORDER BY v.id
                 """
             ),

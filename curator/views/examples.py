@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Row
 from curator.errors import AmbiguousExample, NoVector, UnknownExample
 from curator.influence import harm
 from curator.store import evidence, figures, reads
-from curator.views.pulls import Driven, driven
+from curator.views.pulls import Driven, Words, driven
 from curator.views.text import preview
 
 
@@ -66,6 +66,7 @@ class Why:
     driven_by: tuple[Driven, ...]
     neighbours: tuple[Neighbour, ...]
     history: tuple[dict[str, Any], ...]
+    words: tuple[Words, ...] = ()
 
 
 def find(connection: Connection, given: str) -> int:

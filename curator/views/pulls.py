@@ -1,4 +1,4 @@
-"""What drove a normalised influence: by validation example, by their label, and by layer. Each way adds up to it."""
+"""What drove a normalised influence: by validation example, by their label, by layer, by word."""
 
 from __future__ import annotations
 
@@ -58,9 +58,32 @@ class Layer:
     """What one layer's kept entries add; ``share`` is its part of the sizes of all layers' pulls."""
 
     layer: str
-    entries: int
+    entries: int | None
     pull: float
     share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A word with its place, from 0, and what it pulls."""
+
+    position: int
+    token: str
+    pull: float
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """The words of an example on one slice, in their order.
+
+    ``how`` is ``position``, where the pulls add up to the exact normalised influence, or ``removal``, where each is the
+    score less that without the word.
+    """
+
+    validation_set: str
+    slice: str
+    how: str
+    tokens: tuple[Token, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +154,7 @@ def _of_slice(
         down=_side([row for row in rows if row.pull < 0], limit, records),
         up=_side([row for row in reversed(rows) if row.pull >= 0], limit, records),
         by_label=_by_label(rows),
-        by_layer=_by_layer([(name, entries, float(pull_S[first.ordinal - 1])) for name, entries, pull_S in layers]),
+        by_layer=by_layer([(name, entries, float(pull_S[first.ordinal - 1])) for name, entries, pull_S in layers]),
     )
 
 
@@ -164,8 +187,8 @@ def _by_label(rows: Sequence[Row[Any]]) -> tuple[Labelled, ...]:
     )
 
 
-def _by_layer(layers: Sequence[tuple[str, int, float]]) -> tuple[Layer, ...]:
-    """The largest first."""
+def by_layer(layers: Sequence[tuple[str, int | None, float]]) -> tuple[Layer, ...]:
+    """Layers with their kept entries (where a vector consists of those) and pulls: the largest first."""
     sizes = sum(abs(pull) for _, _, pull in layers) or 1.0
     found = (Layer(name, entries, pull, abs(pull) / sizes) for name, entries, pull in layers)
     return tuple(sorted(found, key=lambda layer: -layer.share))

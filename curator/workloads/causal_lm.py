@@ -26,6 +26,7 @@ from curator.workloads.base import Record
 from curator.workloads.experts import take_apart
 from curator.workloads.huggingface import Weights, pretrained
 from curator.workloads.tokens import IGNORED, TokenBatch, Tokens, padded, tokenized
+from curator.workloads.training import Training
 from curator.workloads.turns import chat_segments, conversation, last_only, plain_segments, preference
 
 KIND = "causal-lm"
@@ -183,9 +184,19 @@ class CausalLM:
         texts = [text for record in records for text in preference(record) or (record,)]
         return padded([self.tokens(text) for text in texts], self.tokenizer.pad_token_id or 0)
 
+    def training(self) -> Training:
+        """A pass of fine-tuning."""
+        return Training(epochs=1, batch=8, learning_rate=2e-5)
+
     def n_tokens(self, record: Record) -> int:
         """Tokens of the record after cutting."""
         return sum(len(self.tokens(text).ids) for text in preference(record) or (record,))
+
+    def positions(self, record: Record) -> list[str]:
+        """The text of each token; none of a preference, whose two answers share their positions."""
+        if self.options.objective == "dpo":
+            return []
+        return [self.tokenizer.decode([token]) for token in self.tokens(record).ids]
 
     # --- losses ---------------------------------------------------------------------------------------------
 

@@ -111,7 +111,6 @@ def test_a_factory_that_raises_is_named_with_its_line(curator, project: Path, di
     [
         ('layers = ["encoder.*"]', "CUR-MOD-001", "encoder.*"),
         ("kept = { first = 7 }", "CUR-NUM-001", "first"),
-        ('code = "sjlt"\ncode_dimension = 30000\ndimension = 40000', "CUR-NUM-031", "25856 entries"),
     ],
 )
 def test_a_recipe_that_does_not_suit_the_model_is_refused_when_the_checkpoint_is_added(
@@ -122,6 +121,17 @@ def test_a_recipe_that_does_not_suit_the_model_is_refused_when_the_checkpoint_is
     done = curator("checkpoint", "add", "base", digits_files.checkpoint)
     assert_refused(done, code)
     assert named in done.stderr
+
+
+def test_a_loss_that_depends_on_the_batch_is_refused_when_trusted_data_is_added(
+    curator, project: Path, digits_files: digits.Files
+) -> None:
+    workload = project / "digits_workload.py"
+    workload.write_text(
+        workload.read_text().replace("x, y = batch", "x, y = batch[0] - batch[0].mean(dim=0), batch[1]")
+    )
+    assert curator("checkpoint", "add", "base", digits_files.checkpoint, "--no-check").returncode == 0
+    assert_refused(curator("validation", "add", "trusted", digits_files.validation), "CUR-WRK-010")
 
 
 def test_an_empty_validation_file_is_refused(curator, tmp_path: Path) -> None:

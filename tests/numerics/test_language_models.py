@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from curator.influence.attribution import RecipeSpec, draw_masks
-from curator.influence.capture import KeptEntries, capture, find_layers
+from curator.influence.capture import capture, find_layers
+from curator.influence.kept import KeptEntries
+from curator.influence.recipe import RecipeSpec, draw_masks
 from curator.workloads.causal_lm import CausalLM, Options
 from curator.workloads.experts import Experts, take_apart
 from curator.workloads.tokens import Tokens, padded

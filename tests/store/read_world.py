@@ -129,7 +129,7 @@ def _footing(connection: Connection, dimension: int, trusted: int) -> tuple[int,
         {"recipe": recipe_id, "key": b"d" * 32, "sets": [set_id]},
     )
     assert isinstance(direction_set, int)
-    directions.record_directions(connection, direction_set, [(set_id, name, trusted) for name in SLICES])
+    directions.record_directions(connection, direction_set, [(set_id, name, trusted, 0) for name in SLICES])
     directions.use_directions(connection, direction_set)
     scales = {"harm/centre": CENTRE_SC, "harm/spread": SPREAD_SC}
     tensors.keep(connection, "direction_tensors", "direction_set_id", direction_set, scales)
@@ -142,7 +142,13 @@ def _references(connection: Connection, set_id: int, reference_RS: Floats) -> No
         text("SELECT id FROM curator.validation_examples WHERE role = 'reference' ORDER BY id")
     ).all()
     rows = [
-        {"id": number, "normalised": row.tolist(), "influence": row.tolist(), "harm": ((1 - row) / 2).tolist()}
+        {
+            "id": number,
+            "normalised": row.tolist(),
+            "influence": row.tolist(),
+            "harm": ((1 - row) / 2).tolist(),
+            "self_influence": 1.0,
+        }
         for number, row in zip(ids, reference_RS.astype(float), strict=True)
     ]
     directions.record_references(connection, set_id, rows)
@@ -185,12 +191,7 @@ def _arrivals(connection: Connection, examples: int, bad: NDArray[np.bool_], ran
         ),
         rows,
     )
-    run(
-        text(
-            "INSERT INTO curator.occurrences (example_id, intake_id, external_id, position)"
-            " SELECT id, source_id, external_id, id FROM curator.examples"
-        )
-    )
+    run(text("UPDATE curator.examples SET position = id"))
 
 
 def _gradients(
@@ -233,8 +234,10 @@ def _scores(connection: Connection, recipe_id: int, set_id: int, normalised_BS: 
             "influence": [float(x) * 3 for x in n],
             "stderr": [0.01] * len(n),
             "normalised": [float(x) for x in n],
+            "normalised_stderr": [0.01] * len(n),
             "percentile": [float(x) for x in p],
             "self_influence": 1.0,
+            "neighbours": [float(x) for x in n],
             "harm": [float(1 - x) / 2 for x in n],
             "p_value": [float(x) for x in p],
         }
@@ -279,8 +282,9 @@ def _verdicts(
 
 
 def _judged(connection: Connection, set_id: int) -> None:
+    policies = verdicts.use_policies(connection, b"p", "{}")
     for batch_id in (1, 2, 3):
-        verdicts.note_judged(connection, batch_id, set_id, judged=1, pool=1, refs=80, fdr=0.1, flagged=1)
+        verdicts.note_judged(connection, batch_id, set_id, policies, judged=1, pool=1, refs=80, fdr=0.1, flagged=1)
 
 
 def _leftovers(connection: Connection) -> None:

@@ -101,6 +101,7 @@ def test_controls_are_percentiles_among_the_arrivals(connection: Connection, wor
     assert row is not None
     assert row.loss_percentile == pytest.approx(row.gradient_norm_percentile)
     assert 0.5 < row.loss_percentile < 1
+    assert (row.length, row.length_percentile) == (113, 599 / 600)
 
 
 def test_an_example_is_found_by_number_and_by_its_own_id(connection: Connection) -> None:

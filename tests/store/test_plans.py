@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, Engine, event, text
 
-from curator.store import evidence, work
+from curator.store import evidence, reads, work
 from curator.store.engine import begin
 from curator.types import Stage
 from tests.store.read_world import populate
@@ -49,6 +49,37 @@ def test_whoever_asks_what_waits_reads_a_row_a_stage(ledger: Engine) -> None:
     with begin(ledger) as connection:
         assert work.claimable(connection) == [Stage.GRADIENTS, Stage.SCORES]
     assert rows_read(ledger, work.claimable) <= 2 * len(Stage)
+
+
+def test_status_reads_no_finished_work(ledger: Engine) -> None:
+    """However many months of it there are: what has ended is known without a count."""
+
+    def status(connection: Connection) -> None:
+        reads.pipeline(connection)
+        reads.abandoned(connection)
+        reads.held(connection)
+        work.progress(connection)
+        work.blocked(connection)
+        work.pending(connection)
+
+    with begin(ledger) as connection:
+        work.sum_up(connection)
+        found = {(row.stage, row.state): row.n for row in reads.pipeline(connection)}
+    assert found["scores", "done"] == DONE
+    assert found["gradients", "ready"] == READY_BEFORE
+    assert rows_read(ledger, status) < 100
+    assert rows_passed_over(ledger, status) < 100
+
+
+def test_upkeep_and_watchdog_read_what_is_in_trouble_and_no_more(ledger: Engine) -> None:
+    def looks(connection: Connection) -> None:
+        work.mend_clock(connection, 30)
+        work.reclaim(connection)
+        work.worn_out(connection, 3)
+        work.standing(connection)
+
+    assert rows_read(ledger, looks) <= 2 * len(Stage)
+    assert rows_passed_over(ledger, looks) == 0
 
 
 def test_why_reads_one_vector_by_its_key_and_no_other(engine: Engine) -> None:

@@ -36,7 +36,7 @@ def walk(engine: Engine, settings: Settings, files: digits.Files) -> None:
         trusted = list(jsonl.open_records(files.validation, settings.limits, any_shape=True))
         assert all(isinstance(item, Record) for item in trusted)
         slices = recipes.add_validation(connection, settings, "trusted", "", trusted)  # type: ignore[arg-type]
-    assert slices == {"all": (200, 200)}, "half gives the direction, half are references for p-values"
+    assert slices == {"all": (200, 200, 0)}, "half gives the direction, half are references for p-values"
 
     # 2. A file arrives. Nothing is computed yet: an intake is opened, and the ledger has one piece of work.
     with begin(engine) as connection:
@@ -177,7 +177,7 @@ def test_influence_is_the_mean_over_the_validation_examples_that_its_error_is_of
         unit_BK = torch.from_numpy(vectors.read(connection, recipe.id, ids, recipe.dimension))
     ones = torch.ones(len(ids))
     scored = stick.score(unit_BK, ones, ones)
-    for s, whitened_VK in enumerate(stick.whitened_VK):
-        mean_B = (unit_BK @ whitened_VK.T).mean(dim=1)
+    for s, (unit_VK, norm_V) in enumerate(stick.behind):
+        mean_B = (unit_BK @ (unit_VK * norm_V[:, None]).T).mean(dim=1)
         largest = float(scored.influence_BS[:, s].abs().max())
         torch.testing.assert_close(mean_B, scored.influence_BS[:, s], rtol=0, atol=0.01 * largest)

@@ -223,7 +223,7 @@ def test_an_unknown_setting_is_refused_with_a_suggestion(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("toml", "named"),
     [
-        ('[gradients]\ncode = "zip"', "one of 'none', 'pca', 'sjlt'"),
+        ('[gradients]\ncode = "zip"', "one of 'none', 'pca+sjlt', 'pca', 'sjlt'"),
         ('[gradients]\nimportance = "high"', "one of 'none', 'rms'"),
         ("[gradients]\nkept = 3", "a table"),
         ('[gradients]\nkept = { first = "all" }', "a table of whole numbers above 0"),

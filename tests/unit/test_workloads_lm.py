@@ -71,6 +71,21 @@ def supervised(workload, record):
     return [WORDS[i] for i in found.ids], [WORDS[t] for t in found.targets if t != IGNORED]
 
 
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"text": "a b c"},
+        {"prompt": "a b ", "completion": "c d"},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+    ],
+)
+def test_every_position_that_the_model_sees_has_its_text(workload, record):
+    [batch] = [base.batch_of(workload, [record], CPU)]
+    names = base.positions_of(workload, record)
+    assert len(names) == batch.id_BT.shape[1]
+    assert names == [WORDS[i] for i in batch.id_BT[0].tolist()]
+
+
 def test_every_token_of_a_text_and_only_the_completion_of_a_prompt_count(workload):
     assert supervised(workload, {"text": "a b"}) == (["<s>", "a", "b", "</s>"], ["a", "b", "</s>"])
     whole, counted = supervised(workload, {"prompt": "a b ", "completion": "c d"})
