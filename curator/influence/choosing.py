@@ -41,8 +41,8 @@ def trust(p_B: ArrayLike, references: int) -> Floats:
     arrives that is worse than trusted data it is about 1 for all, and a fixed threshold on p would throw away the
     examples there is most to learn from.
 
-    The ``references`` that p-values are ranks among are a sample: of data like them a share x of all p-values lies below
-    x only give or take sqrt(x (1 - x) / references). What lies below in excess counts from twice that on.
+    The ``references`` that p-values are ranks among are a sample: of data like them, a share x of all p-values lies
+    below x only give or take sqrt(x (1 - x) / references). What lies below in excess counts from twice that on.
     """
     p = np.asarray(p_B, np.float64)
     if not len(p):
