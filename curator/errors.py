@@ -196,6 +196,13 @@ class DaemonFailed(DependencyDown):
     hint = "The whole log is in {log}."
 
 
+class DiskLow(DependencyDown):
+    """The disk that holds {path} has {free} MB left, less than {least} MB: nothing is taken in."""
+
+    code = "CUR-RUN-003"
+    hint = "Make room: intake then goes on by itself. [limits] disk_bytes says how much must be left."
+
+
 # --- model and numbers ------------------------------------------------------------------------------------
 
 
@@ -413,6 +420,13 @@ class LongName(DataError):
     hint = "Keep id and source short; what is long belongs in meta."
 
 
+class NoJsonForm(DataError):
+    """The row holds a value of type {kind}, which has no form in JSON."""
+
+    code = "CUR-TXT-012"
+    hint = "Leave that column out, or write it as text or numbers; curator trains on what JSON can say."
+
+
 class NulEscaped(DataError):
     r"""A string of the record holds the character NUL; it was kept, as the escape \u0000."""
 
@@ -461,10 +475,68 @@ class NestedArchive(DataError):
 
 
 class UnreadFormat(DataError):
-    """{path} is {found}, not lines of JSON."""
+    """{path} is {found}, which curator does not read."""
 
     code = "CUR-FIL-005"
-    hint = "Unpack or convert it to JSON lines, plain or gzip."
+    hint = "Read are JSON lines and CSV (plain, gzip, zstd), Parquet, Arrow and what `datasets` saves; convert it."
+
+
+class UrlNotAllowed(UsageError):
+    """{url} is not below any of the prefixes that may be read: {allowed}."""
+
+    code = "CUR-INP-005"
+    hint = (
+        'Add its prefix: [sources] urls = ["s3://bucket/folder"]. A URL with .., ::, ?, # or a password is never read.'
+    )
+
+
+class DamagedTable(DataError):
+    """{path} is damaged after row {row}: {reason}. The rows before it stay."""
+
+    code = "CUR-FIL-006"
+    hint = "Fetch the file again: rows it has in common with the damaged one are known by digest and cost nothing."
+
+
+class OutsideFolder(DataError):
+    """{path} names the file {name!r}, which is not in its folder."""
+
+    code = "CUR-FIL-007"
+    hint = "A folder of records is read within itself only: copy the file there, or give it by its own name."
+
+
+class NotADataset(DataError):
+    """{path} is no folder that `datasets` saved: {reason}."""
+
+    code = "CUR-FIL-008"
+    hint = "Give the files within; a folder that others write into is for `curator watch`."
+
+
+class SeveralSplits(DataError):
+    """{path} holds several splits: {splits}."""
+
+    code = "CUR-FIL-009"
+    hint = "Give the one that is trained on: {path}/{first}."
+
+
+class BadHeader(DataError):
+    """{path} does not begin with a header of columns: {reason}."""
+
+    code = "CUR-FIL-010"
+    hint = "The first line of a CSV file names its columns, each once: text,label for instance."
+
+
+class UnevenRow(DataError):
+    """The row has {found} cells, the header names {wanted}."""
+
+    code = "CUR-TXT-013"
+    hint = "Quote cells that hold the delimiter or a line end, and double the quotes within them (RFC 4180)."
+
+
+class BadQuotes(DataError):
+    """The row's quotes do not close, or do not enclose a whole cell."""
+
+    code = "CUR-TXT-014"
+    hint = "Enclose the whole cell in quotes and double those within it (RFC 4180)."
 
 
 # --- command line and read side ---------------------------------------------------------------------------
@@ -498,6 +570,13 @@ class TargetInUse(UsageError):
     hint = "Name a new directory, or pass --force to replace a former export."
 
 
+class NoColumn(UsageError):
+    """The field {field} {reason}, which no column of a table can hold."""
+
+    code = "CUR-OUT-004"
+    hint = "Export as JSON lines (--format jsonl), which can; or give the field one type."
+
+
 class TargetNotOurs(UsageError):
     """{path} is not an export of curator, so --force does not replace it."""
 
@@ -526,6 +605,20 @@ class NoVector(UsageError):
     hint = "`curator status` shows what is left to do; an example without signal or in quarantine never gets one."
 
 
+class NoTokens(UsageError):
+    """The model's positions have no names here, and the record has no text to leave words out of."""
+
+    code = "CUR-EXM-004"
+    hint = "Give the workload a method `positions(record)`: the text at each position that its model sees."
+
+
+class NotExplained(UsageError):
+    """The pass through the model failed: {reason}"""
+
+    code = "CUR-EXM-005"
+    hint = "`curator doctor` tries the model on a few trusted examples and says what is wrong."
+
+
 class NothingScored(UsageError):
     """No example has a score under the recipe in use."""
 
@@ -552,6 +645,13 @@ class NoSuchSource(UsageError):
 
     code = "CUR-SRC-001"
     hint = "`curator sql 'SELECT DISTINCT source FROM curator.source_influence'` lists those with scores."
+
+
+class NoSuchField(UsageError):
+    """No record has a field {name!r}.{suggestion}"""
+
+    code = "CUR-SRC-002"
+    hint = "Group by one of: {known}; a dot leads into a field, as in meta.team.lead."
 
 
 class NoSuchSlice(UsageError):
@@ -583,6 +683,41 @@ class NothingToUndo(UsageError):
 
     code = "CUR-REV-001"
     hint = "`curator review EXAMPLE --keep|--drop|--relabel` first; `verdict_history` holds what was said."
+
+
+class NothingToReview(UsageError):
+    """No flag has been raised, so there is nothing to draw from."""
+
+    code = "CUR-REV-002"
+    hint = "`curator reviews queue` lists what is most likely to be wrong of all that was judged."
+
+
+class NothingToRelabel(UsageError):
+    """The record of example {example} has no label that another could take the place of."""
+
+    code = "CUR-REV-003"
+    hint = "Say --relabel without --label, or --drop."
+
+
+class NoSuchDraw(UsageError):
+    """There is no draw {draw}; there are {known}."""
+
+    code = "CUR-REV-004"
+    hint = "`curator reviews sample N` makes one, `curator reviews precision` lists them."
+
+
+class NotLabelStudio(UsageError):
+    """{path} is no JSON export of Label Studio: {reason}."""
+
+    code = "CUR-REV-005"
+    hint = 'Export as "JSON" (not JSON-MIN or CSV) the project that holds the tasks of `curator reviews export`.'
+
+
+class NotOfThisProject(UsageError):
+    """Example {example} is not the one that was annotated: the task was written by another project."""
+
+    code = "CUR-REV-006"
+    hint = "Import it with --project naming the project that exported the tasks."
 
 
 # --- workloads and checkpoints ----------------------------------------------------------------------------
@@ -679,6 +814,29 @@ class CheckpointForeign(DataError):
     hint = 'Use the [workload] kind the checkpoint was made for, or kind = "torch" with a factory of your own.'
 
 
+class AdapterBaseMissing(DataError):
+    """The adapter at {path} belongs to the base model {base!r}, which is no local folder."""
+
+    code = "CUR-CKP-013"
+    hint = (
+        "Set base_model_name_or_path in its adapter_config.json to the folder of the base model; nothing is downloaded."
+    )
+
+
+class NoCheckpoint(UsageError):
+    """There is no checkpoint to measure with."""
+
+    code = "CUR-CKP-014"
+    hint = "curator checkpoint add NAME PATH"
+
+
+class TemplateDiffers(UsageError):
+    """The chat template {given} (SHA-256 {given_digest}) is not the checkpoint's own ({stored_digest})."""
+
+    code = "CUR-WRK-013"
+    hint = "Save the trainer's tokenizer with the checkpoint; then [workload] options.chat_template is not needed."
+
+
 # --- checkpoints and validation sets ----------------------------------------------------------------------
 
 
@@ -745,6 +903,29 @@ class TooFewTrusted(UsageError):
     hint = "Add trusted examples: part gives the direction, part is kept aside as references for p-values."
 
 
+class ContrastMissing(UsageError):
+    """Slice {slice!r} of the validation set {name!r} is in the {there} file alone."""
+
+    code = "CUR-VAL-009"
+    hint = "A contrast is good minus bad, slice by slice: give both files the same slices."
+
+
+class ContrastOverlaps(UsageError):
+    """{n} of the {name!r} validation set's examples are in the good and in the bad file, line {position} first."""
+
+    code = "CUR-VAL-010"
+    hint = "Take them out of one of the files: an example cannot be what to do and what not to do."
+
+
+class UnknownPolicySlice(UsageError):
+    """Policy {policy} names the slice {slice!r}, and there are {known}."""
+
+    code = "CUR-POL-001"
+    hint = (
+        "Correct [policy.{policy}] slices or [verdicts] veto in curator.toml; `curator validation list` has the names."
+    )
+
+
 class NotMeasurable(UsageError):
     """Validation slice {slice!r} has no example with a usable gradient ({states})."""
 
@@ -790,7 +971,7 @@ class NoSuchFile(UsageError):
     """There is no file {path}."""
 
     code = "CUR-INP-001"
-    hint = "Name existing JSONL files, plain or gzip; `curator watch DIR` takes a whole folder."
+    hint = "Name existing files, or a URL; `curator watch DIR` takes a whole folder."
 
 
 class IsADirectory(UsageError):

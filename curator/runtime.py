@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# A wake-up that nobody took in this time is worth nothing: the scheduler has rung again.
-WAKE_SECONDS = 30
+# A wake-up that nobody took in this time is worth nothing: the scheduler has rung again. Not shorter, for the machines
+# of worker and scheduler read it off clocks of their own: a worker whose clock is ahead would throw every ring away.
+WAKE_SECONDS = 300
 
 # Stages that need the model run where the GPU is; the others must not wait behind them.
 MODEL_QUEUE, TABLE_QUEUE = "model", "table"
@@ -37,25 +38,31 @@ QUEUES = {stage: MODEL_QUEUE if stage in (Stage.DIRECTIONS, Stage.GRADIENTS) els
 
 
 def doorbells() -> list[Queue]:
-    """The queues, each declared anew by every message.
+    """The queues, each declared anew by every message, and none of them with acknowledgements.
 
     A broker that was emptied has forgotten where messages go, and kombu, which remembers having declared the queue,
-    would send them nowhere until it connects again.
+    would send them nowhere until it connects again. An acknowledgement that is lost keeps its place in the worker's
+    window for ever; after two of them the worker is connected and takes nothing. A ring needs none: the scheduler
+    rings again.
     """
     from kombu.entity import Queue
 
     class Doorbell(Queue):
         can_cache_declaration = False
 
-    return [Doorbell(name) for name in (MODEL_QUEUE, TABLE_QUEUE)]  # type: ignore[no-untyped-call]
+    return [Doorbell(name, no_ack=True) for name in (MODEL_QUEUE, TABLE_QUEUE)]  # type: ignore[no-untyped-call]
 
 
 @dataclass
 class Runtime:
-    """What a process works with. Close it (or use ``opened``) to let embedded servers go."""
+    """What a process works with. Close it (or use ``opened``) to let embedded servers go.
+
+    ``idle_seconds``: how long a transaction may lie idle before the server ends it; 0: for ever.
+    """
 
     settings: Settings
     application: str = "curator"
+    idle_seconds: float = 0
     held: ExitStack = field(default_factory=ExitStack)
     servers: list[Server] = field(default_factory=list)
 
@@ -86,7 +93,8 @@ class Runtime:
     @cached_property
     def engine(self) -> Engine:
         """Connections to the database."""
-        engine = make_engine(self.database_url, application=self.application)
+        silence = self.settings.limits.silence_seconds
+        engine = make_engine(self.database_url, application=self.application, silence=silence, idle=self.idle_seconds)
         self.held.callback(engine.dispose)
         return engine
 
@@ -157,13 +165,13 @@ def opened(settings: Settings, *, check_schema: bool = True, application: str = 
     runtime = Runtime(settings, application)
     try:
         if check_schema:
-            _handshake(runtime)
+            handshake(runtime)
         yield runtime
     finally:
         runtime.close()
 
 
-def _handshake(runtime: Runtime) -> None:
+def handshake(runtime: Runtime) -> None:
     """Our own database is brought up to date without asking; one that was given is its owner's to upgrade."""
     if not runtime.settings.database.url:
         with read(runtime.engine) as connection:
@@ -174,4 +182,4 @@ def _handshake(runtime: Runtime) -> None:
         migrate.require_revision(connection)
 
 
-__all__ = ["MODEL_QUEUE", "QUEUES", "TABLE_QUEUE", "UPKEEP_TASK", "Runtime", "opened"]
+__all__ = ["MODEL_QUEUE", "QUEUES", "TABLE_QUEUE", "UPKEEP_TASK", "Runtime", "handshake", "opened"]

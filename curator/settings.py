@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import tomllib
 import types
 import typing
@@ -48,15 +49,61 @@ class Workload:
 
 
 @dataclass(frozen=True, slots=True)
+class Sources:
+    """What arrives, and how it is understood."""
+
+    fields: Mapping[str, Any] = field(
+        default_factory=dict, metadata={"doc": 'what records call curator\'s fields: {text = "body", label = "class"}'}
+    )
+    named: Mapping[str, Any] = field(
+        default_factory=dict, metadata={"doc": "fields of one source: written as [sources.NAME], fields = {...}"}
+    )
+    urls: tuple[str, ...] = field(
+        default=(), metadata={"doc": "prefixes that may be read: s3://bucket/folder; empty: no URL at all"}
+    )
+    url_options: Mapping[str, Any] = field(
+        default_factory=dict, metadata={"doc": "keyword arguments of the fsspec file system, a table a scheme"}
+    )
+    still_seconds: float = field(
+        default=1.0, metadata={"doc": "how long a file of a watched folder stands still before it is taken"}
+    )
+    similarity: float = field(
+        default=0.8, metadata={"doc": "share of three-word sequences in common that makes a near-duplicate"}
+    )
+
+    def fields_of(self, source: str) -> Mapping[str, str]:
+        """What the records of a source call curator's fields; nothing where they use its own names."""
+        found: Mapping[str, str] = self.named.get(source, {}).get("fields", self.fields)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
 class Gradients:
     """How a gradient is compressed."""
 
     mask: Literal["coordinate", "neuron"] = "coordinate"
-    dimension: int = field(default=1984, metadata={"doc": "kept entries an example, over all layers"})
+    dimension: int = field(default=1984, metadata={"doc": "entries the mask keeps of a gradient, over all layers"})
+    kept: Mapping[str, int] = field(
+        default_factory=dict, metadata={"doc": "entries of single layers, a table; they count towards dimension"}
+    )
+    importance: Literal["none", "rms"] = field(
+        default="none", metadata={"doc": "rms: the mask keeps rather what carries the gradients of trusted data"}
+    )
+    budget: Literal["uniform", "energy"] = field(
+        default="uniform", metadata={"doc": "how layers share dimension; energy: by their part of the gradient"}
+    )
+    code: Literal["none", "pca+sjlt", "pca", "sjlt"] = field(
+        default="none", metadata={"doc": "what brings the kept entries down to code_dimension numbers"}
+    )
+    code_dimension: int = field(default=960, metadata={"doc": "numbers stored of an example, where there is a code"})
     layers: tuple[str, ...] = field(default=(), metadata={"doc": "name patterns; empty: every linear layer"})
     seed: int = 0
     exact: bool = field(default=True, metadata={"doc": "un-compressed scores on arrival"})
-    batch: int = field(default=256, metadata={"doc": "examples a forward pass"})
+    exact_norm: bool = field(default=True, metadata={"doc": "norms of full gradients; false: estimated by the mask"})
+    batch: int = field(default=256, metadata={"doc": "examples a forward pass, at most"})
+    tokens: int = field(
+        default=8192, metadata={"doc": "padded tokens a forward pass, at most; halved where memory runs out"}
+    )
     device: str = field(default="auto", metadata={"doc": "auto, cpu, cuda, cuda:1"})
 
 
@@ -65,6 +112,9 @@ class Scores:
     """How influence is computed."""
 
     damping: float = field(default=0.1, metadata={"doc": "relative to the mean of the Fisher's diagonal"})
+    exact_curvature: Literal["kfac", "ekfac"] = field(
+        default="kfac", metadata={"doc": "of exact scores; ekfac: one more pass over the trusted data"}
+    )
     measurement: Literal["auto", "margin", "calibrated", "loss"] = field(
         default="auto",
         metadata={"doc": "what un-normalised influence is on; auto: margin of a classifier, loss of a language model"},
@@ -81,6 +131,33 @@ class Verdicts:
     fdr: float = field(default=0.10, metadata={"doc": "false discovery rate of the flags of one batch"})
     pool: int = field(default=200, metadata={"doc": "a smaller batch is judged with earlier arrivals of its source"})
     valuable: float = field(default=0.20, metadata={"doc": "share of a batch that may be called valuable"})
+    stream: Literal["off", "source", "all"] = field(
+        default="off",
+        metadata={"doc": "flag only what keeps fdr over all batches together too: those of a source, or of all"},
+    )
+    veto: tuple[str, ...] = field(
+        default=(), metadata={"doc": '"set/slice": what significantly harms one of these is flagged, whatever it helps'}
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A rule that gives verdicts: a table ``[policy.NAME]``. One of the name of a built-in rule changes that rule."""
+
+    kind: Literal["harmful", "outlier", "valuable"] = "harmful"
+    score: Literal["harm", "influence"] = field(
+        default="harm", metadata={"doc": 'kind = "harmful": by the combined harm, or by a negative influence alone'}
+    )
+    slices: tuple[str, ...] = field(default=(), metadata={"doc": '"set/slice" or "set"; empty: every slice'})
+    fdr: float = field(default=0.0, metadata={"doc": "0: that of [verdicts]"})
+    share: float = field(default=0.0, metadata={"doc": 'kind = "valuable": share of a batch; 0: that of [verdicts]'})
+    enabled: bool = True
+
+
+BUILT_IN: Mapping[str, Policy] = types.MappingProxyType(
+    {"harmful": Policy(), "valuable": Policy(kind="valuable"), "veto": Policy(score="influence")}
+)
+"""What judges where no ``[policy.NAME]`` says otherwise; ``veto`` is on the slices of [verdicts] veto, if any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +187,21 @@ class Limits:
         default=60.0, metadata={"doc": "work that nobody takes for so long has its workers started again"}
     )
     turn_seconds: float = field(default=60.0, metadata={"doc": "how long one Celery message drains the table"})
+    silence_seconds: float = field(
+        default=15.0, metadata={"doc": "a database or broker that says nothing for so long is asked if it is there"}
+    )
+    disk_bytes: int = field(
+        default=256 << 20, metadata={"doc": "nothing is taken in while the project's disk has less; 0: no limit"}
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """How long what nobody needs any more is kept."""
+
+    quarantine_days: float = field(
+        default=90.0, metadata={"doc": "raw bytes of refused records; the line and the reason stay. 0: for ever"}
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,11 +212,14 @@ class Settings:
     database: Database = Database()
     broker: Broker = Broker()
     workload: Workload = Workload()
+    sources: Sources = Sources()
     gradients: Gradients = Gradients()
     scores: Scores = Scores()
     verdicts: Verdicts = Verdicts()
     schedule: Schedule = Schedule()
     limits: Limits = Limits()
+    retention: Retention = Retention()
+    policy: Mapping[str, Policy] = field(default_factory=dict)
     origins: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -132,16 +227,32 @@ class Settings:
         """Everything curator keeps on disk for this project."""
         return self.project / ".curator"
 
+    def policies(self) -> Mapping[str, Policy]:
+        """The policies in force by name, with what they take from [verdicts] filled in."""
+        named = {**BUILT_IN, **self.policy}
+        named["veto"] = replace(named["veto"], slices=named["veto"].slices or self.verdicts.veto)
+        return {name: self._filled(each) for name, each in sorted(named.items()) if self._is_on(name, each)}
+
+    def _is_on(self, name: str, policy: Policy) -> bool:
+        return policy.enabled and (name != "veto" or bool(policy.slices))
+
+    def _filled(self, policy: Policy) -> Policy:
+        return replace(policy, fdr=policy.fdr or self.verdicts.fdr, share=policy.share or self.verdicts.valuable)
+
     def rows(self) -> Iterator[tuple[str, object, str]]:
-        """Each setting with its value and where it came from; secrets are covered."""
+        """Each setting with its value and where it came from; secrets are covered. Then the policies in force."""
         for section, key, spec in known():
             value = getattr(getattr(self, section), key)
             covered = "(set)" if spec.get("secret") and value else value
             yield f"{section}.{key}", covered, self.origins.get(f"{section}.{key}", "default")
+        for name, policy in self.policies().items():
+            for spec_ in fields(policy):
+                key = f"policy.{name}.{spec_.name}"
+                yield key, getattr(policy, spec_.name), self.origins.get(key, "default")
 
 
 SECTIONS: Mapping[str, type] = {
-    name: hint for name, hint in get_type_hints(Settings).items() if name not in {"project", "origins"}
+    name: hint for name, hint in get_type_hints(Settings).items() if name not in {"project", "policy", "origins"}
 }
 
 
@@ -204,14 +315,41 @@ def _from_toml(path: Path) -> Iterator[tuple[str, tuple[object, str]]]:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadToml(path=path, reason=error) from None
+    for name, table in _policies_of(path, document.pop("policy", {})):
+        yield from _keys_of(path, f"policy.{name}", table, Policy)
     for section, table in document.items():
         if section not in SECTIONS or not isinstance(table, dict):
             raise UnknownSetting(where=path.name, key=f"[{section}]", suggestion=_nearest(section, SECTIONS))
-        keys = [spec.name for spec in fields(SECTIONS[section])]
-        for key, value in table.items():
-            if key not in keys:
-                raise UnknownSetting(where=f"{path.name} [{section}]", key=key, suggestion=_nearest(key, keys))
-            yield f"{section}.{key}", (value, path.name)
+        known_keys = [spec.name for spec in fields(SECTIONS[section])]
+        table = _gathered(table, known_keys) if section == "sources" else table
+        yield from _keys_of(path, section, table, SECTIONS[section])
+
+
+def _keys_of(
+    path: Path, section: str, table: Mapping[str, object], cls: type
+) -> Iterator[tuple[str, tuple[object, str]]]:
+    keys = [spec.name for spec in fields(cls)]
+    for key, value in table.items():
+        if key not in keys:
+            raise UnknownSetting(where=f"{path.name} [{section}]", key=key, suggestion=_nearest(key, keys))
+        yield f"{section}.{key}", (value, path.name)
+
+
+def _policies_of(path: Path, tables: object) -> Iterator[tuple[str, Mapping[str, object]]]:
+    """The tables [policy.NAME]. A name is part of every verdict, so it is a word."""
+    if not isinstance(tables, dict):
+        raise BadSetting(key="policy", value=tables, origin=path.name, expected="a table for each policy")
+    for name, table in tables.items():
+        if not isinstance(table, dict) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise BadSetting(key=f"policy.{name}", value=table, origin=path.name, expected="a table [policy.NAME]")
+        yield name, table
+
+
+def _gathered(table: Mapping[str, Any], keys: list[str]) -> dict[str, Any]:
+    """``[sources]`` with its sub-tables, one a source, under the key ``named``."""
+    named = {key: value for key, value in table.items() if key not in keys and isinstance(value, dict)}
+    rest = {key: value for key, value in table.items() if key not in named}
+    return {**rest, "named": {**named, **rest.get("named", {})}} if named else rest
 
 
 def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, tuple[object, str]]]:
@@ -256,9 +394,22 @@ def _build(project: Path, values: Mapping[str, tuple[object, str]]) -> Settings:
         }
         sections[section] = replace(cls(), **given)
     origins = {key: origin for key, (_, origin) in values.items()}
-    settings = Settings(project=project, origins=origins, **sections)
+    settings = Settings(project=project, origins=origins, policy=_policies(values), **sections)
     _check_ranges(settings)
+    _check_fields(settings)
     return settings
+
+
+def _policies(values: Mapping[str, tuple[object, str]]) -> Mapping[str, Policy]:
+    """What ``[policy.NAME]`` says, over the built-in policy of that name where there is one."""
+    hints = get_type_hints(Policy)
+    given: dict[str, dict[str, Any]] = {}
+    for key, (value, origin) in values.items():
+        section, _, rest = key.partition(".")
+        if section == "policy":
+            name, _, setting = rest.partition(".")
+            given.setdefault(name, {})[setting] = _convert(key, hints[setting], value, origin)
+    return {name: replace(BUILT_IN.get(name, Policy()), **table) for name, table in given.items()}
 
 
 def _convert(key: str, hint: Any, value: object, origin: str) -> object:
@@ -279,9 +430,17 @@ def _convert(key: str, hint: Any, value: object, origin: str) -> object:
         return _convert_number(hint, value, bad)
     if hint is str and isinstance(value, str):
         return value
-    if isinstance(value, Mapping):
-        return types.MappingProxyType(dict(value))
-    raise bad("a table" if hint is not str else "text")
+    if get_origin(hint) is Mapping:
+        return _convert_table(get_args(hint)[1], value, bad)
+    raise bad("text")
+
+
+def _convert_table(values: Any, table: object, bad: typing.Callable[[str], BadSetting]) -> Mapping[str, object]:
+    if not isinstance(table, Mapping):
+        raise bad("a table")
+    if values is int and not all(type(number) is int and number > 0 for number in table.values()):
+        raise bad("a table of whole numbers above 0")
+    return types.MappingProxyType(dict(table))
 
 
 def _convert_names(value: object, bad: typing.Callable[[str], BadSetting]) -> tuple[str, ...]:
@@ -317,12 +476,15 @@ def _convert_number(
 # (key, lowest, highest): the ranges a number may take; the lowest is allowed unless it is said to be open.
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("gradients.dimension", 8, 1_000_000),
+    ("gradients.code_dimension", 1, 100_000),
     ("gradients.batch", 1, 100_000),
     ("scores.damping", 1e-6, 1e6),
     ("scores.references", 0.05, 0.95),
     ("verdicts.fdr", 1e-4, 0.5),
     ("verdicts.pool", 1, 1_000_000),
     ("verdicts.valuable", 0, 1),
+    ("sources.still_seconds", 0, 86_400),
+    ("sources.similarity", 0.7, 1),
     ("schedule.stages", 0.1, 86_400),
     ("schedule.folders", 0.1, 86_400),
     ("schedule.upkeep", 0.1, 86_400),
@@ -335,13 +497,47 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("limits.quarantine_bytes", 0, 1 << 30),
     ("limits.expansion", 1, 1_000_000),
     ("limits.turn_seconds", 1, 86_400),
+    ("limits.silence_seconds", 0.1, 86_400),
+    ("limits.disk_bytes", 0, 1 << 50),
+    ("retention.quarantine_days", 0, 36_500),
 )
 
 
+def _check_fields(settings: Settings) -> None:
+    """A mapping that is not one would be found out by the first record, in the middle of the night."""
+    named = settings.sources.named
+    for key, given in [("sources.fields", settings.sources.fields), *((f"sources.{k}", v) for k, v in named.items())]:
+        table = given if key == "sources.fields" else given.get("fields") if set(given) == {"fields"} else None
+        if not isinstance(table, Mapping) or not all(isinstance(path, str) and path for path in table.values()):
+            origin = settings.origins.get("sources.fields" if key == "sources.fields" else "sources.named", "default")
+            raise BadSetting(key=key, value=given, origin=origin, expected='a table fields = {text = "body"}')
+
+
 def _check_ranges(settings: Settings) -> None:
+    for name, policy in settings.policy.items():
+        for key, lowest, highest in (("fdr", 1e-4, 0.5), ("share", 0, 1)):
+            value, full = getattr(policy, key), f"policy.{name}.{key}"
+            if value and not lowest <= value <= highest:
+                origin = settings.origins[full]
+                raise BadSetting(key=full, value=value, origin=origin, expected=f"between {lowest:g} and {highest:g}")
     for key, lowest, highest in _RANGES:
         section, name = key.split(".")
         value = getattr(getattr(settings, section), name)
         if not lowest <= value <= highest:
-            origin = settings.origins.get(key, "default")
-            raise BadSetting(key=key, value=value, origin=origin, expected=f"between {lowest:g} and {highest:g}")
+            raise _bad(settings, key, value, f"between {lowest:g} and {highest:g}")
+    _check_gradients(settings)
+
+
+def _check_gradients(settings: Settings) -> None:
+    """What can be seen to be wrong without the model; ``curator.stages.instrument`` checks the rest against it."""
+    asked = settings.gradients
+    if settings.origins.get("gradients.code_dimension") and asked.code_dimension > asked.dimension:
+        expected = f"at most gradients.dimension = {asked.dimension}: a code is of what the mask keeps"
+        raise _bad(settings, "gradients.code_dimension", asked.code_dimension, expected)
+    if sum(asked.kept.values()) > asked.dimension:
+        expected = f"within gradients.dimension = {asked.dimension}: it adds up to {sum(asked.kept.values())}"
+        raise _bad(settings, "gradients.kept", dict(asked.kept), expected)
+
+
+def _bad(settings: Settings, key: str, value: object, expected: str) -> BadSetting:
+    return BadSetting(key=key, value=value, origin=settings.origins.get(key, "default"), expected=expected)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final
+from typing import Final, NamedTuple
 
 
 class Stage(StrEnum):
@@ -65,8 +65,7 @@ ACTOR_CURATOR: Final = "curator"
 """The actor of a verdict nobody but the daemon has spoken on."""
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """One record that was understood.
 
     Attributes:
@@ -88,8 +87,7 @@ class Record:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Refusal:
+class Refusal(NamedTuple):
     """One record that was not understood, and why."""
 
     position: int

@@ -12,7 +12,7 @@ from typing import Any
 from celery import Task
 
 from curator import settings
-from curator.errors import DependencyDown
+from curator.errors import CuratorError
 from curator.runtime import Runtime
 from curator.stages.folders import Watcher
 from curator.stages.turn import StageModule, Turn
@@ -21,6 +21,8 @@ from curator.store.engine import read
 from curator.types import Counts
 
 log = logging.getLogger(__name__)
+
+LEAST_IDLE_SECONDS = 10.0
 
 stopping = threading.Event()
 """Set when the process is asked to stop: the turn ends with its batch, and gives nothing half-done away."""
@@ -42,18 +44,25 @@ class StageTask(Task):  # type: ignore[misc]
     def turn(self, stage: StageModule) -> str:
         """Run a stage until the table is empty or the turn is over, then wake whoever has work now.
 
-        A database that is away is no error of the task: the scheduler rings again.
+        A database that is away, or of another release, is no error of the task: the scheduler rings again.
         """
         try:
+            with read(self.runtime.engine) as connection:
+                migrate.require_revision(connection)  # it may have been upgraded while this process runs
             counts = shared.turn.run(stage, self.runtime.settings.limits.turn_seconds)
             with read(self.runtime.engine) as connection:
                 left = work.claimable(connection, backfill=self.runtime.settings.schedule.backfill)
-        except DependencyDown as error:
-            log.warning("%s: %s", stage.STAGE, error)
-            return "dependency down"
+        except CuratorError as error:
+            return refused(stage.STAGE, error)
         if counts != Counts():
             self.runtime.wake(*left)
         return str(counts)
+
+
+def refused(what: str, error: CuratorError) -> str:
+    """Say once a turn what stands in the way, with its fix. A traceback would say less."""
+    log.warning("%s: %s: %s %s", what, error.code, error, error.fix)
+    return error.code
 
 
 def _abandon() -> None:
@@ -73,7 +82,9 @@ class Process:
         Raises:
             SchemaBehind: another release of curator owns the schema now. The worker refuses and names the command.
         """
-        runtime = Runtime(settings.load(), application="curator worker")
+        chosen = settings.load()
+        idle = max(chosen.limits.lease_seconds, LEAST_IDLE_SECONDS)  # who is silent for longer than a lease is dead
+        runtime = Runtime(chosen, application="curator worker", idle_seconds=idle)
         try:
             with read(runtime.engine) as connection:
                 migrate.require_revision(connection)
@@ -90,7 +101,7 @@ class Process:
     @cached_property
     def watcher(self) -> Watcher:
         """What this process has seen of the watched folders."""
-        return Watcher()
+        return Watcher(self.runtime.settings.sources.still_seconds)
 
     def close(self) -> None:
         """Let go of connections and servers, if there are any."""

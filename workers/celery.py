@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import os
+import time
+from datetime import UTC, datetime
 from typing import Any
 
 from celery import Celery
+from celery.schedules import schedule
 from celery.signals import worker_shutdown, worker_shutting_down
 
 from curator import settings
@@ -23,17 +25,26 @@ def _schedule(chosen: settings.Schedule) -> dict[str, dict[str, Any]]:
     return {
         task: {
             "task": task,
-            "schedule": seconds,
-            "options": {"queue": queue, "expires": min(seconds * 2, WAKE_SECONDS)},
+            "schedule": schedule(seconds, nowfun=_steady),
+            "options": {"queue": queue, "expires": WAKE_SECONDS},
         }
         for task, (seconds, queue) in every.items()
     }
 
 
+def _patience(silence: float) -> dict[str, float]:
+    """A broker that takes connections and says nothing is left, and looked for anew."""
+    return {"socket_timeout": silence, "socket_connect_timeout": silence, "health_check_interval": silence}
+
+
+def _steady() -> datetime:
+    """A clock that nobody can put back: by the wall clock, an hour put back would be an hour without a ring."""
+    return datetime.fromtimestamp(time.monotonic(), UTC)
+
+
 def make_app() -> Celery:
     """The app of the project in the working directory or CURATOR_PROJECT."""
     chosen = settings.load()
-    chosen.home.mkdir(parents=True, exist_ok=True)  # beat keeps its time there, also where no server is ours
     runtime = Runtime(chosen)
     app = Celery(
         "workers",
@@ -48,10 +59,10 @@ def make_app() -> Celery:
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,  # a broker that is away for a night comes back to workers that wait for it
         # Doorbells only: a short timeout would deliver a long turn's message again, which does no harm and no good.
-        broker_transport_options={"visibility_timeout": 3600},
+        broker_transport_options={"visibility_timeout": 3600, **_patience(chosen.limits.silence_seconds)},
         worker_cancel_long_running_tasks_on_connection_loss=False,
         beat_schedule=_schedule(chosen.schedule),
-        beat_schedule_filename=os.fspath(chosen.home / "beat"),
+        beat_scheduler="workers.scheduler:Scheduler",
         task_serializer="json",
         accept_content=["json"],
         timezone="UTC",

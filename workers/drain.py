@@ -7,17 +7,20 @@ import os
 import signal
 import sys
 
+from sqlalchemy import Connection
+
 from curator import settings
 from curator.errors import CuratorError
 from curator.runtime import Runtime
-from curator.stages import directions, examples, gradients, scores, upkeep, verdicts
+from curator.stages import directions, examples, gradients, likeness, scores, upkeep, verdicts
 from curator.stages.turn import StageModule, Turn
-from curator.store import migrate, offers, work
-from curator.store.engine import begin, read
+from curator.store import fidelity, migrate, offers, work
+from curator.store.engine import read, transact
 from workers.base import stopping
 
 STAGES: tuple[StageModule, ...] = (examples, directions, gradients, scores, verdicts)
 PATIENCE_SECONDS = 0.5
+STOPPED = 128 + signal.SIGTERM
 
 
 def drain(runtime: Runtime) -> bool:
@@ -26,22 +29,27 @@ def drain(runtime: Runtime) -> bool:
     Raises:
         UsageError: the operator has to mend something; the work waits for it.
     """
-    turn = Turn(runtime.engine, runtime.settings, stopping.is_set, strict=True, abandon=lambda: os._exit(1))
+    turn = Turn(runtime.engine, runtime.settings, stopping.is_set, strict=True, abandon=lambda: os._exit(STOPPED))
     while not stopping.is_set():
-        with begin(runtime.engine) as connection:
-            upkeep.run(connection, runtime.settings)
+        transact(runtime.engine, lambda connection: upkeep.run(connection, runtime.settings))
         for stage in STAGES:
             turn.run(stage, runtime.settings.limits.turn_seconds)
-        with begin(runtime.engine) as connection:
-            backfill = runtime.settings.schedule.backfill
-            if not work.waiting(connection, backfill=backfill) and not offers.missing(connection):
-                return True
+        likeness.run(runtime.engine, runtime.settings.sources.similarity, runtime.settings.limits.turn_seconds)
+        if not transact(runtime.engine, lambda connection: _left(connection, runtime)):
+            transact(runtime.engine, fidelity.measure)
+            return True
         stopping.wait(PATIENCE_SECONDS)
     return False
 
 
+def _left(connection: Connection, runtime: Runtime) -> bool:
+    """Whether something is to be done; also what nobody has offered."""
+    backfill = runtime.settings.schedule.backfill
+    return work.pending(connection, backfill=backfill) or bool(offers.missing(connection))
+
+
 def main() -> int:
-    """Exit codes as of the command line: 0 drained, 1 stopped before that, 2 or 3 by the error."""
+    """Exit codes: 0 drained, 143 asked to stop before that, 2 or 3 by the error."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
@@ -49,7 +57,7 @@ def main() -> int:
     try:
         with read(runtime.engine) as connection:
             migrate.require_revision(connection)
-        return 0 if drain(runtime) else 1
+        return 0 if drain(runtime) else STOPPED
     except CuratorError as error:
         sys.stderr.write(f"error {error.code}: {error}\nfix: {error.fix}\n")
         return error.exit_code

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 import os
 
 from celery import shared_task
+from sqlalchemy import Connection
 
-from curator.errors import DependencyDown
-from curator.stages import folders, upkeep
-from curator.store import examples, offers, work
-from curator.store.engine import begin, read
+from curator.errors import CuratorError
+from curator.settings import Settings
+from curator.stages import folders, likeness, upkeep
+from curator.store import examples, fidelity, offers, work
+from curator.store.engine import read, transact
 from curator.types import UPKEEP_TASK, Stage
-from workers.base import StageTask, shared
-
-log = logging.getLogger(__name__)
+from workers.base import StageTask, refused, shared
 
 SWEEP_SECONDS = 600.0
 """How often all tables are read for what nobody offered: 0.5 s for 200,000 examples, so not with every upkeep."""
+
+LIKENESS_SECONDS = 3.0
+"""How long near-duplicates are looked for at a time: other tasks of the table's queue wait so long."""
 
 
 @shared_task(base=StageTask, bind=True, name=UPKEEP_TASK)  # type: ignore[untyped-decorator]
@@ -25,19 +27,27 @@ def run(self: StageTask) -> str:
     """One round of upkeep, by whichever scheduler is first in its window; then ring for what is left."""
     try:
         runtime = self.runtime
-        with begin(runtime.engine) as connection:
-            if not work.take_window(connection, UPKEEP_TASK, runtime.settings.schedule.upkeep, f"{os.getpid()}"):
-                return "another scheduler was first"
-            mended = upkeep.run(connection, runtime.settings)
-        with begin(runtime.engine) as connection:
-            if work.take_window(connection, "curator.sweep", SWEEP_SECONDS, f"{os.getpid()}"):
-                offers.missing(connection)
-            left = work.claimable(connection, backfill=runtime.settings.schedule.backfill)
-    except DependencyDown as error:
-        log.warning("upkeep: %s", error)
-        return "dependency down"
-    runtime.wake(*left)
+        mended = transact(runtime.engine, lambda connection: _once(connection, runtime.settings))
+        if mended is None:
+            return "another scheduler was first"
+        left = transact(runtime.engine, lambda connection: _swept(connection, runtime.settings))
+        runtime.wake(*left)
+        likeness.run(runtime.engine, runtime.settings.sources.similarity, LIKENESS_SECONDS)
+    except CuratorError as error:
+        return refused("upkeep", error)
     return str(mended)
+
+
+def _once(connection: Connection, chosen: Settings) -> upkeep.Mended | None:
+    first = work.take_window(connection, UPKEEP_TASK, chosen.schedule.upkeep, f"{os.getpid()}")
+    return upkeep.run(connection, chosen) if first else None
+
+
+def _swept(connection: Connection, chosen: Settings) -> list[Stage]:
+    if work.take_window(connection, "curator.sweep", SWEEP_SECONDS, f"{os.getpid()}"):
+        offers.missing(connection)
+        fidelity.measure(connection)
+    return work.claimable(connection, backfill=chosen.schedule.backfill)
 
 
 @shared_task(base=StageTask, bind=True, name="curator.folders")  # type: ignore[untyped-decorator]
@@ -50,12 +60,10 @@ def look(self: StageTask) -> str:
         found = folders.settled_files(shared.watcher, watched)
         if not found:
             return "nothing new"
-        with begin(runtime.engine) as connection:
-            new = folders.open_files(connection, found)
-    except DependencyDown as error:
-        log.warning("folders: %s", error)
-        return "dependency down"
-    for folder, file, _, _ in found:
-        shared.watcher.note(folder, file)
+        new = transact(runtime.engine, lambda connection: folders.open_files(connection, found))
+    except CuratorError as error:
+        return refused("folders", error)
+    for item in found:
+        shared.watcher.note(item.folder, item.file)
     runtime.wake(Stage.EXAMPLES)
     return f"{new} files"

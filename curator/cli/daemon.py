@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -23,14 +24,20 @@ if TYPE_CHECKING:
     from curator.settings import Settings
 
 GPUS = Path("/proc/driver/nvidia/gpus")
+EXIT_UNFINISHED = 1
 
 
 @click.command()
 @click.option("--detach", is_flag=True, help="Go to the background once everything has started.")
+@click.option(
+    "--backfill/--no-backfill",
+    default=None,
+    help="Whether what arrived earlier is measured too, as after a new checkpoint; [schedule] backfill when not given.",
+)
 @pass_invocation
-def up(here: Invocation, detach: bool) -> None:
+def up(here: Invocation, detach: bool, backfill: bool | None) -> None:
     """Run the daemon: database, broker, workers, scheduler. Ctrl-C or `curator down` ends it."""
-    settings = here.settings()
+    settings = here.settings(schedule__backfill=backfill)
     if detach:
         _detach(settings)
         return
@@ -44,7 +51,8 @@ def up(here: Invocation, detach: bool) -> None:
         children = _children(opened)
         servers = opened.servers
         say(f"curator is up in {settings.project}: {', '.join(child.name for child in children)}; Ctrl-C ends it")
-        supervisor = Supervisor(settings.home, children, servers, watchdog=_watchdog(opened))
+        backfill = settings.schedule.backfill
+        supervisor = Supervisor(settings.home, children, servers, watchdog=_watchdog(opened), backfill=backfill)
         raise click.exceptions.Exit(supervisor.run())
 
 
@@ -61,6 +69,7 @@ def _detach(settings: Settings) -> None:
     from curator.embedded import supervisor
 
     argv = [sys.executable, "-m", "curator", "--project", str(settings.project), "up"]
+    argv.append("--backfill" if settings.schedule.backfill else "--no-backfill")
     pid = supervisor.detach(settings.home, argv, cwd=settings.project)
     say(f"curator is up in {settings.project} (process {pid}); `curator down` ends it")
 
@@ -77,9 +86,6 @@ def _children(opened: Runtime) -> list[Child]:
         for n, device in enumerate(_devices(settings))
     ]
     tables = _worker(Child, "table", TABLE_QUEUE, {**env, "OMP_NUM_THREADS": "1"}, settings)
-    # beat keeps the time of its last run in a file: a new daemon starts afresh, and the ledger decides what runs
-    for file in settings.home.glob("beat*"):
-        file.unlink()
     beat = [sys.executable, "-m", "celery", "-A", "workers", "beat", "--loglevel=WARNING", "--pidfile="]
     return [*workers, tables, Child("scheduler", beat, env, settings.project)]
 
@@ -118,6 +124,7 @@ def worker_environment(opened: Runtime) -> dict[str, str]:
         "CURATOR_PROJECT": str(opened.settings.project),
         "CURATOR_DATABASE_URL": opened.database_url,
         "CURATOR_BROKER_URL": opened.broker_url,
+        "CURATOR_SCHEDULE_BACKFILL": str(opened.settings.schedule.backfill),
         # Two cores with two pools of torch threads each do less than two with one.
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 2))),
     }
@@ -159,7 +166,11 @@ def drain(here: Invocation, timeout: float | None) -> None:
             "CURATOR_DATABASE_URL": opened.database_url,
         }
         child = subprocess.Popen([sys.executable, "-m", "workers.drain"], env=environment, cwd=opened.settings.project)
+        before = signal.signal(
+            signal.SIGTERM, lambda *_: child.terminate()
+        )  # it gives its work back; we end as it does
         code = _follow(opened, child, timeout)
+        signal.signal(signal.SIGTERM, before)
         if code == 0:
             say(_drained(opened))
     if code:
@@ -186,12 +197,12 @@ def _follow(opened: Runtime, child: subprocess.Popen[bytes], timeout: float | No
                 if end is not None and time.monotonic() > end:
                     child.terminate()
                     child.wait()
-                    return 1
+                    return EXIT_UNFINISHED
         except KeyboardInterrupt:
             child.wait()
             raise
         _show_progress(opened, bar)
-    return child.returncode
+    return child.returncode if child.returncode >= 0 else 128 - child.returncode
 
 
 def _ended(child: subprocess.Popen[bytes], seconds: float) -> bool:

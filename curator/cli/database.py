@@ -1,4 +1,4 @@
-"""``curator db``: the schema, brought up to date or compared."""
+"""``curator db``: where the database is; its schema, brought up to date or compared."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import click
 
 from curator.cli.invocation import Invocation, pass_invocation
 from curator.cli.output import Form, rows_options, say, show
+from curator.errors import DependencyDown
 
 EXIT_FINDINGS = 1
 
 
 @click.group()
 def database() -> None:
-    """Bring the schema up to date, or compare it."""
+    """Say where the database is, bring its schema up to date, or compare it."""
 
 
 @database.command()
@@ -23,6 +24,31 @@ def upgrade(here: Invocation) -> None:
 
     with here.runtime(check_schema=False) as opened:
         say(f"the database is at revision {migrate.upgrade(opened.engine)}")
+
+
+@database.command()
+@pass_invocation
+def url(here: Invocation) -> None:
+    """Print the database's address, for psql and any other client. Nothing is started.
+
+    A password is left out: clients take it from PGPASSWORD or ~/.pgpass. The embedded server runs while a command or
+    the daemon needs it; where it does not, the exit code is 3.
+    """
+    from curator.embedded.postgres import EmbeddedPostgres
+    from curator.store.engine import address
+
+    settings = here.settings()
+    if given := settings.database.url:
+        click.echo(address(given))
+        return
+    running = False
+    if settings.home.is_dir():
+        server = EmbeddedPostgres(settings.home)
+        click.echo(address(server.url))
+        running = server.running()
+    if not running:
+        say("the embedded database does not run: `curator up --detach` keeps it running")
+        raise click.exceptions.Exit(DependencyDown.exit_code)
 
 
 @database.command()

@@ -41,9 +41,13 @@ def doctor(here: Invocation, form: Form) -> None:
 
 
 def _checks(here: Invocation, settings: Settings) -> Iterator[Check]:
+    from curator.embedded.supervisor import daemon_status
     from curator.views import doctor as view
+    from curator.views import running
 
     yield from view.machine(settings)
+    yield from view.guarded("memory", lambda: [running.memory()])
+    yield from running.daemon(daemon_status(settings.home), settings.home)
     with here.runtime(check_schema=False) as opened:
         healthy = False
         for check in view.guarded("database", lambda: view.database(opened.engine)):
@@ -51,6 +55,8 @@ def _checks(here: Invocation, settings: Settings) -> Iterator[Check]:
             healthy = check.check == "schema" and check.outcome == "ok"
         yield from view.guarded("broker", lambda: view.broker(opened.broker_url))
         if healthy:
+            yield from view.guarded("server", lambda: running.server(opened.engine))
+            yield from view.guarded("ledger", lambda: running.ledger(opened.engine, settings.schedule.backfill))
             yield from view.guarded("measures", lambda: view.measures(opened.engine))
             yield from _workload(opened)
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import os
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,46 +11,93 @@ import click
 
 from curator.cli.invocation import Invocation, pass_invocation
 from curator.cli.output import Form, rows_options, say, show
-from curator.errors import IsADirectory, NoSuchFile
 from curator.views.text import place
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from curator import arrivals
     from curator.runtime import Runtime
     from curator.settings import Settings
-    from curator.store.examples import Intake, IntakeCounts
+    from curator.store.examples import IntakeCounts
 
 EXIT_FINDINGS = 1
 DAY = 86_400
 
 
 @click.command()
-@click.argument("files", nargs=-1, required=True, type=click.Path(allow_dash=True, path_type=Path))
+@click.argument("files", nargs=-1, required=True)
 @click.option("--source", default="", help="Who sent it; the name of each file when not given.")
+@click.option("--dry-run", is_flag=True, help="Say what would be accepted and refused, and why; write nothing.")
 @rows_options
 @pass_invocation
-def ingest(here: Invocation, files: tuple[Path, ...], source: str, form: Form) -> None:
-    """Take records in from JSONL FILES, plain or gzip; - is standard input.
+def ingest(here: Invocation, files: tuple[str, ...], source: str, dry_run: bool, form: Form) -> None:
+    """Take records in from FILES: JSON lines or CSV (plain, gzip, zstd), Parquet, Arrow, folders that `datasets` saved.
+
+    A URL such as s3://bucket/file.jsonl is fetched first, where [sources] urls allows it; - is standard input.
 
     What is broken is quarantined with its line and reason, and never stops the rest. A file that was taken in before
     is known by its content; one that was half taken in goes on where it was.
 
     Exits with 1 when a file is damaged or nothing in it could be taken; refused lines alone leave it 0.
     """
+    from curator import arrivals
+
     settings = here.settings()
-    paths = [_spooled(settings) if str(file) == "-" else _existing(file) for file in files]
+    given = [_given(settings, file, source) for file in files]
+    if dry_run:
+        _rehearse(here, given, form)
+        return
     with here.runtime() as opened:
-        intakes = _open(opened, paths, source)
+        intakes = arrivals.open_all(opened, given)
         before = {intake.origin for intake in intakes if intake.state != "reading"}
         counts = _read_all(opened, [intake.id for intake in intakes])
-        _clear_spool(opened)
+        arrivals.clear_spool(opened)
+        leaks = _leaks(opened, [intake.id for intake in intakes])
     show([_shown(row, row.file in before) for row in counts], form)
     if refused := sum(row.refused for row in counts if row.file not in before):
         what = "1 record was" if refused == 1 else f"{refused} records were"
         say(f"{what} refused: curator quarantine list")
+    if leaks:
+        say(f"warning: {leaks} of the records are also in a validation set in use; their influence says nothing")
     if [problem for row in counts for problem in _said(row, row.file in before)]:
         raise click.exceptions.Exit(EXIT_FINDINGS)
+
+
+def _given(settings: Settings, file: str, source: str) -> arrivals.Given:
+    from curator import arrivals
+
+    if file == "-":
+        return arrivals.piped(settings, iter(lambda: sys.stdin.buffer.read(1 << 20), b""), source or "stdin")
+    return arrivals.given(settings, file, source)
+
+
+def _rehearse(here: Invocation, given: Sequence[arrivals.Given], form: Form) -> None:
+    from curator.sources import files
+    from curator.views.rehearsal import Rehearsal
+
+    settings = here.settings()
+    findings = []
+    with here.reading() as connection:
+        rehearsal = Rehearsal(connection)
+        for path, origin, source in given:
+            any_shape, fields = settings.workload.kind == "torch", settings.sources.fields_of(source)
+            items = files.open_records(path, settings.limits, 0, any_shape, fields)
+            findings += rehearsal.findings(place(origin), items)
+    for path, origin, _ in given:
+        if path.parent == settings.home / "spool":
+            path.unlink(missing_ok=True)
+        if remark := files.remark(path) if path.exists() else None:
+            say(f"{place(origin)}: {remark}")
+    show(findings, form)
+    say("nothing was written")
+
+
+def _leaks(opened: Runtime, numbers: Sequence[int]) -> int:
+    from curator.store import engine, validation
+
+    with engine.read(opened.engine) as connection:
+        return validation.arrived_in(connection, numbers)
 
 
 def _shown(row: IntakeCounts, before: bool) -> IntakeCounts:
@@ -77,87 +121,18 @@ def _said(row: IntakeCounts, before: bool) -> list[str]:
     return problems
 
 
-def _existing(file: Path) -> Path:
-    if file.is_dir():
-        raise IsADirectory(path=file)
-    if not file.is_file():
-        raise NoSuchFile(path=file)
-    return file.resolve()
-
-
-def _spooled(settings: Settings) -> Path:
-    """Standard input as a file named by its content, so that a crash in the middle can go on.
-
-    Whoever pipes records in does not expect a copy that others can read.
-    """
-    folder = settings.home / "spool"
-    folder.mkdir(parents=True, exist_ok=True)
-    folder.chmod(0o700)
-    digest = hashlib.sha256()
-    part = folder / f"stdin-{time.time_ns()}.part"
-    with open(part, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as out:
-        while block := sys.stdin.buffer.read(1 << 20):
-            digest.update(block)
-            out.write(block)
-    return part.rename(folder / f"{digest.hexdigest()}.jsonl")
-
-
-def _clear_spool(opened: Runtime) -> None:
-    """Remove the copies of standard input that are in, and what a killed command left behind."""
-    from curator.store import engine, reads
-
-    copies = {str(copy): copy for copy in (opened.settings.home / "spool").glob("*.jsonl")}
-    with engine.read(opened.engine) as connection:
-        ended = reads.ended(connection, list(copies))
-    old = [part for part in (opened.settings.home / "spool").glob("*.part") if time.time() - _changed(part) > DAY]
-    for copy in (*(copies[origin] for origin in ended), *old):
-        copy.unlink(missing_ok=True)
-
-
-def _changed(file: Path) -> float:
-    try:
-        return file.stat().st_mtime
-    except FileNotFoundError:  # its owner has just named it
-        return time.time()
-
-
-def _open(opened: Runtime, paths: Sequence[Path], source: str) -> list[Intake]:
-    from curator.sources import jsonl
-    from curator.stages import examples, folders
-    from curator.store import engine
-
-    intakes = []
-    for path in paths:
-        digest = jsonl.file_digest(path)
-        named = source or ("stdin" if place(str(path)) == "stdin" else folders.source_name(path))
-        with engine.begin(opened.engine) as connection:
-            intakes.append(examples.open_file(connection, path, named, digest))
-    return intakes
-
-
 def _read_all(opened: Runtime, numbers: Sequence[int]) -> list[IntakeCounts]:
-    """Read until the intakes have ended, whoever reads them: this process, or a daemon that was faster."""
     from tqdm import tqdm
 
-    from curator.stages import examples as stage
-    from curator.stages.turn import Turn
-    from curator.store import engine, examples
-    from curator.types import Stage
+    from curator import arrivals
 
-    turn = Turn(opened.engine, opened.settings)
     with tqdm(unit=" records", desc="ingest", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
-        while True:
-            with engine.read(opened.engine) as connection:
-                counts = examples.intake_counts(connection, numbers)
-            bar.n = sum(row.accepted + row.duplicates + row.refused for row in counts)
+
+        def show(n: int) -> None:
+            bar.n = n
             bar.refresh()
-            if all(row.state != "reading" for row in counts):
-                break
-            if turn.once(stage) is None:
-                time.sleep(0.1)
-    if opened.daemon_runs:
-        opened.wake(Stage.GRADIENTS)
-    return counts
+
+        return arrivals.read_all(opened, numbers, show)
 
 
 @click.command()

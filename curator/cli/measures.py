@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from curator.errors import BrokenTrusted, NothingAccepted
 
 if TYPE_CHECKING:
     from curator.settings import Settings
+    from curator.stages.trusted import Roles
     from curator.types import Record
 
 
@@ -27,8 +29,9 @@ def checkpoint() -> None:
 @checkpoint.command("add")
 @click.argument("name")
 @click.argument("path", type=click.Path(path_type=Path))
+@click.option("--check/--no-check", default=True, show_default=True, help="Load the model, and see what is kept of it.")
 @pass_invocation
-def add_checkpoint(here: Invocation, name: str, path: Path) -> None:
+def add_checkpoint(here: Invocation, name: str, path: Path, check: bool) -> None:
     """Register the safetensors file or Hugging Face folder at PATH as NAME, and use it."""
     from curator.stages import recipes
     from curator.store import engine
@@ -36,9 +39,12 @@ def add_checkpoint(here: Invocation, name: str, path: Path) -> None:
 
     place = checkpoints.weights_at(path.resolve())
     digest = bytes.fromhex(checkpoints.digest(place))
-    with here.runtime() as opened, engine.begin(opened.engine) as connection:
-        asked = recipes.add_checkpoint(connection, opened.settings, name, place, digest)
-    say(f"checkpoint {name} is in use ({digest.hex()[:12]})")
+    with here.runtime() as opened:
+        with engine.begin(opened.engine) as connection:
+            asked = recipes.add_checkpoint(connection, opened.settings, name, place, digest)
+        say(f"checkpoint {name} is in use ({digest.hex()[:12]})")
+        if check:
+            _try(opened.settings, "the checkpoint")
     if asked is None:
         say("next: curator validation add NAME FILE, a file of trusted examples")
 
@@ -48,12 +54,12 @@ def add_checkpoint(here: Invocation, name: str, path: Path) -> None:
 @pass_invocation
 def list_checkpoints(here: Invocation, form: Form) -> None:
     """List the registered checkpoints."""
-    from curator.store import directions
+    from curator.store import recipes
 
     with here.reading() as connection:
         rows = [
             {"name": c.name, "in_use": c.in_use, "digest": c.digest.hex()[:12], "path": c.path}
-            for c in directions.checkpoints(connection)
+            for c in recipes.checkpoints(connection)
         ]
     show(rows, form)
 
@@ -94,46 +100,63 @@ def validation() -> None:
 
 @validation.command("add")
 @click.argument("name")
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("file", type=click.Path(exists=True, path_type=Path))
 @click.option("--slice", "field", default="", help="A field of the records that names their slice.")
+@click.option(
+    "--contrast", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Examples of what is not wanted."
+)
 @click.option("--check/--no-check", default=True, show_default=True, help="Try the model on a few of the records.")
 @pass_invocation
-def add_validation(here: Invocation, name: str, file: Path, field: str, check: bool) -> None:
+def add_validation(here: Invocation, name: str, file: Path, field: str, contrast: Path | None, check: bool) -> None:
     """Register the trusted examples of FILE as NAME.
 
     Part of each slice gives the direction of influence; the rest is kept aside as references, which say how bad
-    something trusted may look.
+    something trusted may look. With --contrast the direction is the good examples' minus the bad ones': what both have
+    in common cancels, and negative influence pushes towards the bad.
     """
     from curator.stages import recipes
-    from curator.store import directions, engine
+    from curator.store import engine
+    from curator.store import validation as stored
 
     settings = here.settings()
-    records = list(_trusted(settings, file))
-    with here.runtime() as opened, engine.begin(opened.engine) as connection:
-        slices = recipes.add_validation(connection, settings, name, field, records)
-        sets = directions.validation_sets_in_use(connection)
-        leaks = sum(directions.leaked(connection, number) for number, _ in sets)
-        waiting = directions.checkpoint_in_use(connection) is None
-    for key, (behind, aside) in slices.items():
-        say(f"{name}/{key}: {behind} examples give the direction, {aside} are kept aside as references")
-    say(_reach(sum(aside for _, aside in slices.values()), settings.verdicts.fdr, len(slices)))
-    if leaks:
-        say(f"warning: {leaks} validation examples are also training data; their influence says nothing")
+    good = _trusted(settings, file)
+    bad = _trusted(settings, contrast) if contrast else []
+    with here.runtime() as opened:
+        with engine.begin(opened.engine) as connection:
+            slices = recipes.add_validation(connection, settings, name, field, good, bad)
+            sets = stored.validation_sets_in_use(connection)
+            leaks = sum(stored.leaked(connection, number) for number, _ in sets)
+            waiting = recipes.waits_for_checkpoint(connection)
+        _describe(name, slices, settings.verdicts.fdr)
+        if leaks:
+            say(f"warning: {leaks} validation examples are also training data; their influence says nothing")
+        if check and not waiting:
+            _try(settings, "the validation set")
     if waiting:
         say("next: curator checkpoint add NAME PATH")
-    elif check:
-        _try(settings)
 
 
-def _try(settings: Settings) -> None:
-    """Run the user's model on a few trusted records now, while whoever wrote it is looking.
+def _describe(name: str, slices: Mapping[str, Roles], fdr: float) -> None:
+    for key, (behind, aside, contrast) in slices.items():
+        against = f", against {contrast}" if contrast else ""
+        say(f"{name}/{key}: {behind} examples give the direction{against}, {aside} are kept aside as references")
+    say(_reach(sum(roles.reference for roles in slices.values()), fdr, len(slices)))
 
-    In a process of its own: it needs torch, and this command line must not. The set is registered either way.
+
+def _try(settings: Settings, what: str) -> None:
+    """Run the user's model now, on a few trusted records where there are some, while whoever wrote it is looking.
+
+    In a process of its own: it needs torch, and this command line must not. ``what`` is registered either way.
     """
     environment = {**os.environ, "CURATOR_PROJECT": str(settings.project)}
-    done = subprocess.run([sys.executable, "-m", "workers.check"], env=environment, cwd=settings.project, check=False)
+    command = [sys.executable, "-m", "workers.check"]
+    done = subprocess.run(
+        command, env=environment, cwd=settings.project, stdout=subprocess.PIPE, text=True, errors="replace", check=False
+    )
+    if said := done.stdout.strip():
+        say(said)
     if done.returncode:
-        say("the validation set is registered; mend this, then `curator doctor` tries again")
+        say(f"{what} is registered; mend this, then `curator doctor` tries again")
         raise click.exceptions.Exit(done.returncode)
 
 
@@ -150,7 +173,7 @@ def _reach(references: int, fdr: float, slices: int) -> str:
 
 def _trusted(settings: Settings, file: Path) -> list[Record]:
     """The records of a trusted file, all of them or none."""
-    from curator.sources.jsonl import open_records
+    from curator.sources.files import open_records
     from curator.types import Record, Refusal
 
     items = list(open_records(file, settings.limits, any_shape=settings.workload.kind == "torch"))
@@ -195,8 +218,8 @@ def use_validation(here: Invocation, name: str, version: int) -> None:
 @pass_invocation
 def list_validation(here: Invocation, form: Form) -> None:
     """List the validation sets, their slices and how many examples each has."""
-    from curator.store import directions
+    from curator.store import validation as stored
 
     with here.reading() as connection:
-        rows = directions.validation_summary(connection)
+        rows = stored.validation_summary(connection)
     show((row._asdict() for row in rows), form)

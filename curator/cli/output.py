@@ -82,20 +82,23 @@ def rows_options(command: F) -> F:
     )(command)
 
 
-def show(rows: Iterable[object], form: Form, columns: Sequence[str] = ()) -> None:
+def show(rows: Iterable[object], form: Form, columns: Sequence[str] = (), header: Sequence[str] = ()) -> None:
     """Write rows to stdout.
 
     Args:
         rows: mappings or frozen dataclasses.
         form: table or text, JSON array, JSON lines, CSV.
         columns: the ones a table has room for; all when empty. The other forms always have every column.
+        header: the names of the columns, where they are known without any row: text and CSV then say them of none.
     """
-    writers = {Form.JSON: _write_json, Form.JSONL: _write_jsonl, Form.CSV: _write_csv}
+    writers = {Form.JSON: _write_json, Form.JSONL: _write_jsonl}
     plain = map(as_row, rows)
     if form in writers:
         writers[form](plain)
+    elif form is Form.CSV:
+        _write_csv(plain, header)
     else:
-        _write_text(plain, columns)
+        _write_text(plain, columns, header)
 
 
 def as_row(value: object) -> Row:
@@ -173,12 +176,16 @@ def _write_jsonl(rows: Iterable[Row]) -> None:
         click.echo(dumps(row))
 
 
-def _write_csv(rows: Iterable[Row]) -> None:
+def _write_csv(rows: Iterable[Row], header: Sequence[str]) -> None:
     writer = csv.writer(sys.stdout, lineterminator="\n")
+    written = False
     for names, values in _with_header(rows):
         if names:
             writer.writerow(map(defused, names))
         writer.writerow(map(defused, values))
+        written = True
+    if header and not written:
+        writer.writerow(map(defused, header))
 
 
 def defused(value: object) -> object:
@@ -203,10 +210,12 @@ def _with_header(rows: Iterable[Row]) -> Iterator[tuple[tuple[str, ...], tuple[o
 # --- for people -------------------------------------------------------------------------------------------
 
 
-def _write_text(rows: Iterable[Row], columns: Sequence[str]) -> None:
+def _write_text(rows: Iterable[Row], columns: Sequence[str], header: Sequence[str]) -> None:
     iterator = iter(rows)
     first = next(iterator, None)
     if first is None:
+        if header:
+            _write_tsv([cell(name) for name in header], [])
         return
     names = tuple(columns or first)
     lines = ([cell(row[name]) for name in names] for row in chain([first], iterator))

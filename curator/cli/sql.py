@@ -25,7 +25,7 @@ def sql(here: Invocation, query: str | None, timeout: float, form: Form) -> None
 
     statement = sys.stdin.read() if query == "-" else query
     with here.runtime() as opened, queries.answer(opened.engine, statement, timeout) as (names, rows):
-        show((dict(zip(names, row, strict=True)) for row in rows), form)
+        show((dict(zip(names, row, strict=True)) for row in rows), form, header=names)
 
 
 def _list_views(here: Invocation, form: Form) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import click
 
@@ -19,16 +20,19 @@ def status(here: Invocation, form: Form) -> None:
     --json, --jsonl and --csv give all of it as one row; `curator sql` has the view pipeline_status.
     """
     from curator.embedded.supervisor import daemon_status
+    from curator.sources.room import require_room
     from curator.store import engine
     from curator.views import status as view
 
     with here.runtime() as opened, engine.read(opened.engine) as connection:
         settings = opened.settings
+        daemon = daemon_status(settings.home)
         found = view.status(
             connection,
-            daemon_status(settings.home),
+            daemon,
             elsewhere=bool(settings.broker.url),
-            backfill=settings.schedule.backfill,
+            backfill=daemon.backfill if daemon else settings.schedule.backfill,
+            room=partial(require_room, settings.home, settings.limits.disk_bytes),
         )
     if form is not Form.TEXT:
         show([found], form)

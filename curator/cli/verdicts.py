@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import click
 
 from curator.cli.invocation import Invocation, pass_invocation, whoami
 from curator.cli.output import Form, one_of, rows_options, say, show
-from curator.types import Review, Verdict
-
-if TYPE_CHECKING:
-    from sqlalchemy import Connection
+from curator.types import Review
 
 EXIT_FINDINGS = 1
 _FLAG = (
-    "example_id", "external_id", "source", "slice", "influence", "q_value", "loss",
+    "example_id", "external_id", "source", "validation_set", "slice", "influence", "q_value", "loss",
     "preview",
 )  # fmt: skip
 _CHOSEN = ("selection", "rank", "example_id", "external_id", "source", "gain", "reason", "preview")
@@ -82,21 +77,25 @@ def _say_how_many(total: int, limit: int, noun: str) -> None:
         "--undo": (Review.UNDO, "Take the last review back."),
     },
 )
+@click.option("--label", help="With --relabel: what the label should be; exports then hold the example with it.")
 @click.option("--note", help="Why; it stays in the history.")
 @click.option("--actor", help="Who says so. [default: $USER]")
 @pass_invocation
-def review(here: Invocation, example: str, answer: Review | None, note: str | None, actor: str | None) -> None:
-    """Say what you think of EXAMPLE. Nothing is overwritten: every decision stays in its history."""
+def review(
+    here: Invocation, example: str, answer: Review | None, label: str | None, note: str | None, actor: str | None
+) -> None:
+    """Say what you think of EXAMPLE. Nothing is overwritten: every decision stays in its history.
+
+    `curator reviews` finds what is worth a look.
+    """
     if answer is None:
         raise click.UsageError("Say one of --keep, --drop, --relabel, --undo.")
-    with here.writing() as connection:
-        number, verdict = _review(connection, example, answer, note, actor or whoami())
-    say(f"example {number}: {answer}; the verdict in force is now {verdict}")
-
-
-def _review(connection: Connection, example: str, answer: Review, note: str | None, actor: str) -> tuple[int, Verdict]:
-    from curator.stages import verdicts
+    if label is not None and answer is not Review.RELABEL:
+        raise click.UsageError("--label goes with --relabel.")
+    from curator.stages import reviews
     from curator.views import examples
 
-    number = examples.find(connection, example)
-    return number, verdicts.review(connection, number, answer, note=note, actor=actor)
+    with here.writing() as connection:
+        number = examples.find(connection, example)
+        verdict = reviews.review(connection, number, answer, actor=actor or whoami(), note=note, label=label)
+    say(f"example {number}: {answer}; the verdict in force is now {verdict}")

@@ -73,6 +73,7 @@ class DaemonStatus:
     started: str
     children: tuple[ChildStatus, ...] = ()
     trouble: str = ""
+    backfill: bool = True
 
 
 class Supervisor:
@@ -86,14 +87,19 @@ class Supervisor:
         backoff: Backoff | None = None,
         grace: float = GRACE_SECONDS,
         watchdog: Watchdog | None = None,
+        backfill: bool = True,
     ) -> None:
-        """``servers`` are acquired already and are started again when they die; ``watchdog`` restarts the children."""
+        """``servers`` are acquired already and are started again when they die; ``watchdog`` restarts the children.
+
+        ``backfill`` is for the eyes of others only.
+        """
         self.home = home.resolve()
         self._children = children
         self._servers = servers
         self._backoff = backoff or Backoff()
         self._grace = grace
         self._watchdog = watchdog
+        self._backfill = backfill
         self._stalled: str | None = None
         self._started = datetime.now(UTC).isoformat(timespec="seconds")
         self._recorded: DaemonStatus | None = None
@@ -150,7 +156,7 @@ class Supervisor:
         """Write daemon.json for ``curator status``, when something changed."""
         children = (ChildStatus(c.child.name, c.pid, c.restarts, c.last_exit) for c in charges)
         trouble = " ".join(tuple(self._trouble.values()))
-        status = DaemonStatus(os.getpid(), self._started, tuple(children), trouble)
+        status = DaemonStatus(os.getpid(), self._started, tuple(children), trouble, self._backfill)
         if status != self._recorded:
             with contextlib.suppress(OSError):  # a full disk must not take the workers down
                 write_whole(self.home / _STATUS, json.dumps(asdict(status), indent=2) + "\n")

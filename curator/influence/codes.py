@@ -9,6 +9,7 @@ code                  what it does                                             b
 (none)                                                                         2 K
 Sjlt                  each entry goes, with a sign, to s of C buckets          2 C
 Pca                   the C leading directions of the whitened sample          2 C
+PcaSjlt               half of them, and an Sjlt of what lies outside of them   2 C
 RankOne               the leading singular pair of each layer's kept block     2 sum(P + Q)
 Signs                 one bit a number and one scale, after another code       C / 8 + 4
 FactoredGaussian      LoGra, for comparison: P_o G P_i^T, instead of a mask    2 k_o k_i a layer
@@ -35,8 +36,8 @@ from curator.errors import CodeTooWide, UnknownCompression
 from curator.influence.curvature import Chunks, Whitening, principal
 from curator.influence.dropout import at_least_float32, stream
 
-CodeKind = Literal["none", "sjlt", "pca"]
-CODE_KINDS: tuple[CodeKind, ...] = ("none", "sjlt", "pca")
+CodeKind = Literal["none", "sjlt", "pca", "pca+sjlt"]
+CODE_KINDS: tuple[CodeKind, ...] = ("none", "sjlt", "pca", "pca+sjlt")
 
 SJLT_ROUNDS = 4
 """Buckets an entry goes to; 1 is a count sketch (arXiv:1012.1577, section 5)."""
@@ -57,6 +58,9 @@ class Code(Protocol):
 
     def encode(self, w_BK: Tensor) -> Tensor:
         """y_BC."""
+
+    def matrix_KC(self) -> Tensor:
+        """M with ``encode(w) = w M``."""
 
     def tensors(self) -> dict[str, Tensor]:
         """As named tensors."""
@@ -101,6 +105,13 @@ class Sjlt:
             y_BC.index_add_(1, bucket_K, w_BK * sign_K)
         return y_BC / math.sqrt(len(self.bucket_sK))
 
+    def matrix_KC(self) -> Tensor:
+        """M with ``encode(w) = w M``."""
+        M_KC = torch.zeros(self.bucket_sK.shape[1], self.width)
+        # The buckets of one entry are in different blocks.
+        M_KC.scatter_(1, self.bucket_sK.T, self.sign_sK.T.float() / math.sqrt(len(self.bucket_sK)))
+        return M_KC
+
     def tensors(self) -> dict[str, Tensor]:
         """As named tensors."""
         return {"bucket": self.bucket_sK, "sign": self.sign_sK, "width": torch.tensor(self.width)}
@@ -129,9 +140,7 @@ class Pca:
             CodeTooWide: the rows have fewer than ``width`` entries.
             NoCurvature: the sample is empty.
         """
-        entries = next((chunk.shape[1] for chunk in chunks()), width)
-        if not 1 <= width <= entries:
-            raise CodeTooWide(width=width, entries=entries)
+        entries = _entries(chunks, width)
         rank = entries if entries <= WIDEST_DENSE else width
         return cls(principal(chunks, rank, seed).vectors_kr[:, :width].float().contiguous())
 
@@ -144,6 +153,10 @@ class Pca:
         """y_BC."""
         return w_BK @ self.components_KC.to(w_BK.dtype)
 
+    def matrix_KC(self) -> Tensor:
+        """M with ``encode(w) = w M``."""
+        return self.components_KC
+
     def tensors(self) -> dict[str, Tensor]:
         """As named tensors."""
         return {"components": self.components_KC}
@@ -152,6 +165,70 @@ class Pca:
     def of(cls, tensors: Mapping[str, Tensor]) -> Pca:
         """Back from ``tensors``."""
         return cls(tensors["components"])
+
+
+FAINTEST = 1e-9
+"""Share of the largest eigenvalue below which a direction is rounding: the sample has no more of them."""
+
+
+@dataclass(frozen=True)
+class PcaSjlt:
+    """The leading directions of a sample of whitened gradients, and an SJLT of what lies outside of them.
+
+    y = (V^T w, S (I - V V^T) w), so that E[<y, y'>] = <w, w'>, with no error in the part that the sample knows. A PCA
+    alone takes for nothing what its sample did not show, and that is most of what is unlike trusted data: its norm and
+    its cosines are then those of a shadow (``docs/quality.md``). Half of the numbers are components, or as many as the
+    sample has directions, if it has fewer. Cost: O(K C) an example.
+    """
+
+    pca: Pca
+    rest: Sjlt
+
+    @classmethod
+    def fit(cls, chunks: Chunks, width: int, seed: int = 0) -> PcaSjlt:
+        """Fit on chunks of whitened rows w_BK.
+
+        Raises:
+            CodeTooWide: the rows have fewer than ``width`` entries, or the width is no two numbers.
+            NoCurvature: the sample is empty.
+        """
+        entries = _entries(chunks, width, least=2)
+        found = principal(chunks, width // 2, seed)
+        known = int((found.values_r > FAINTEST * found.values_r[0]).sum())
+        pca = Pca(found.vectors_kr[:, :known].float().contiguous())
+        return cls(pca, Sjlt.draw(f"{seed}/rest", entries, width - known))
+
+    @property
+    def width(self) -> int:
+        """C."""
+        return self.pca.width + self.rest.width
+
+    def encode(self, w_BK: Tensor) -> Tensor:
+        """y_BC."""
+        known_BC = self.pca.encode(w_BK)
+        return torch.cat([known_BC, self.rest.encode(w_BK - known_BC @ self.pca.components_KC.T.to(w_BK.dtype))], dim=1)
+
+    def matrix_KC(self) -> Tensor:
+        """M with ``encode(w) = w M``."""
+        V_KC, S_KC = self.pca.matrix_KC(), self.rest.matrix_KC().to(self.pca.components_KC.device)
+        return torch.cat([V_KC, S_KC - V_KC @ (V_KC.T @ S_KC)], dim=1)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As named tensors."""
+        return self.pca.tensors() | self.rest.tensors()
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> PcaSjlt:
+        """Back from ``tensors``."""
+        return cls(Pca.of(tensors), Sjlt.of(tensors))
+
+
+def _entries(chunks: Chunks, width: int, least: int = 1) -> int:
+    """K of a sample's rows, which a code of ``width`` numbers must not exceed."""
+    entries = next((chunk.shape[1] for chunk in chunks()), width)
+    if not least <= width <= entries:
+        raise CodeTooWide(width=width, entries=entries)
+    return entries
 
 
 def fit_code(kind: str, chunks: Chunks, width: int, seed: int) -> Code | None:
@@ -168,10 +245,9 @@ def fit_code(kind: str, chunks: Chunks, width: int, seed: int) -> Code | None:
         return None
     if kind == "pca":
         return Pca.fit(chunks, width, seed)
-    entries = next((chunk.shape[1] for chunk in chunks()), 0)
-    if not 1 <= width <= entries:
-        raise CodeTooWide(width=width, entries=entries)
-    return Sjlt.draw(f"{seed}", entries, width)
+    if kind == "pca+sjlt":
+        return PcaSjlt.fit(chunks, width, seed)
+    return Sjlt.draw(f"{seed}", _entries(chunks, width), width)
 
 
 @dataclass(frozen=True)
@@ -181,11 +257,9 @@ class FoldedCode:
     encoder_KC: Tensor
 
     @classmethod
-    def fold(cls, whitening: Whitening, code: Code, entries: int) -> FoldedCode:
-        """Encode each kept entry's unit vector."""
-        device = next(iter(whitening.roots.values())).device
-        rows = torch.split(torch.eye(entries, device=device), GAUSSIAN_ROWS)
-        return cls(torch.cat([code.encode(whitening.apply(part)) for part in rows]))
+    def fold(cls, whitening: Whitening, code: Code) -> FoldedCode:
+        """F^-1/2 M of the code's matrix M, its columns taken as rows: F^-1/2 is symmetric."""
+        return cls(whitening.apply(code.matrix_KC().T.to(whitening.device)).T.contiguous())
 
     @property
     def width(self) -> int:
@@ -195,6 +269,10 @@ class FoldedCode:
     def apply(self, g_BK: Tensor) -> Tensor:
         """y_BC of kept gradients."""
         return g_BK.to(self.encoder_KC.dtype) @ self.encoder_KC
+
+    def pull_back(self, u_SC: Tensor) -> Tensor:
+        """The v_SK with <y, u> = <g, v>."""
+        return u_SC.to(self.encoder_KC.dtype) @ self.encoder_KC.T
 
     def to(self, device: torch.device) -> FoldedCode:
         """The same matrix on ``device``."""
@@ -207,7 +285,9 @@ class FoldedCode:
 
 def code_of(tensors: Mapping[str, Tensor]) -> Code:
     """Back from the tensors of a linear code, whichever it was."""
-    return Pca.of(tensors) if "components" in tensors else Sjlt.of(tensors)
+    if "components" not in tensors:
+        return Sjlt.of(tensors)
+    return PcaSjlt.of(tensors) if "bucket" in tensors else Pca.of(tensors)
 
 
 # --- codes that are not linear ------------------------------------------------------------------------------

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -120,3 +123,92 @@ def standard_error(values_BN: ArrayLike) -> Floats:
     if n < 2:
         return np.full(values.shape[:-1], np.nan)
     return np.asarray(values.std(axis=-1, ddof=1) / np.sqrt(n))
+
+
+# --- the error of the compression -----------------------------------------------------------------------------
+
+PARTS = 16
+"""Disjoint parts of a stored vector: few enough that each has its share of every layer."""
+
+
+def compression_error(unit_BK: ArrayLike, direction_SK: ArrayLike, parts: int = PARTS) -> Floats:
+    """Standard error of the products <unit, direction> that comes from keeping only some entries, (B, S).
+
+    Every ``parts``-th entry is a smaller mask of its own, and ``parts`` times its product a replicate of the score:
+    their spread over sqrt(parts) is the error of their mean, which is the score (replicated sampling; Cochran,
+    Sampling Techniques, 10.2). No correction is made for the entries being a large part of all there are, so it is
+    rather too long than too short. Entries of a code are not drawn, so this says nothing about one: ``code_error``.
+    """
+    u = np.asarray(unit_BK, np.float32)
+    d = np.asarray(direction_SK, np.float32)
+    replicates = np.stack([u[:, part::parts] @ d[:, part::parts].T for part in range(min(parts, u.shape[1]))])
+    return np.asarray(replicates.std(axis=0, ddof=1, dtype=np.float64) * math.sqrt(len(replicates)))
+
+
+def code_error(compressed_N: ArrayLike, exact_N: ArrayLike) -> float:
+    """Standard error of a compressed score, on its own scale, from examples whose un-compressed one is known.
+
+    The two are whitened by different curvatures and differ in scale, so the line through them is taken away first. 1,
+    as long as a cosine itself, where the compressed score does not rise with the exact one: its sign says nothing.
+    """
+    x, y = np.asarray(compressed_N, np.float64), np.asarray(exact_N, np.float64)
+    if len(x) < 3 or x.std() == 0:
+        return 1.0
+    slope, start = np.polyfit(x, y, 1)
+    residual = math.sqrt(float(np.square(y - start - slope * x).sum()) / (len(x) - 2))
+    return min(1.0, residual / float(slope)) if slope > 0 else 1.0
+
+
+def normal_p(value_B: ArrayLike, stderr_B: ArrayLike) -> Floats:
+    """One-sided p-value of "not below zero" for an estimate with that standard error; 1 where there is none."""
+    value, stderr = np.asarray(value_B, np.float64), np.asarray(stderr_B, np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        z = np.where(stderr > 0, value / stderr, np.inf)
+    return np.asarray(_erfc(-z / math.sqrt(2)) / 2, np.float64)
+
+
+_erfc = np.vectorize(math.erfc, otypes=[np.float64])
+
+
+# --- false discoveries over a stream of batches ---------------------------------------------------------------
+
+DECAY = 1.6
+_ZETA = 2.2857656
+"""Sum of t ** -DECAY over t = 1, 2, ..."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What a batch took of the rate: its level, what it rejected, and what with one p-value more at 0."""
+
+    level: float
+    rejected: int
+    augmented: int
+
+
+def stream_level(former: Sequence[Spent], n: int, alpha: float) -> float:
+    """The level of Benjamini-Hochberg over the next batch, of ``n``, that keeps the rate ``alpha`` over all batches.
+
+    BatchBH (Zrnic, Jiang, Ramdas, Jordan, AISTATS 2020, algorithm 1): the estimate of the false discovery proportion
+    of everything flagged so far, sum_s a_s R+_s / (R+_s + sum of the other R), is kept at alpha (g_1 + ... + g_t), with
+    g_t in proportion to t^-1.6. Never above ``alpha``, so that each batch keeps the rate as well. Proven for
+    independent p-values; ranks among the same references are positively dependent, and for those it is measured.
+    """
+    if not n:
+        return 0.0
+    t = len(former) + 1
+    total = sum(batch.rejected for batch in former)
+    spent = sum(
+        batch.level * batch.augmented / (batch.augmented + total - batch.rejected)
+        for batch in former
+        if batch.augmented
+    )
+    share = float((np.arange(1, t + 1) ** -DECAY).sum()) / _ZETA
+    return min(alpha, max(0.0, alpha * share - spent) * (n + total) / n)
+
+
+def spend(p_B: ArrayLike, level: float) -> Spent:
+    """Run a batch at a level: how many are flagged, and how many if the largest p-value were 0 instead."""
+    p = np.sort(np.asarray(p_B, np.float64))
+    augmented = np.concatenate([[0.0], p[:-1]]) if len(p) else p
+    return Spent(level, *(int((benjamini_hochberg(each) <= level).sum()) for each in (p, augmented)))

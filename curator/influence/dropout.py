@@ -121,6 +121,12 @@ class LayerMask:
         return self.rows[row], self.columns[self.cells_k % len(self.columns)]
 
 
+def columns(masks: Mapping[str, LayerMask]) -> dict[str, slice]:
+    """The columns of each layer in the concatenation of all kept entries."""
+    ends = np.cumsum([mask.kept for mask in masks.values()]).tolist()
+    return {name: slice(end - mask.kept, end) for (name, mask), end in zip(masks.items(), ends, strict=True)}
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     """Half precision is widened before anything is summed; float64 stays, which lets tests run in it."""
     return x if x.dtype == torch.float64 else x.float()

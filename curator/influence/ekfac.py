@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from curator.influence.capture import Layer, ghost_inner
-from curator.influence.curvature import KroneckerRoots, KroneckerSums, inverse_root
+from curator.influence.capture import Layer
+from curator.influence.curvature import inverse_root
 from curator.influence.energy import squares
+from curator.influence.ghost import ghost_inner
+from curator.influence.kronecker import KroneckerRoots, KroneckerSums
 
 
 def bases(sums: KroneckerSums) -> KroneckerRoots:

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curator.influence.capture import Layer, ghost_inner
-from curator.influence.curvature import LARGEST_CHUNK
+from curator.influence.capture import Layer
 from curator.influence.dropout import at_least_float32
+from curator.influence.ghost import ghost_inner
+from curator.influence.kronecker import LARGEST_CHUNK
 
 
 @dataclass

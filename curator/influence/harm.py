@@ -39,6 +39,22 @@ def evidence(normalised_B: ArrayLike, self_influence_B: ArrayLike, calibrated_lo
     return np.stack([-np.asarray(normalised_B, np.float64), unusual, -margin(calibrated_loss_B)], axis=1)
 
 
+NEAREST = 10
+"""Trusted neighbours in gradient space that are looked at."""
+
+
+def neighbour_cosine(cosine_BV: ArrayLike, nearest: int = NEAREST) -> Floats:
+    """Mean cosine of B examples with the V trusted gradients nearest to them along a line, whichever way they point.
+
+    A k-nearest-neighbour vote without labels: a trusted example with the same inputs and another answer has nearly the
+    opposite gradient. The mean over all of V (the influence) drowns such neighbours where they are few.
+    """
+    cosine = np.asarray(cosine_BV, np.float64)
+    k = min(nearest, cosine.shape[1])
+    rows = np.argpartition(-np.abs(cosine), k - 1, axis=1)[:, :k]
+    return np.asarray(np.take_along_axis(cosine, rows, axis=1).mean(axis=1))
+
+
 @dataclass(frozen=True)
 class Harm:
     """Where each kind of evidence lies for trusted examples: centre and spread, (C,)."""

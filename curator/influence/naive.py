@@ -202,6 +202,49 @@ def cosine(x: ByLayer, y: ByLayer, F: ByLayer) -> float:
     return product(x, y, F) / float(np.sqrt(product(x, x, F) * product(y, y, F)))
 
 
+def by_layer(z: ByLayer, validation: Sequence[ByLayer], F: ByLayer) -> tuple[dict[str, float], dict[str, float]]:
+    """Influence and normalised influence of each layer alone, the lengths still those of all layers."""
+    own = product(z, z, F)
+    parts, shares = {}, {}
+    for n in F:
+        terms = [product({n: v[n]}, {n: z[n]}, {n: F[n]}) for v in validation]
+        lengths = [np.sqrt(own * product(v, v, F)) for v in validation]
+        parts[n] = sum(terms) / len(terms)
+        shares[n] = sum(t / length for t, length in zip(terms, lengths, strict=True)) / len(terms)
+    return parts, shares
+
+
+def by_position(a_TI: Floats, d_TO: Floats, validation: Sequence[Floats], F: Floats) -> Floats:
+    """Influence of each position's own outer product in one layer, (T,)."""
+    G_T = [np.outer(d, a) for a, d in zip(a_TI, d_TO, strict=True)]
+    return np.array([influence({"": G}, [{"": v} for v in validation], {"": F}) for G in G_T])
+
+
+def mixture(scores: Mapping[str, float], weights: Mapping[str, float]) -> float:
+    """A weighted sum of one example's scores by slice."""
+    return sum(weight * scores[name] for name, weight in weights.items())
+
+
+def ensemble(scores: Sequence[float]) -> tuple[float, float, int]:
+    """Mean, standard error and number of one example's scores, those of the checkpoints that gave one."""
+    n = len(scores)
+    error = float(np.std(scores, ddof=1) / np.sqrt(n)) if n > 1 else np.nan
+    return (float(np.mean(scores)) if n else 0.0), error, n
+
+
+def low_rank(U_MOI: Sequence[ByLayer], rank: int) -> list[dict[str, Floats]]:
+    """Every direction brought to length 1 over its layers, projected onto the leading rows and columns of all, back."""
+    lengths = [norm(U) for U in U_MOI]
+    found: list[dict[str, Floats]] = [{} for _ in U_MOI]
+    for n in U_MOI[0]:
+        scaled = [U[n] / length if length else U[n] for U, length in zip(U_MOI, lengths, strict=True)]
+        rows = principal_projector([column for u in scaled for column in u.T], rank)
+        columns = principal_projector([row for u in scaled for row in u], rank)
+        for U, out in zip(U_MOI, found, strict=True):
+            out[n] = rows @ U[n] @ columns
+    return found
+
+
 # --- confidence and evaluation ------------------------------------------------------------------------------
 
 

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from curator.influence.mixtures import Mixtures, weights
+
 
 @dataclass(frozen=True)
 class Directions:
@@ -42,6 +44,16 @@ class Directions:
     def of(cls, names: Sequence[str], tensors: Mapping[str, Tensor]) -> Directions:
         """Back from ``tensors``."""
         return cls(tuple(names), tensors["unit_SK"], tensors["whitened_SK"], tensors["count_S"])
+
+    def mixed(self, mixtures: Mixtures) -> Directions:
+        """Directions that are weighted sums of these; their count is of all examples behind them.
+
+        Raises:
+            NoSuchSlice: a mixture names a slice that is not there.
+        """
+        weight_RS = torch.from_numpy(weights(self.names, mixtures)).float()
+        count_R = (weight_RS != 0).to(self.count_S.dtype) @ self.count_S
+        return Directions(tuple(mixtures), weight_RS @ self.unit_SK, weight_RS @ self.whitened_SK, count_R)
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,10 @@ from curator.errors import Unreadable
 UNFINISHED: Final = (".part", ".partial", ".tmp", ".temp", ".crdownload", ".filepart", ".swp", "~")
 """Endings that writers give to files they have not finished."""
 
-BOOKKEEPING: Final = frozenset({"_SUCCESS", "_temporary"})
-"""What Hadoop and Spark leave beside their output."""
+BOOKKEEPING: Final = frozenset(
+    {"_SUCCESS", "_temporary", "_metadata", "_common_metadata", "dataset_info.json", "state.json", "dataset_dict.json"}
+)
+"""What Hadoop, Spark and `datasets` leave beside their output."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ here; afterwards an arrival's scores depend on nothing but itself.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,13 +19,18 @@ from torch import Tensor
 from curator.errors import NotMeasurable
 from curator.influence import scoring
 from curator.influence.attribution import Attributor, Measured
+from curator.influence.confidence import code_error
+from curator.influence.controls import Controls, terms
+from curator.influence.exact import directions_of
+from curator.influence.mixtures import Mixtures
 from curator.influence.scoring import Directions
 from curator.settings import Settings
+from curator.sources.likeness import words
 from curator.stages import instrument, yardstick
 from curator.stages.instrument import Instrument, finite, states_of
-from curator.store import directions, offers, tensors, vectors, work
-from curator.store.directions import ValidationExample
+from curator.store import directions, offers, recipes, tensors, validation, vectors, work
 from curator.store.engine import read
+from curator.store.validation import ValidationExample
 from curator.types import Counts, GradientState, Lease, Stage
 from curator.workloads import base
 
@@ -53,14 +58,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured. ``state`` is the recipe's when this fitted it."""
+    """What was measured. ``names`` are (validation set, slice, examples in the mean, in its contrast)."""
 
     attributor: Attributor
     fitted: bool
     examples: Sequence[ValidationExample]
     measured: Measured
-    keys: Sequence[Key]
-    directions: Directions
+    names: Sequence[tuple[int, str, int, int]]
     arrays: Mapping[str, NDArray[Any]]
     references: Sequence[Mapping[str, Any]]
 
@@ -70,8 +74,8 @@ def claim(connection: Connection, settings: Settings) -> Batch | None:
     while lease := work.claim(connection, STAGE, 1, settings.limits.lease_seconds):
         (set_id,) = lease.subjects
         if directions.is_asked(connection, set_id):
-            examples = directions.validation_examples(connection, directions.validation_sets_of(connection, set_id))
-            fitted = directions.recipe(connection, lease.recipe_id).state == "ready"
+            examples = validation.validation_examples(connection, directions.validation_sets_of(connection, set_id))
+            fitted = recipes.recipe(connection, lease.recipe_id).state == "ready"
             return Batch(lease, lease.recipe_id, set_id, examples, fitted)
         work.finish(connection, lease)
     return None
@@ -84,24 +88,39 @@ def load(engine: Engine, settings: Settings, batch: Batch) -> Instrument:
 
 
 def compute(tools: Instrument, batch: Batch) -> Result:
-    """Fit, measure, take means.
+    """Fit, measure, take means; all of it again in smaller passes where memory runs out.
 
     Raises:
         NotMeasurable: a slice has no trusted example with a gradient.
         NoCurvature, LayersUnreached: see ``Attributor.fit``.
+        torch.OutOfMemoryError: one record alone does not fit.
     """
+    while True:
+        try:
+            return _made(tools, batch)
+        except torch.OutOfMemoryError:
+            if tools.room.tokens == 1:
+                raise
+            tools.room.halve(tools.room.tokens)
+
+
+def _made(tools: Instrument, batch: Batch) -> Result:
     towards = [e for e in batch.examples if e.role == "direction"]
     attributor = tools.attributor or _fit(tools, towards)
     measured = _measured(tools, attributor, batch.examples)
-    rows = _rows_by_key(batch.examples, measured)
-    made = _directions(rows, measured)
+    rows, against = _rows_by_key(batch.examples, measured), _contrast_rows(batch.examples, measured)
+    made = _directions(rows, against, measured)
     arrays = {f"mean/{name}": t.numpy() for name, t in made.tensors().items()}
     if tools.spec.exact:
-        arrays |= _exact(tools, attributor, batch.examples, rows)
-    stick = yardstick.fit(list(rows), rows, measured, made)
+        arrays |= _exact(tools, attributor, batch.examples, rows, against)
+    stick = yardstick.fit(list(rows), rows, measured, made, against)
     arrays |= {f"harm/{name}": array for name, array in stick.harm_arrays().items()}
+    arrays |= _controls(batch.examples, measured, rows, against)
+    stick, code = _with_code_error(stick, tools, attributor, batch.examples, measured, arrays)
+    arrays |= code
     references = _references(stick, batch.examples, measured)
-    return Result(attributor, tools.attributor is None, batch.examples, measured, list(rows), made, arrays, references)
+    names = [(*key, len(behind), len(against.get(key, ()))) for key, behind in rows.items()]
+    return Result(attributor, tools.attributor is None, batch.examples, measured, names, arrays, references)
 
 
 def _fit(tools: Instrument, trusted: Sequence[ValidationExample]) -> Attributor:
@@ -112,11 +131,9 @@ def _fit(tools: Instrument, trusted: Sequence[ValidationExample]) -> Attributor:
 
 
 def _measured(tools: Instrument, attributor: Attributor, examples: Sequence[ValidationExample]) -> Measured:
-    """Every trusted example: those behind a direction by the validation loss, references like arrivals."""
-    by_role = {
-        "direction": attributor.with_losses(base.validation_losses_of(tools.workload)),
-        "reference": attributor,
-    }
+    """Every validation example: those behind a direction by the validation loss, references like arrivals."""
+    by_validation_loss = attributor.with_losses(base.validation_losses_of(tools.workload))
+    by_role = {"direction": by_validation_loss, "contrast": by_validation_loss, "reference": attributor}
     parts: list[Measured] = []
     order: list[int] = []
     for role, measure in by_role.items():
@@ -129,11 +146,20 @@ def _measured(tools: Instrument, attributor: Attributor, examples: Sequence[Vali
 
 
 def _rows_by_key(examples: Sequence[ValidationExample], measured: Measured) -> dict[Key, Tensor]:
-    """Positions of the usable examples behind each direction."""
-    keys = sorted({(e.validation_set_id, e.slice) for e in examples})
+    """Positions of the usable trusted examples behind each direction."""
+    return _rows_of("direction", examples, measured)
+
+
+def _contrast_rows(examples: Sequence[ValidationExample], measured: Measured) -> dict[Key, Tensor]:
+    """Positions of the usable examples that a direction leads away from, where there are any."""
+    return _rows_of("contrast", examples, measured)
+
+
+def _rows_of(role: str, examples: Sequence[ValidationExample], measured: Measured) -> dict[Key, Tensor]:
+    keys = sorted({(e.validation_set_id, e.slice) for e in examples if e.role == role})
     rows: dict[Key, list[int]] = {key: [] for key in keys}
     for row, example in enumerate(examples):
-        if example.role == "direction" and bool(measured.ok_B[row]):
+        if example.role == role and bool(measured.ok_B[row]):
             rows[example.validation_set_id, example.slice].append(row)
     for key, found in rows.items():
         if not found:
@@ -147,21 +173,71 @@ def _states(examples: Sequence[ValidationExample], measured: Measured, key: Key)
     return ", ".join(f"{found.count(state)} {state}" for state in sorted(set(found)))
 
 
-def _directions(rows: Mapping[Key, Tensor], measured: Measured) -> Directions:
+def _parts(rows: Mapping[Key, Tensor], against: Mapping[Key, Tensor]) -> tuple[dict[str, Tensor], Mixtures]:
+    """Rows of all that directions are means of, by name, and the directions as sums of them: good minus bad."""
+    good = {f"{v}/{s}": r for (v, s), r in rows.items()}
+    bad = {f"-{v}/{s}": r for (v, s), r in against.items()}
+    return good | bad, {name: {name: 1.0} | ({f"-{name}": -1.0} if f"-{name}" in bad else {}) for name in good}
+
+
+def _directions(rows: Mapping[Key, Tensor], against: Mapping[Key, Tensor], measured: Measured) -> Directions:
     length_B = measured.whitened_norm_B * measured.measurement_B
-    return scoring.directions({f"{v}/{s}": (measured.unit_BK[r], length_B[r]) for (v, s), r in rows.items()})
+    parts, mixtures = _parts(rows, against)
+    return scoring.directions({name: (measured.unit_BK[r], length_B[r]) for name, r in parts.items()}).mixed(mixtures)
 
 
 def _exact(
-    tools: Instrument, attributor: Attributor, examples: Sequence[ValidationExample], rows: Mapping[Key, Tensor]
+    tools: Instrument,
+    attributor: Attributor,
+    examples: Sequence[ValidationExample],
+    rows: Mapping[Key, Tensor],
+    against: Mapping[Key, Tensor],
 ) -> dict[str, NDArray[Any]]:
     by_validation_loss = attributor.with_losses(base.validation_losses_of(tools.workload))
-    batches = {
-        f"{v}/{s}": list(tools.batches([examples[row].record for row in r.tolist()])) for (v, s), r in rows.items()
-    }
-    return {
-        f"exact/{name}": t.cpu().numpy() for name, t in by_validation_loss.exact_directions(batches).tensors().items()
-    }
+    parts, mixtures = _parts(rows, against)
+    batches = {name: list(tools.batches([examples[row].record for row in r.tolist()])) for name, r in parts.items()}
+    made = by_validation_loss.exact_directions(batches, mixtures)
+    return {f"exact/{name}": t.cpu().numpy() for name, t in made.tensors().items()}
+
+
+def _controls(
+    examples: Sequence[ValidationExample],
+    measured: Measured,
+    rows: Mapping[Key, Tensor],
+    against: Mapping[Key, Tensor],
+) -> dict[str, NDArray[Any]]:
+    """What the controls of arrivals are taken against."""
+    part_SN = np.zeros((len(rows), len(examples)))
+    for s, (key, behind) in enumerate(rows.items()):
+        part_SN[s, behind.numpy()] = 1 / len(behind)
+        if key in against:
+            part_SN[s, against[key].numpy()] = -1 / len(against[key])
+    used = np.flatnonzero(part_SN.any(axis=0)).tolist()
+    documents = [terms(words(examples[row].record)) for row in used]
+    hidden_NH = None if measured.hidden_BH is None else measured.hidden_BH[torch.tensor(used)]
+    made = Controls.fit(hidden_NH, documents, part_SN[:, used])
+    return {f"control/{name}": array for name, array in made.arrays().items()}
+
+
+def _with_code_error(
+    stick: yardstick.Yardstick,
+    tools: Instrument,
+    attributor: Attributor,
+    examples: Sequence[ValidationExample],
+    measured: Measured,
+    arrays: Mapping[str, NDArray[Any]],
+) -> tuple[yardstick.Yardstick, dict[str, NDArray[Any]]]:
+    """What the recipe's code adds to the error of a score, where it has one and exact scores to measure that with."""
+    exact = {part.removeprefix("exact/"): torch.from_numpy(a) for part, a in arrays.items() if "exact/" in part}
+    rows = [row for row, e in enumerate(examples) if e.role == "reference" and bool(measured.ok_B[row])]
+    if not attributor.is_coded or not exact or not rows:
+        return stick, {}
+    towards = directions_of(stick.directions.names, exact)
+    parts = [attributor.measure(batch, towards).exact_BS for batch in tools.batches([examples[r].record for r in rows])]
+    exact_NS = torch.cat([part for part in parts if part is not None]).numpy()
+    compressed_NS = (measured.unit_BK[torch.tensor(rows)] @ stick.directions.unit_SK.T).numpy()
+    error_S = np.array([code_error(x, y) for x, y in zip(compressed_NS.T, exact_NS.T, strict=True)])
+    return replace(stick, code_error_S=error_S), {"spread/code_error": error_S}
 
 
 def _references(
@@ -179,6 +255,7 @@ def _references(
             "normalised": scored.normalised_BS[n].tolist(),
             "influence": scored.influence_BS[n].tolist(),
             "harm": scored.harm_BS[n].tolist(),
+            "self_influence": float(scored.self_influence_B[n]),
         }
         for n, row in enumerate(rows)
     ]
@@ -191,22 +268,19 @@ def record(connection: Connection, settings: Settings, batch: Batch, result: Res
     """
     if not work.hold(connection, batch.lease):
         return Counts(lost=1)
-    directions.change_footing(connection)
-    if result.fitted and directions.recipe(connection, batch.recipe_id).state == "ready":
+    recipes.change_footing(connection)
+    if result.fitted and recipes.recipe(connection, batch.recipe_id).state == "ready":
         return Counts(lost=work.give_back(connection, batch.lease))
     work.finish(connection, batch.lease)
     attributor = result.attributor
     if result.fitted:
         state = {name: t.numpy() for name, t in attributor.state().items()}
         tensors.keep(connection, "curvatures", "recipe_id", batch.recipe_id, state)
-        dimensions = vectors.block_dimensions(attributor.K)
-        directions.recipe_fitted(connection, batch.recipe_id, attributor.K, len(dimensions), attributor.temperature)
+        sets = directions.validation_sets_of(connection, batch.direction_set_id)
+        recipes.recipe_fitted(connection, batch.recipe_id, sets, attributor.K, attributor.temperature)
         vectors.make_partitions(connection, batch.recipe_id, attributor.K)
     _record_validation(connection, batch.recipe_id, result)
-    counts = result.directions.count_S.tolist()
-    directions.record_directions(
-        connection, batch.direction_set_id, [(v, s, n) for (v, s), n in zip(result.keys, counts, strict=True)]
-    )
+    directions.record_directions(connection, batch.direction_set_id, result.names)
     tensors.keep(connection, "direction_tensors", "direction_set_id", batch.direction_set_id, result.arrays)
     directions.record_references(connection, batch.direction_set_id, result.references)
     directions.directions_made(connection, batch.direction_set_id)
@@ -218,7 +292,7 @@ def record(connection: Connection, settings: Settings, batch: Batch, result: Res
 
 
 def _record_validation(connection: Connection, recipe_id: int, result: Result) -> None:
-    known = directions.measured_validation(connection, recipe_id)
+    known = validation.measured_validation(connection, recipe_id)
     states = states_of(result.measured)
     new = [row for row, example in enumerate(result.examples) if example.id not in known]
     m = result.measured
@@ -234,7 +308,7 @@ def _record_validation(connection: Connection, recipe_id: int, result: Result) -
         for row in new
     ]
     if facts:
-        directions.record_validation(connection, recipe_id, facts)
+        validation.record_validation(connection, recipe_id, facts)
     usable = [row for row in new if states[row] == GradientState.OK]
     ids = np.array([result.examples[row].id for row in usable], np.int64)
     vectors.write_validation(connection, recipe_id, ids, m.unit_BK[usable].numpy())

@@ -6,25 +6,37 @@ transaction, under a lease that is checked in it.
 
 from __future__ import annotations
 
+import dataclasses
 import random
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 
 from sqlalchemy import Connection, Engine
 
 from curator.errors import DataError
-from curator.settings import Limits, Settings
-from curator.sources.jsonl import open_records
-from curator.sources.records import parse_record
-from curator.store import directions, examples, offers, work
+from curator.settings import Limits, Settings, Sources
+from curator.sources import files
+from curator.sources.records import NO_FIELDS, parse_record
+from curator.sources.remote import is_url
+from curator.sources.room import require_room
+from curator.store import examples, offers, recipes, work
+from curator.store.engine import read
 from curator.store.examples import Intake
 from curator.types import Counts, Lease, Record, Refusal, Stage
 
 STAGE = Stage.EXAMPLES
-CHUNK = 1000
+CHUNK = 5000
+CHUNK_BYTES = 8_000_000
+"""A chunk ends with either: large enough that a transaction costs little, small enough for flat memory."""
+
+YIELD_EVERY = 32
+"""Records after which the reading thread steps aside: the writing one needs the interpreter for an instant, often."""
+
 FILE, INBOX = "file", "inbox"
+SPOOL = "spool"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,51 +54,130 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
-    """What a chunk held. ``ended`` when the file has no more; ``damage`` when it ended too early."""
+class Chunk:
+    """Some of the records of one source.
 
-    records: Sequence[tuple[str, Record]]
-    refusals: Sequence[tuple[str, Refusal]]
+    ``ended`` when there are no more; ``damage`` when they ended too early; ``remark``, at the end, what a user should
+    know of the file.
+    """
+
+    records: Sequence[Record] = ()
+    refusals: Sequence[Refusal] = ()
     position: int = 0
     ended: bool = True
     damage: DataError | None = None
+    remark: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What was read, by source: of a file one chunk under "", of the inbox as many as had sent something."""
+
+    chunks: Mapping[str, Chunk]
 
 
 @dataclass
 class Reader:
-    """A file kept open between chunks: a compressed one would otherwise be inflated from the start each time."""
+    """A file kept open between chunks: a compressed one would otherwise be inflated from the start each time.
+
+    While one chunk is being written, a thread reads the next: the server works for as long as reading takes, and it has
+    a core of its own.
+    """
 
     limits: Limits
     any_shape: bool
+    sources: Sources
+    spool: Path = Path()
+    fields: Mapping[str, str] = field(default_factory=dict)
     stream: Iterator[Record | Refusal] | None = None
     at: int = 0
-    partial: list[Record | Refusal] = field(default_factory=list)
+    ahead: Future[Chunk] | None = None
+    pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "read-ahead"))
 
-    def take(self, path: Path, after: int, n: int) -> list[Record | Refusal]:
-        """The next ``n`` records behind line ``after``.
+    @property
+    def most(self) -> int:
+        """Records of a chunk: no more than are judged together."""
+        return min(CHUNK, self.limits.batch_records)
 
-        Raises:
-            DataError: the file is damaged; what came before it in this call is in ``partial``.
-        """
-        if self.stream is None or self.at != after:
-            self.stream = open_records(path, self.limits, after, self.any_shape)
-        self.partial = []
-        for item in islice(self.stream, n):
-            self.partial.append(item)
-        self.at = self.partial[-1].position if self.partial else after
-        return self.partial
+    def take(self, path: Path, after: int) -> Chunk:
+        """The next records behind ``after``."""
+        if self.ahead is None or self.at != after:
+            self.close()
+            self.stream = files.open_records(path, self.limits, after, self.any_shape, self.fields)
+            self.ahead = self.pool.submit(_next, self.stream, after, self.most)
+        try:
+            chunk = self.ahead.result()
+        finally:
+            self.ahead = None
+        self.at = chunk.position
+        if chunk.ended:
+            return chunk if chunk.damage else dataclasses.replace(chunk, remark=files.remark(path))
+        assert self.stream is not None
+        self.ahead = self.pool.submit(_next, self.stream, chunk.position, self.most)
+        return chunk
+
+    def path_of(self, intake: Intake) -> Path:
+        """The file of an intake; of a URL, the copy that was fetched."""
+        return self.spool / copy_name(intake.origin, intake.digest) if is_url(intake.origin) else Path(intake.origin)
+
+    def close(self) -> None:
+        """Let the file go; a chunk that is being read is forgotten."""
+        if self.ahead is not None:
+            self.ahead.exception()
+        self.ahead = self.stream = None
 
 
-def open_file(connection: Connection, path: Path, source: str, digest: bytes) -> Intake:
-    """Register a file and offer it, or find the intake it already has."""
-    intake = examples.open_intake(connection, source, str(path), digest)
-    if intake.state == "reading":
+def _next(stream: Iterator[Record | Refusal], after: int, most: int) -> Chunk:
+    """A chunk of a stream: so many records, or so many bytes of them."""
+    records: list[Record] = []
+    refusals: list[Refusal] = []
+    position, size = after, 0
+    try:
+        for item in stream:
+            position = item.position
+            if isinstance(item, Record):
+                records.append(item)
+                size += len(item.record)
+            else:
+                refusals.append(item)
+                size += len(item.raw)
+            n = len(records) + len(refusals)
+            if n == most or size >= CHUNK_BYTES:
+                return Chunk(records, refusals, position, ended=False)
+            if n % YIELD_EVERY == 0:
+                time.sleep(0)
+    except DataError as error:
+        return Chunk(records, refusals, position, damage=error)
+    return Chunk(records, refusals, position)
+
+
+def copy_name(url: str, digest: bytes) -> str:
+    """What the copy of a URL's content is called: its own name at the end, which may say the format."""
+    return f"{digest.hex()}-{url.rsplit('/', 1)[-1]}"
+
+
+def open_file(connection: Connection, origin: Path | str, source: str, digest: bytes, *, again: bool = False) -> Intake:
+    """Register a file, or the content of a URL, and offer it; or find the intake it already has.
+
+    ``again``: somebody delivers it anew, so one that was given up as damaged is read on: a limit may have been raised
+    since, or the worker that it stopped be given more memory.
+    """
+    intake = examples.open_intake(connection, source, str(origin), digest)
+    if again and intake.state == "damaged":
+        intake = examples.reopen_intake(connection, intake.id)
+        work.offer_again(connection, STAGE, [intake.id], kind=FILE)
+    elif intake.state == "reading":
         work.offer(connection, STAGE, [intake.id], kind=FILE)
     return intake
 
 
 def claim(connection: Connection, settings: Settings) -> Batch | None:
-    """Lease a chunk. A coin decides who is asked first, so that neither files nor the inbox starve."""
+    """Lease a chunk. A coin decides who is asked first, so that neither files nor the inbox starve.
+
+    Raises:
+        DiskLow: there is no room; what waits is taken in when there is.
+    """
+    require_room(settings.home, settings.limits.disk_bytes)
     kinds = [FILE, INBOX]
     random.shuffle(kinds)
     for kind in kinds:
@@ -100,37 +191,31 @@ def claim(connection: Connection, settings: Settings) -> Batch | None:
 
 def load(engine: Engine, settings: Settings, batch: Batch) -> Reader:
     """A reader, not open yet."""
-    del engine, batch
-    return Reader(settings.limits, any_shape=settings.workload.kind == "torch")
+    fields = NO_FIELDS
+    if batch.intake is not None:
+        with read(engine) as connection:
+            fields = settings.sources.fields_of(examples.source_name(connection, batch.intake.source_id))
+    return Reader(settings.limits, settings.workload.kind == "torch", settings.sources, settings.home / SPOOL, fields)
 
 
 def compute(tools: Reader, batch: Batch) -> Result:
     """Parse a chunk: every line becomes a record or a refusal, and neither stops its neighbours."""
-    return _read_file(tools, batch.intake) if batch.intake else _read_inbox(tools, batch)
-
-
-def _read_file(tools: Reader, intake: Intake) -> Result:
-    damage = None
-    try:
-        items = tools.take(Path(intake.origin), intake.position, CHUNK)
-    except DataError as error:
-        items, damage, tools.stream = tools.partial, error, None
-    records = [("", item) for item in items if isinstance(item, Record)]
-    refusals = [("", item) for item in items if isinstance(item, Refusal)]
-    position = max([intake.position, *(item.position for item in items)])
-    return Result(records, refusals, position, ended=damage is not None or len(items) < CHUNK, damage=damage)
+    if batch.intake is not None:
+        return Result({"": tools.take(tools.path_of(batch.intake), batch.intake.position)})
+    return _read_inbox(tools, batch)
 
 
 def _read_inbox(tools: Reader, batch: Batch) -> Result:
-    records: list[tuple[str, Record]] = []
-    refusals: list[tuple[str, Refusal]] = []
+    found: dict[str, tuple[list[Record], list[Refusal]]] = {}
     for number, source, raw in batch.inbox:
-        item = parse_record(raw.encode(), number, tools.limits, tools.any_shape)
+        records, refusals = found.setdefault(source, ([], []))
+        fields = tools.sources.fields_of(source)
+        item = parse_record(raw.encode(), number, tools.limits, tools.any_shape, fields)
         if isinstance(item, Record):
-            records.append((source, item))
+            records.append(item)
         else:
-            refusals.append((source, item))
-    return Result(records, refusals)
+            refusals.append(item)
+    return Result({source: Chunk(*found[source]) for source in sorted(found)})
 
 
 def record(connection: Connection, settings: Settings, batch: Batch, result: Result) -> Counts:
@@ -139,60 +224,53 @@ def record(connection: Connection, settings: Settings, batch: Batch, result: Res
         return Counts(lost=len(batch.lease))
     if batch.intake is None:
         return _record_inbox(connection, settings, batch, result)
-    counts = _write(connection, settings, batch.intake, [r for _, r in result.records], [r for _, r in result.refusals])
-    _advance(connection, batch.intake, result, counts)
-    if result.ended:
-        _end(connection, settings, batch, result)
+    chunk = result.chunks[""]
+    counts = _write(connection, settings, batch.intake, chunk)
+    if chunk.ended:
+        _end(connection, settings, batch, chunk)
     else:
+        examples.relax(connection)
         work.go_on(connection, batch.lease)
         full = examples.close_batches(connection, batch.intake.id, settings.limits.batch_records)
         _offer_verdicts(connection, full)
     return counts
 
 
-def _write(
-    connection: Connection,
-    settings: Settings,
-    intake: Intake,
-    records: Sequence[Record],
-    refusals: Sequence[Refusal],
-) -> Counts:
-    batch_id = examples.open_batch(connection, intake.id) if records else 0
-    new = examples.insert(connection, intake, batch_id, records)
-    examples.quarantine(connection, intake, refusals, settings.limits.quarantine_bytes)
-    directions.keep_footing(connection)
-    recipe = directions.recipe_in_use(connection)
+def _write(connection: Connection, settings: Settings, intake: Intake, chunk: Chunk) -> Counts:
+    batch_id = examples.open_batch(connection, intake.id) if chunk.records else 0
+    new = examples.insert(connection, intake, batch_id, chunk.records)
+    examples.quarantine(connection, intake, chunk.refusals, settings.limits.quarantine_bytes)
+    recipes.keep_footing(connection)
+    recipe = recipes.recipe_in_use(connection)
     if recipe is not None and recipe.state == "ready":
         work.offer(connection, Stage.GRADIENTS, new, recipe_id=recipe.id, batch_ids=[batch_id] * len(new))
-    return Counts(done=len(new), duplicates=len(records) - len(new), refused=len(refusals))
-
-
-def _advance(connection: Connection, intake: Intake, result: Result, counts: Counts) -> None:
+    counts = Counts(done=len(new), duplicates=len(chunk.records) - len(new), refused=len(chunk.refusals))
     examples.advance_intake(
         connection,
         intake.id,
-        result.position,
+        chunk.position,
         accepted=counts.done,
         duplicates=counts.duplicates,
         refused=counts.refused,
-        repaired=sum(bool(record.notes) for _, record in result.records),
+        repaired=sum(bool(record.notes) for record in chunk.records),
     )
+    return counts
 
 
-def _end(connection: Connection, settings: Settings, batch: Batch, result: Result) -> None:
+def _end(connection: Connection, settings: Settings, batch: Batch, chunk: Chunk) -> None:
     assert batch.intake is not None
-    if damage := result.damage:
-        refusal = Refusal(result.position + 1, damage.code, str(damage), b"")
+    if damage := chunk.damage:
+        refusal = Refusal(chunk.position + 1, damage.code, str(damage), b"")
         examples.quarantine(connection, batch.intake, [refusal], settings.limits.quarantine_bytes)
-    detail = None if result.damage is None else str(result.damage)
-    closed = examples.close_intake(connection, batch.intake.id, "damaged" if result.damage else "complete", detail)
+    detail = chunk.remark if chunk.damage is None else str(chunk.damage)
+    closed = examples.close_intake(connection, batch.intake.id, "damaged" if chunk.damage else "complete", detail)
     work.finish(connection, batch.lease)
     _offer_verdicts(connection, closed)
 
 
 def _offer_verdicts(connection: Connection, batch_ids: Sequence[int]) -> None:
     """Offer closed batches that may have been through before they were closed."""
-    recipe = directions.recipe_in_use(connection)
+    recipe = recipes.recipe_in_use(connection)
     if recipe and batch_ids:
         offers.verdicts(connection, recipe.id, batch_ids)
 
@@ -201,15 +279,11 @@ def _record_inbox(connection: Connection, settings: Settings, batch: Batch, resu
     """Rows of the inbox by source; each source's rows of one chunk are a batch of their own."""
     total = Counts()
     closed: list[int] = []
-    for source in sorted({name for name, _ in [*result.records, *result.refusals]}):
+    for source, chunk in result.chunks.items():
         # Locked: another process may be taking in rows of the same source.
         intake = examples.intake(connection, examples.open_intake(connection, source, INBOX, b"").id)
-        records = [r for name, r in result.records if name == source]
-        refusals = [r for name, r in result.refusals if name == source]
-        counts = _write(connection, settings, intake, records, refusals)
-        _advance(connection, intake, Result([(source, r) for r in records], []), counts)
+        total += _write(connection, settings, intake, chunk)
         closed += examples.close_batches(connection, intake.id)
-        total += counts
     examples.clear_inbox(connection, batch.lease.subjects)
     work.finish(connection, batch.lease)
     _offer_verdicts(connection, closed)

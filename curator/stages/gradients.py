@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 STAGE = Stage.GRADIENTS
 
 SUSPICIOUS = 8
-"""If at least this many records of a batch fail, and more than half, the fault is the workload's and not theirs."""
+"""If at least this many records of a batch fail, and more than half, the workload itself is tried on trusted ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,16 +78,27 @@ def compute(tools: Instrument, batch: Batch) -> Result:
     """Measure; a record that cannot be measured is found by halving, and its neighbours are none the worse.
 
     Raises:
-        WorkloadBroken: so many fail that the workload must be at fault; nothing is given up for that.
+        WorkloadBroken: many fail, and so do trusted records that were measured before: the workload is at fault, and
+            nothing is given up for that. A delivery of which nothing can be measured is at fault itself.
     """
     refused = {number: reason for number, r in batch.records.items() if (reason := _reason(tools, r))}
     ids = [number for number in batch.records if number not in refused]
     broken: dict[int, str] = {}
     parts = _halving(tools, batch, ids, broken)
-    if len(broken) >= SUSPICIOUS and len(broken) > len(ids) / 2:
+    if len(broken) >= SUSPICIOUS and len(broken) > len(ids) / 2 and not _is_sound(tools):
         raise WorkloadBroken(n=len(broken), of=len(ids), reason=next(iter(broken.values())))
     done = [number for number in ids if number not in broken]
     return Result(done, Measured.join(parts) if parts else None, {**refused, **broken})
+
+
+def _is_sound(tools: Instrument) -> bool:
+    """Whether what was measured before can still be measured."""
+    try:
+        tools.measure(tools.trusted)
+    except Exception as error:  # noqa: BLE001 - the user's code may raise anything
+        log.warning("trusted records can no longer be measured: %s", error)
+        return False
+    return len(tools.trusted) > 0
 
 
 def _reason(tools: Instrument, record: Mapping[str, object]) -> str | None:
@@ -176,4 +187,10 @@ def _facts(measured: Measured, row: int, number: int, state: GradientState) -> d
         "gradient_norm": finite(float(measured.gradient_norm_B[row])),
         "whitened_norm": float(measured.whitened_norm_B[row]) if ok else None,
         "exact": exact,
+        "embedding_similarity": _listed(measured.similarity_BS, row),
+        "bm25": _listed(measured.bm25_BS, row),
     }
+
+
+def _listed(value_BS: torch.Tensor | None, row: int) -> list[float] | None:
+    return None if value_BS is None else value_BS[row].tolist()

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +16,14 @@ from sqlalchemy import Connection
 from curator.errors import (
     CheckpointInUse,
     CheckpointNameTaken,
-    EmptyValidation,
-    MissingSliceField,
     NoSuchCheckpoint,
     NoSuchValidationSet,
-    TooFewTrusted,
 )
 from curator.settings import Settings
-from curator.store import directions, offers, retention, work
-from curator.store.directions import NewValidationExample
+from curator.stages import trusted
+from curator.stages.trusted import Roles
+from curator.store import directions, offers, recipes, retention, validation, work
 from curator.types import Record, Stage
-
-WHOLE = "all"
-"""The slice of a validation set that has no slices."""
-
-FEWEST = 4
-"""Trusted examples below which a slice has neither a direction nor a reference worth the name."""
 
 
 def add_checkpoint(connection: Connection, settings: Settings, name: str, path: Path, digest: bytes) -> int | None:
@@ -41,8 +32,8 @@ def add_checkpoint(connection: Connection, settings: Settings, name: str, path: 
     Raises:
         CheckpointNameTaken: the name belongs to other content.
     """
-    if not directions.add_checkpoint(connection, name, str(path), digest):
-        known = directions.checkpoint(connection, name)
+    if not recipes.add_checkpoint(connection, name, str(path), digest):
+        known = recipes.checkpoint(connection, name)
         if known is None or known.digest != digest:
             raise CheckpointNameTaken(name=name)
     return use_checkpoint(connection, settings, name)
@@ -54,9 +45,9 @@ def use_checkpoint(connection: Connection, settings: Settings, name: str) -> int
     Raises:
         NoSuchCheckpoint: it is not.
     """
-    if directions.checkpoint(connection, name) is None:
+    if recipes.checkpoint(connection, name) is None:
         raise NoSuchCheckpoint(name=name)
-    directions.use_checkpoint(connection, name)
+    recipes.use_checkpoint(connection, name)
     return ask(connection, settings)
 
 
@@ -67,8 +58,8 @@ def drop_checkpoint(connection: Connection, name: str) -> int:
         NoSuchCheckpoint: there is none of that name.
         CheckpointInUse: new arrivals are measured with it.
     """
-    directions.change_footing(connection)
-    checkpoint = directions.checkpoint(connection, name)
+    recipes.change_footing(connection)
+    checkpoint = recipes.checkpoint(connection, name)
     if checkpoint is None:
         raise NoSuchCheckpoint(name=name)
     if checkpoint.in_use:
@@ -77,24 +68,28 @@ def drop_checkpoint(connection: Connection, name: str) -> int:
 
 
 def add_validation(
-    connection: Connection, settings: Settings, name: str, slice_field: str, records: Iterable[Record]
-) -> dict[str, tuple[int, int]]:
-    """A new version of a validation set; returns (direction, reference) counts by slice.
+    connection: Connection,
+    settings: Settings,
+    name: str,
+    slice_field: str,
+    good: Iterable[Record],
+    bad: Iterable[Record] = (),
+) -> Mapping[str, Roles]:
+    """A new version of a validation set, perhaps as a contrast of good with bad; returns its counts by slice.
 
     Raises:
-        EmptyValidation: it has no records.
-        MissingSliceField: a record lacks the field that names its slice.
-        TooFewTrusted: a slice is too small to be split.
+        EmptyValidation, MissingSliceField, TooFewTrusted, ContrastMissing, ContrastOverlaps: see ``trusted.examples``.
     """
-    slices = _by_slice(name, slice_field, records)
-    if not slices:
-        raise EmptyValidation(name=name)
-    split = {key: _split(name, key, members, settings.scores.references) for key, members in slices.items()}
-    rows = [row for members in split.values() for row in members]
+    rows = trusted.examples(name, slice_field, good, bad, settings.scores.references)
     digest = hashlib.sha256(b"".join(sorted(row.digest + row.role.encode() for row in rows))).digest()
-    directions.add_validation_set(connection, name, slice_field, digest, rows)
+    validation.add_validation_set(connection, name, slice_field, digest, rows)
     ask(connection, settings)
-    return {key: _roles(members) for key, members in split.items()}
+    return trusted.roles(rows)
+
+
+def waits_for_checkpoint(connection: Connection) -> bool:
+    """Whether nothing can be measured because there is no checkpoint yet."""
+    return recipes.checkpoint_in_use(connection) is None
 
 
 def remove_validation(connection: Connection, settings: Settings, name: str) -> None:
@@ -103,7 +98,7 @@ def remove_validation(connection: Connection, settings: Settings, name: str) -> 
     Raises:
         NoSuchValidationSet: none of that name is in use.
     """
-    if not directions.retire_validation_set(connection, name):
+    if not validation.retire_validation_set(connection, name):
         raise NoSuchValidationSet(name=name, version=" in use")
     ask(connection, settings)
 
@@ -114,70 +109,26 @@ def use_validation(connection: Connection, settings: Settings, name: str, versio
     Raises:
         NoSuchValidationSet: there is no such version.
     """
-    if not directions.use_validation_set(connection, name, version):
+    if not validation.use_validation_set(connection, name, version):
         raise NoSuchValidationSet(name=name, version=f" version {version}")
     ask(connection, settings)
-
-
-def _by_slice(name: str, slice_field: str, records: Iterable[Record]) -> Mapping[str, dict[bytes, Record]]:
-    """Distinct records by slice: the same trusted example twice would be its own reference."""
-    slices: dict[str, dict[bytes, Record]] = defaultdict(dict)
-    for record in records:
-        slices[_slice(name, slice_field, record)].setdefault(record.digest, record)
-    return slices
-
-
-def _slice(name: str, slice_field: str, record: Record) -> str:
-    if not slice_field:
-        return WHOLE
-    values = json.loads(record.record)
-    value = values.get(slice_field, (values.get("meta") or {}).get(slice_field))
-    if not isinstance(value, (str, int, bool)) or value == "":
-        raise MissingSliceField(name=name, field=slice_field, position=record.position)
-    return str(value)
-
-
-def _split(name: str, key: str, members: Mapping[bytes, Record], share: float) -> Sequence[NewValidationExample]:
-    """Part of a slice becomes its direction, the rest its references: by digest, so it is the same every time."""
-    if len(members) < FEWEST:
-        raise TooFewTrusted(name=name, slice=key, found=len(members), needed=FEWEST)
-    references = min(max(round(len(members) * share), 1), len(members) - 2)
-    ordered = sorted(members, key=lambda digest: hashlib.sha256(b"reference" + digest).digest())
-    return [
-        NewValidationExample(
-            digest=digest,
-            external_id=members[digest].external_id,
-            record=members[digest].record,
-            slice=key,
-            role="reference" if rank < references else "direction",
-        )
-        for rank, digest in enumerate(ordered)
-    ]
-
-
-def _roles(members: Sequence[NewValidationExample]) -> tuple[int, int]:
-    references = sum(member.role == "reference" for member in members)
-    return len(members) - references, references
 
 
 def ask(connection: Connection, settings: Settings) -> int | None:
     """Ask for directions of what is in use now; None while a checkpoint or a validation set is missing.
 
-    A recipe keeps the curvature of the trusted data it was fitted on: a validation set that is added later gets a
-    direction under the same recipe, and no gradient has to be computed again.
+    A checkpoint and what the settings ask for are one recipe, whatever is trusted. It keeps the curvature of the
+    trusted data that was in use when it was first measured: a validation set that comes later gets a direction under
+    the same recipe, no gradient has to be computed again, and going back to a checkpoint finds what was measured there.
     """
-    directions.change_footing(connection)
-    checkpoint = directions.checkpoint_in_use(connection)
-    sets = directions.validation_sets_in_use(connection)
+    recipes.change_footing(connection)
+    checkpoint = recipes.checkpoint_in_use(connection)
+    sets = validation.validation_sets_in_use(connection)
     if checkpoint is None or not sets:
         return None
     asked = spec(settings)
-    recipe = directions.recipe_in_use(connection)
-    if recipe and recipe.checkpoint.id == checkpoint.id and recipe.spec == asked:
-        recipe_id = recipe.id
-    else:
-        key = _digest({"checkpoint": checkpoint.digest.hex(), "trusted": sets[0][1].hex(), "spec": asked})
-        recipe_id = directions.use_recipe(connection, key, checkpoint.id, sets[0][0], asked)
+    key = _digest({"checkpoint": [checkpoint.name, checkpoint.digest.hex()], "spec": asked})
+    recipe_id = recipes.use_recipe(connection, key, checkpoint.id, asked)
     key = _digest([digest.hex() for _, digest in sets])
     set_id = directions.ask_directions(connection, recipe_id, key, [number for number, _ in sets])
     work.withdraw(connection, recipe_id, set_id)
@@ -202,11 +153,17 @@ def spec(settings: Settings) -> dict[str, Any]:
             "layers": list(asked.layers) or ["*"],
             "mask": asked.mask,
             "dimension": asked.dimension,
+            "kept": dict(asked.kept),
+            "importance": asked.importance,
+            "budget": asked.budget,
+            "code": asked.code,
+            "code_dimension": asked.code_dimension if asked.code != "none" else 0,
             "seed": asked.seed,
             "damping": settings.scores.damping,
             "measurement": _measurement(settings),
             "exact": asked.exact,
-            "exact_norm": asked.exact,
+            "exact_norm": asked.exact_norm,
+            "exact_curvature": settings.scores.exact_curvature,
         },
     }
 

@@ -18,9 +18,9 @@ from curator.influence.confidence import conformal_p
 from curator.settings import Settings
 from curator.stages import yardstick
 from curator.stages.yardstick import Scored, Yardstick
-from curator.store import directions, examples, gradients, offers, scores, vectors, work
-from curator.store.directions import Recipe
+from curator.store import directions, examples, gradients, offers, recipes, scores, vectors, work
 from curator.store.engine import read
+from curator.store.recipes import Recipe
 from curator.types import Counts, Lease, Stage
 
 STAGE = Stage.SCORES
@@ -67,7 +67,7 @@ def claim(connection: Connection, settings: Settings) -> Batch | None:
     lease = work.claim(connection, STAGE, CHUNK, settings.limits.lease_seconds, backfill=settings.schedule.backfill)
     if lease is None:
         return None
-    recipe = directions.recipe(connection, lease.recipe_id)
+    recipe = recipes.recipe(connection, lease.recipe_id)
     facts = gradients.facts(connection, recipe.id, lease.subjects)
     ids = sorted(facts)
     unit_BK = vectors.read(connection, recipe.id, ids, recipe.dimension)
@@ -127,8 +127,10 @@ def _row(result: Result, row: int, number: int) -> Mapping[str, Any]:
         "influence": scored.influence_BS[row].tolist(),
         "stderr": scored.stderr_BS[row].tolist(),
         "normalised": scored.normalised_BS[row].tolist(),
+        "normalised_stderr": scored.normalised_stderr_BS[row].tolist(),
         "percentile": result.percentile_BS[row].tolist(),
         "self_influence": float(scored.self_influence_B[row]),
+        "neighbours": scored.neighbours_BS[row].tolist(),
         "harm": scored.harm_BS[row].tolist(),
         "p_value": result.p_value_BS[row].tolist(),
     }

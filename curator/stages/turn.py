@@ -5,7 +5,8 @@ What an exception means is decided here, for all stages:
 * DependencyDown: nobody's fault. The lease goes back, as soon as there is a database to take it, and the caller tries
   again later.
 * of these, a deadlock or another collision with somebody else's transaction: tried again at once.
-* UsageError: the operator has to mend something. The work waits, with the message where ``status`` shows it.
+* UsageError: the operator has to mend something. The work waits, with the message where ``status`` shows it, and the
+  stage is tried ever more rarely, since each time may cost loading a model.
 * anything that ``load`` raises: no record has been looked at yet. A checkpoint that cannot be read, or a device without
   memory, is for the operator to mend too.
 * Ctrl-C: the lease goes back.
@@ -20,6 +21,7 @@ import time
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from sqlalchemy import Connection, Engine
@@ -27,7 +29,7 @@ from sqlalchemy import Connection, Engine
 from curator.errors import CuratorError, DependencyDown, UsageError
 from curator.settings import Settings
 from curator.store import work
-from curator.store.engine import begin, collided
+from curator.store.engine import begin, collided, transact
 from curator.types import Counts, Lease, Stage
 
 log = logging.getLogger(__name__)
@@ -37,6 +39,9 @@ STOP_SECONDS = 5.0
 
 LOOK_SECONDS = 1.0
 """How often the heartbeat looks whether the process was asked to stop."""
+
+MENDING_SHARE = 0.5
+"""Of ``limits.stall_seconds``: the longest that a stage waits for the operator before it is tried again."""
 
 
 class Batch(Protocol):
@@ -59,6 +64,20 @@ class StageModule(Protocol):
     def record(self, connection: Connection, settings: Settings, batch: Any, result: Any) -> Counts: ...  # noqa: D102
 
 
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """How long a stage leaves the operator alone, and until when."""
+
+    seconds: float
+    until: float
+
+    @classmethod
+    def after(cls, before: Wait | None, longest: float) -> Wait:
+        """Twice as long as before."""
+        seconds = min(before.seconds * 2 if before else work.BACKOFF_SECONDS, longest)
+        return cls(seconds, time.monotonic() + seconds)
+
+
 @dataclass
 class Turn:
     """A process's way of running stages; keeps the last tools of each, since a model is slow to load.
@@ -74,6 +93,7 @@ class Turn:
     strict: bool = False
     abandon: Callable[[], None] = lambda: None
     owed: list[Lease] = field(default_factory=list)
+    waits: dict[Stage, Wait] = field(default_factory=dict)
     stop_seen: float | None = None
     kept: dict[Hashable, tuple[Hashable, Any]] = field(default_factory=dict)
 
@@ -94,8 +114,9 @@ class Turn:
     def once(self, stage: StageModule) -> Counts | None:
         """One batch; None when there was nothing to claim, or nothing can be done before the operator mends it."""
         self._return_owed()
-        with begin(self.engine) as connection:
-            batch = stage.claim(connection, self.settings)
+        if (wait := self.waits.get(stage.STAGE)) and time.monotonic() < wait.until and not self.strict:
+            return None
+        batch = transact(self.engine, lambda connection: stage.claim(connection, self.settings))
         if batch is None:
             return None
         loaded = False
@@ -105,7 +126,9 @@ class Turn:
                 loaded = True
                 result = stage.compute(tools, batch)
             with begin(self.engine) as connection:
-                return stage.record(connection, self.settings, batch, result)
+                counts = stage.record(connection, self.settings, batch, result)
+            self.waits.pop(stage.STAGE, None)
+            return counts
         except Exception as error:  # noqa: BLE001 - whatever it is, the lease goes back; see above
             return self._returned(batch.lease, error, suspected=loaded and not isinstance(error, UsageError))
         except BaseException:
@@ -137,11 +160,13 @@ class Turn:
                 return Counts(lost=len(lease))
             raise error
         try:
-            with begin(self.engine) as connection:
-                work.fail(connection, lease, _described(error), counts=suspected)
+            transact(self.engine, lambda connection: work.fail(connection, lease, _described(error), counts=suspected))
         except DependencyDown:
             self.owed.append(lease)
             raise
+        if not suspected:
+            longest = self.settings.limits.stall_seconds * MENDING_SHARE
+            self.waits[lease.stage] = Wait.after(self.waits.get(lease.stage), longest)
         if self.strict and not suspected:
             raise error
         log.error("%s: %s", lease.stage, _described(error), exc_info=None if isinstance(error, CuratorError) else error)
@@ -154,11 +179,9 @@ class Turn:
             self._return_owed()
 
     def _return_owed(self) -> None:
-        if self.owed:
-            with begin(self.engine) as connection:
-                for lease in self.owed:
-                    work.give_back(connection, lease)
-            self.owed.clear()
+        for lease in tuple(self.owed):
+            transact(self.engine, partial(work.give_back, lease=lease))
+            self.owed.remove(lease)
 
     def _gives_way(self, lease: Lease) -> bool:
         """Whether the heartbeat is to end: the process was asked to stop and its batch does not come to an end."""
@@ -177,6 +200,15 @@ def _described(error: Exception) -> str:
     return f"{error.code}: {error}" if isinstance(error, CuratorError) else f"{type(error).__name__}: {error}"
 
 
+def _gave_way(gives_way: Callable[[Lease], bool], lease: Lease) -> bool:
+    """What a stop costs must not be the thread that carries it out."""
+    try:
+        return gives_way(lease)
+    except Exception as error:  # noqa: BLE001 - see above
+        log.warning("heartbeat: %s", error)
+        return False
+
+
 @contextmanager
 def heartbeat(
     engine: Engine,
@@ -186,14 +218,15 @@ def heartbeat(
 ) -> Iterator[None]:
     """Keep a lease alive from a thread: a long computation is no sign of death, a silent process is.
 
-    A beat that fails is tried again; if the database stays away, the lease ends and the fence does the rest.
+    A beat that fails, for whatever reason, is tried again: a thread that ended in silence would let a living worker be
+    taken for dead. If the database stays away, the lease ends and the fence does the rest.
     """
     done = threading.Event()
 
     def beat() -> None:
         due = time.monotonic() + lease_seconds / work.BEATS_PER_LEASE
         while not done.wait(min(lease_seconds / work.BEATS_PER_LEASE, LOOK_SECONDS)):
-            if gives_way(lease):
+            if _gave_way(gives_way, lease):
                 break
             if time.monotonic() < due:
                 continue
@@ -201,8 +234,9 @@ def heartbeat(
             try:
                 with begin(engine) as connection:
                     work.beat(connection, lease.owner, lease_seconds)
-            except DependencyDown as error:
+            except Exception as error:  # noqa: BLE001 - see above
                 log.warning("heartbeat: %s", error)
+                due = time.monotonic()  # at the next look
 
     thread = threading.Thread(target=beat, name=f"beat-{lease.stage}", daemon=True)
     thread.start()

@@ -10,7 +10,8 @@ from sqlalchemy import Connection
 
 from curator.errors import WorkerKilled
 from curator.settings import Settings
-from curator.store import directions, examples, offers, work
+from curator.stages import policies
+from curator.store import directions, examples, offers, retention, work
 from curator.store.work import WornOut
 from curator.types import Stage
 
@@ -27,13 +28,17 @@ class Mended:
 
 def run(connection: Connection, settings: Settings) -> Mended:
     """One round, in one transaction. It costs what is leased and what failed, not what there is."""
+    work.mend_clock(connection, settings.limits.lease_seconds)
     reclaimed = work.reclaim(connection, settings.limits.lease_seconds / work.BEATS_PER_LEASE * 2)
     worn = work.worn_out(connection, settings.limits.attempts)
     for item in worn:
-        _give_up(connection, item, settings.limits.attempts)
+        _give_up(connection, item, settings)
     work.close_quarantined(connection, [item.id for item in worn])
     _offer_verdicts(connection, worn)
+    policies.adopt(connection, settings)
     work.forget_windows(connection)
+    work.sum_up(connection)
+    retention.forget_raw(connection, settings.retention.quarantine_days)
     return Mended(reclaimed, len(worn))
 
 
@@ -44,15 +49,16 @@ def _offer_verdicts(connection: Connection, worn: Sequence[WornOut]) -> None:
         offers.verdicts(connection, recipe_id, sorted(batches))
 
 
-def _give_up(connection: Connection, item: WornOut, attempts: int) -> None:
+def _give_up(connection: Connection, item: WornOut, settings: Settings) -> None:
     """Put the subject of worn-out work where people look for it; its neighbours go on."""
-    code, detail = WorkerKilled.code, str(WorkerKilled(n=attempts, reason=item.error or "no message"))
+    code, detail = WorkerKilled.code, str(WorkerKilled(n=settings.limits.attempts, reason=item.error or "no message"))
     log.warning("%s %s: %s", item.stage, item.subject, detail)
     if item.stage in (Stage.GRADIENTS, Stage.SCORES):
         examples.quarantine_example(connection, item.subject, code, detail)
     elif item.stage == Stage.DIRECTIONS:
         directions.direction_set_failed(connection, item.subject, detail)
     elif item.stage == Stage.EXAMPLES and item.kind == "file":
-        examples.close_intake(connection, item.subject, "damaged", detail)
+        examples.give_up_intake(connection, item.subject, code, detail)
     elif item.stage == Stage.EXAMPLES:
-        examples.quarantine_inbox(connection, item.subject, code, detail)
+        cap = settings.limits.quarantine_bytes
+        examples.quarantine_inbox(connection, item.subject, code, detail, cap)

@@ -6,7 +6,8 @@ on how the work was cut or which worker died: the same arrivals give the same fl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,58 +16,104 @@ from numpy.typing import NDArray
 from sqlalchemy import Connection, Engine, Row
 
 from curator.errors import NothingToUndo, UnknownExample
-from curator.influence.confidence import benjamini_hochberg
-from curator.settings import Settings
+from curator.influence.confidence import Spent, benjamini_hochberg, spend, stream_level
+from curator.settings import Policy, Settings
+from curator.stages import policies
+from curator.stages.policies import Columns
 from curator.store import directions, examples, offers, verdicts, work
 from curator.types import ACTOR_CURATOR, Counts, Lease, Review, Stage, Verdict
 
 STAGE = Stage.VERDICTS
+Floats = NDArray[np.float64]
+
+WAIT_SECONDS = 1.0
+"""A small batch whose pool is still at work is looked at again after so long."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A batch of arrivals with its scores, and the p-values of earlier arrivals that it is pooled with."""
+    """A batch of arrivals with its scores, those of earlier arrivals that it is pooled with, and the references."""
 
     lease: Lease
     batch_id: int
+    source: str
     direction_set_id: int
+    policy_set_id: int
+    slices: Sequence[str]
     rows: Sequence[Row[Any]]
-    earlier: Sequence[Sequence[float]]
-    references: int
+    earlier: Sequence[Row[Any]]
+    references: Sequence[Row[Any]]
     tools: tuple[str] = ("nothing",)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one policy says of a batch: p, q over the pool, q within the batch, the slice that decided; (B,)."""
+
+    name: str
+    policy: Policy
+    p_B: Floats
+    q_B: Floats
+    own_q_B: Floats
+    slice_B: Floats
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the policies that flag say, and the scores that the others choose by."""
+
+    findings: Sequence[Finding]
+    columns: Columns | None
 
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """One example's verdict and what it rests on. ``ordinal`` is the direction that decided, from 1."""
+    """The verdict on row ``b`` of a batch and what it rests on. ``at`` is the position of the slice that decided."""
 
-    row: Row[Any]
+    b: int
     verdict: Verdict
     reason: str
-    ordinal: int
-    q_value: float
+    policy: str
+    version: str
+    at: int
+    p_value: float | None = None
+    q_value: float | None = None
+    stream_q: float | None = None
+    stream_level: float | None = None
 
 
 def claim(connection: Connection, settings: Settings) -> Batch | None:
     """Lease one batch whose examples are all through.
 
-    One that is so no longer, since the directions were replaced, is dropped: whoever finishes it offers it again.
+    One that is so no longer, since the directions were replaced, is dropped: whoever finishes it offers it again. One
+    whose pool is still at work waits for it.
     """
+    policy_set_id = policies.adopt(connection, settings)
     while lease := work.claim(connection, STAGE, 1, settings.limits.lease_seconds):
         (batch_id,) = lease.subjects
-        if offers.is_through(connection, lease.recipe_id, batch_id):
-            return _read(connection, settings, lease, batch_id)
-        work.finish(connection, lease)
+        if not offers.is_through(connection, lease.recipe_id, batch_id):
+            work.finish(connection, lease)
+        elif batch := _read(connection, settings, lease, batch_id, policy_set_id):
+            return batch
+        else:
+            verdicts.postpone(connection, lease, WAIT_SECONDS)
     return None
 
 
-def _read(connection: Connection, settings: Settings, lease: Lease, batch_id: int) -> Batch:
+def _read(connection: Connection, settings: Settings, lease: Lease, batch_id: int, policy_set_id: int) -> Batch | None:
     set_id = directions.directions_in_use(connection, lease.recipe_id)
     assert set_id is not None, "a batch is through on directions"
     rows = verdicts.scores_of_batch(connection, batch_id, lease.recipe_id, set_id)
-    wanted = max(0, settings.verdicts.pool - len(rows))
-    earlier = verdicts.earlier_p_values(connection, rows[0].id, lease.recipe_id, set_id, wanted) if rows else []
-    return Batch(lease, batch_id, set_id, rows, earlier, verdicts.reference_count(connection, set_id))
+    wanted = settings.verdicts.pool - len(rows)
+    earlier = (
+        verdicts.earlier_scores(connection, rows[0].id, lease.recipe_id, set_id, wanted) if rows and wanted > 0 else []
+    )
+    if earlier is None:
+        return None
+    names = [f"{name}/{slice_}" for name, slice_ in directions.slices_of(connection, set_id)]
+    source = verdicts.source_of_batch(connection, batch_id)
+    references = directions.references(connection, set_id)
+    return Batch(lease, batch_id, source, set_id, policy_set_id, names, rows, earlier, references)
 
 
 def load(engine: Engine, settings: Settings, batch: Batch) -> Settings:
@@ -75,48 +122,37 @@ def load(engine: Engine, settings: Settings, batch: Batch) -> Settings:
     return settings
 
 
-def compute(settings: Settings, batch: Batch) -> list[Judged]:
-    """The verdicts of a batch.
+def compute(settings: Settings, batch: Batch) -> Result:
+    """What each policy says of a batch. q-values are Benjamini-Hochberg over the batch and what it is pooled with.
 
-    An example's p-value over S slices is S times its smallest (Bonferroni): one bad slice is enough, and looking at
-    many must not make flags cheaper. q-values are Benjamini-Hochberg over the batch and what it is pooled with.
+    Raises:
+        UnknownPolicySlice: a policy names a slice that no validation set in use has.
     """
+    at = {name: policies.positions(name, each, batch.slices) for name, each in settings.policies().items()}
     if not batch.rows:
-        return []
-    smallest, ordinals = _smallest([row.p_value for row in batch.rows])
-    earlier, _ = _smallest(batch.earlier)
-    q_B = benjamini_hochberg(np.concatenate([smallest, earlier]))[: len(smallest)]
-    valuable = _valuable(batch.rows, q_B, settings)
-    return [
-        _judge(row, float(q), int(ordinal), settings.verdicts.fdr, row.id in valuable)
-        for row, q, ordinal in zip(batch.rows, q_B, ordinals, strict=True)
-    ]
+        return Result([], None)
+    columns = Columns.of(batch.rows)
+    earlier = Columns.of(batch.earlier) if batch.earlier else None
+    return Result(
+        [
+            _finding(name, each, at[name], columns, earlier, batch.references)
+            for name, each in settings.policies().items()
+            if each.kind != "valuable"
+        ],
+        columns,
+    )
 
 
-def _smallest(p_BS: Sequence[Sequence[float]]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    if not len(p_BS):
-        return np.zeros(0), np.zeros(0, np.int64)
-    p = np.asarray(p_BS, np.float64)
-    return np.minimum(1.0, p.min(axis=1) * p.shape[1]), p.argmin(axis=1) + 1
+def _finding(
+    name: str, policy: Policy, at: Sequence[int], of: Columns, earlier: Columns | None, references: Sequence[Row[Any]]
+) -> Finding:
+    p_B, slice_B = policies.p_values(policy, at, of, references)
+    pooled = policies.p_values(policy, at, earlier, references)[0] if earlier else np.zeros(0)
+    q_B = benjamini_hochberg(np.concatenate([p_B, pooled]))[: len(p_B)]
+    return Finding(name, policy, p_B, q_B, benjamini_hochberg(p_B), slice_B)
 
 
-def _valuable(rows: Sequence[Row[Any]], q_B: NDArray[np.float64], settings: Settings) -> set[int]:
-    """The best share of a batch by normalised influence on its weakest slice, among those above zero and unflagged."""
-    weakest = {row.id: min(row.normalised) for row, q in zip(rows, q_B, strict=True) if q > settings.verdicts.fdr}
-    budget = int(len(rows) * settings.verdicts.valuable)
-    best = sorted((number for number, value in weakest.items() if value > 0), key=lambda n: (-weakest[n], n))
-    return set(best[:budget])
-
-
-def _judge(row: Row[Any], q: float, ordinal: int, fdr: float, valuable: bool) -> Judged:
-    if q <= fdr:
-        return Judged(row, Verdict.HARMFUL, f"looks worse than trusted examples (q {q:.3f} <= {fdr:g})", ordinal, q)
-    if valuable:
-        return Judged(row, Verdict.VALUABLE, "normalised influence among the best of its batch", ordinal, q)
-    return Judged(row, Verdict.NEUTRAL, "no evidence of harm at the level asked for", ordinal, q)
-
-
-def record(connection: Connection, settings: Settings, batch: Batch, result: Sequence[Judged]) -> Counts:
+def record(connection: Connection, settings: Settings, batch: Batch, result: Result) -> Counts:
     """Append what changed. A first neutral is the absence of a verdict; a person's word is never overruled.
 
     Nor is the word on the recipe in use by that of a former one, whose last batches end after it was replaced.
@@ -125,28 +161,123 @@ def record(connection: Connection, settings: Settings, batch: Batch, result: Seq
         return Counts(lost=1)
     if not verdicts.may_judge(connection, batch.batch_id, batch.lease.recipe_id, batch.direction_set_id):
         return Counts(lost=1)
-    reviewed = verdicts.reviewed(connection, [judged.row.id for judged in result])
+    levels = {found.name: _level(connection, settings, batch, found) for found in result.findings}
+    judged = _judged(settings, batch, result, levels)
+    reviewed = verdicts.reviewed(connection, [row.id for row in batch.rows])
     spoken = [
-        judged
-        for judged in result
-        if judged.row.id not in reviewed and (judged.verdict != Verdict.NEUTRAL or judged.row.former is not None)
+        each for each in judged if _is_news(batch.rows[each.b], each.verdict) and batch.rows[each.b].id not in reviewed
     ]
-    verdicts.append(connection, [_columns(judged, batch, settings.verdicts.fdr) for judged in spoken])
+    verdicts.append(connection, [_columns(each, batch, result) for each in spoken])
     verdicts.note_judged(
         connection,
         batch.batch_id,
         batch.direction_set_id,
+        batch.policy_set_id,
         judged=len(batch.rows),
         pool=len(batch.rows) + len(batch.earlier),
-        refs=batch.references,
+        refs=len(batch.references),
         fdr=settings.verdicts.fdr,
-        flagged=sum(judged.verdict == Verdict.HARMFUL for judged in result),
+        flagged=sum(each.verdict == Verdict.HARMFUL for each in judged),
     )
-    return Counts(done=len(result))
+    return Counts(done=len(judged))
 
 
-def _columns(judged: Judged, batch: Batch, fdr: float) -> dict[str, object]:
-    row, at = judged.row, judged.ordinal - 1
+def _is_news(row: Row[Any], verdict: Verdict) -> bool:
+    return verdict != Verdict.NEUTRAL or row.former is not None
+
+
+def _level(connection: Connection, settings: Settings, batch: Batch, found: Finding) -> float:
+    """The level at which this batch keeps the rate over the stream; judged again, it keeps the one it had."""
+    stream = "" if settings.verdicts.stream == "all" else batch.source
+    former = verdicts.spent(connection, batch.direction_set_id, batch.policy_set_id, found.name, stream)
+    known = {row.batch_id: float(row.level) for row in former}
+    if batch.batch_id in known:
+        return known[batch.batch_id]
+    history = [Spent(row.level, row.rejected, row.augmented) for row in former]
+    took = spend(found.p_B, stream_level(history, len(found.p_B), found.policy.fdr))
+    verdicts.note_spent(
+        connection,
+        {
+            "batch_id": batch.batch_id,
+            "direction_set_id": batch.direction_set_id,
+            "policy_set_id": batch.policy_set_id,
+            "policy": found.name,
+            "stream": stream,
+            "ordinal": len(former) + 1,
+            "n": len(found.p_B),
+            "level": took.level,
+            "rejected": took.rejected,
+            "augmented": took.augmented,
+        },
+    )
+    return took.level
+
+
+def _judged(settings: Settings, batch: Batch, result: Result, levels: Mapping[str, float]) -> list[Judged]:
+    """The verdict on each example: of the policies that flag it the surest one's, else valuable, else neutral."""
+    if result.columns is None:
+        return []
+    holds = settings.verdicts.stream != "off"
+    flags: dict[int, Judged] = {}
+    for found in sorted(result.findings, key=lambda each: each.name):
+        flagged_B = found.q_B <= found.policy.fdr
+        if holds:
+            flagged_B &= found.own_q_B <= levels[found.name]
+        for b in np.flatnonzero(flagged_B).tolist():
+            if b not in flags or found.q_B[b] < (flags[b].q_value or 0):
+                flags[b] = _flag(batch, found, b, levels[found.name])
+    flagged_B = np.isin(np.arange(len(batch.rows)), list(flags))
+    chosen = _chosen(settings, batch, result.columns, flagged_B)
+    return [flags.get(b) or chosen.get(b) or _neutral(b, result) for b in range(len(batch.rows))]
+
+
+def _flag(batch: Batch, found: Finding, b: int, level: float) -> Judged:
+    at, q = int(found.slice_B[b]), float(found.q_B[b])
+    said = {
+        ("harmful", "harm"): "looks worse than trusted examples",
+        ("harmful", "influence"): f"works against {batch.slices[at]}, beyond its error",
+    }.get((found.policy.kind, found.policy.score), "is unlike the trusted examples")
+    if found.policy.kind == "outlier":
+        said = "is unlike the trusted examples"
+    return Judged(
+        b,
+        Verdict.HARMFUL,
+        f"{said} (q {q:.3f} <= {found.policy.fdr:g})",
+        found.name,
+        policies.version(found.policy),
+        at,
+        float(found.p_B[b]),
+        q,
+        float(found.own_q_B[b]),
+        level,
+    )
+
+
+def _chosen(settings: Settings, batch: Batch, columns: Columns, flagged_B: NDArray[np.bool_]) -> dict[int, Judged]:
+    """What the policies that choose take, by row; the first policy that takes an example is the one that speaks."""
+    chosen: dict[int, Judged] = {}
+    for name, policy in settings.policies().items():
+        if policy.kind != "valuable":
+            continue
+        at = policies.positions(name, policy, batch.slices)
+        for b in np.flatnonzero(policies.most_valuable(policy, at, columns, flagged_B)).tolist():
+            weakest = min(at, key=lambda s, b=b: batch.rows[b].normalised[s])  # type: ignore[misc]
+            reason = "normalised influence among the best of its batch"
+            judged = Judged(b, Verdict.VALUABLE, reason, name, policies.version(policy), weakest)
+            chosen.setdefault(b, judged)
+    return chosen
+
+
+def _neutral(b: int, result: Result) -> Judged:
+    name, version = "", ""
+    if result.findings:
+        first = result.findings[0]
+        name, version = first.name, policies.version(first.policy)
+    return Judged(b, Verdict.NEUTRAL, "no evidence of harm at the level asked for", name, version, 0)
+
+
+def _columns(judged: Judged, batch: Batch, result: Result) -> dict[str, object]:
+    row, at = batch.rows[judged.b], judged.at
     return {
         "example_id": row.id,
         "verdict": judged.verdict,
@@ -155,14 +286,33 @@ def _columns(judged: Judged, batch: Batch, fdr: float) -> dict[str, object]:
         "restores": None,
         "note": None,
         "actor": ACTOR_CURATOR,
-        "policy": f"harm fdr={fdr:g}",
+        "policy": judged.policy,
+        "policy_version": judged.version,
+        "policy_set_id": batch.policy_set_id,
         "recipe_id": batch.lease.recipe_id,
         "direction_set_id": batch.direction_set_id,
-        "ordinal": judged.ordinal,
+        "ordinal": at + 1,
         "influence": row.influence[at],
         "stderr": row.stderr[at],
-        "p_value": row.p_value[at],
+        "p_value": judged.p_value,
         "q_value": judged.q_value,
+        "stream_q": judged.stream_q,
+        "stream_level": judged.stream_level,
+        "evidence": json.dumps(_evidence(judged.b, at, row, result)),
+    }
+
+
+def _evidence(b: int, at: int, row: Row[Any], result: Result) -> dict[str, object]:
+    """The scores as they were, with p and q under every policy that flags: what a later score may differ from."""
+    return {
+        "harm": row.harm[at],
+        "normalised_influence": row.normalised[at],
+        "normalised_stderr": row.normalised_stderr[at] if row.normalised_stderr else None,
+        "self_influence": row.self_influence,
+        "policies": {
+            found.name: {"p": round(float(found.p_B[b]), 6), "q": round(float(found.q_B[b]), 6)}
+            for found in result.findings
+        },
     }
 
 
@@ -206,10 +356,10 @@ def _reviewed(
     example_id: int, said: Review, verdict: Verdict, basis: Row[Any] | None, reason: str, actor: str, note: str | None
 ) -> dict[str, object]:
     """A review carries the evidence it was given on, so a flag that was looked at still shows its figures."""
-    evidence = ("policy", "recipe_id", "direction_set_id", "ordinal", "influence", "stderr", "p_value", "q_value")
-    carried = {name: getattr(basis, name) if basis else None for name in evidence}
+    carried = {name: getattr(basis, name) if basis else None for name in _CARRIED}
     return {
         **carried,
+        "evidence": json.dumps(carried["evidence"]) if carried["evidence"] else None,
         "policy": carried["policy"] or "review",
         "example_id": example_id,
         "verdict": verdict,
@@ -219,3 +369,9 @@ def _reviewed(
         "note": note,
         "actor": actor,
     }
+
+
+_CARRIED = (
+    *("policy", "policy_version", "policy_set_id", "recipe_id", "direction_set_id", "ordinal", "influence", "stderr"),
+    *("p_value", "q_value", "stream_q", "stream_level", "evidence"),
+)

@@ -6,6 +6,7 @@ Both queries read every vector they compare with: exact, at the speed of memory,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,22 +16,29 @@ from sqlalchemy import Connection, Row, text
 
 from curator.store.reads import Rows
 
+_LATEST = 1_000
+# A label may be worth grouping by; `->>` refuses a record with an escaped NUL, wherever in it that is.
+_LABEL = "CASE WHEN position('\\u0000' IN v.record::text) = 0 THEN v.record ->> 'label' END"
+
 
 def pulls(connection: Connection, recipe_id: int, direction_set_id: int, example_id: int) -> Rows:
     """What each validation example adds to the normalised influence of one example; the sum over a slice is it.
 
-    A row: validation_set, slice, validation_example_id, external_id, record, pull.
+    An example of the contrast adds what is taken away: a negative pull means that the arrival is like it.
+    A row: ordinal, validation_set, slice, validation_example_id, label, pull; the lowest first in each slice.
     """
     return list(
         connection.execute(
             text(
-                """
+                f"""
                 SELECT s.name AS validation_set, d.slice, d.ordinal, v.id AS validation_example_id,
-                       nullif(v.external_id, '') AS external_id, v.record, t.product / d.n AS pull
+                       {_LABEL} AS label,
+                       CASE v.role WHEN 'contrast' THEN -t.product / d.contrast ELSE t.product / d.n END AS pull
                 FROM curator.directions d
                 JOIN curator.validation_sets s ON s.id = d.validation_set_id
                 JOIN curator.validation_examples v
-                  ON v.validation_set_id = d.validation_set_id AND v.slice = d.slice AND v.role = 'direction'
+                  ON v.validation_set_id = d.validation_set_id AND v.slice = d.slice
+                 AND v.role IN ('direction', 'contrast')
                 JOIN LATERAL (
                     SELECT sum(-(g.vector <#> b.vector)) AS product
                     FROM curator.gradient_blocks g
@@ -39,11 +47,43 @@ def pulls(connection: Connection, recipe_id: int, direction_set_id: int, example
                 ) t ON t.product IS NOT NULL
                 WHERE d.direction_set_id = :directions
                 ORDER BY d.ordinal, pull, v.id
-                """
+                """  # noqa: S608 - the expression above
             ),
             {"recipe": recipe_id, "directions": direction_set_id, "example": example_id},
         )
     )
+
+
+def validation_records(connection: Connection, ids: Sequence[int]) -> dict[int, Row[Any]]:
+    """(id, external_id, record) of some validation examples: of the few that are named, not of all that pull."""
+    rows = connection.execute(
+        text(
+            "SELECT id, nullif(external_id, '') AS external_id, record FROM curator.validation_examples"
+            " WHERE id = ANY(:ids)"
+        ),
+        {"ids": list(ids)},
+    )
+    return {row.id: row for row in rows}
+
+
+def layer_columns(connection: Connection, recipe_id: int) -> dict[str, NDArray[Any]]:
+    """What the recipe keeps of its layers' columns in a vector: none where a code mixes them."""
+    return _tensors(connection, "curvatures", "recipe_id", recipe_id, "columns/%")
+
+
+def means(connection: Connection, direction_set_id: int) -> dict[str, NDArray[Any]]:
+    """What vectors are compared with, slices stacked in their order: ``unit_SK`` and ``whitened_SK``."""
+    found = _tensors(connection, "direction_tensors", "direction_set_id", direction_set_id, "mean/%")
+    return {part.removeprefix("mean/"): array for part, array in found.items()}
+
+
+def _tensors(connection: Connection, table: str, column: str, owner: int, like: str) -> dict[str, NDArray[Any]]:
+    """Some of what is kept under ``owner``. Not ``tensors.fetch``: the whole of it is as large as the model."""
+    rows = connection.execute(
+        text(f"SELECT part, tensor FROM curator.{table} WHERE {column} = :owner AND part LIKE :like"),  # noqa: S608
+        {"owner": owner, "like": like},
+    )
+    return {row.part: load(bytes(row.tensor))[""] for row in rows}
 
 
 def neighbours(connection: Connection, recipe_id: int, example_id: int, limit: int) -> Rows:
@@ -106,19 +146,16 @@ def _cosines(blocks: list[int]) -> str:
 
 
 def harm_scales(connection: Connection, direction_set_id: int) -> dict[str, NDArray[np.float64]]:
-    """What harm is measured on, slices stacked in the order of the directions: ``centre`` and ``spread``, (S, C).
-
-    Not ``tensors.fetch``, which would read the directions as well, and those are as large as the model.
-    """
-    rows = connection.execute(
-        text("SELECT part, tensor FROM curator.direction_tensors WHERE direction_set_id = :id AND part LIKE 'harm/%'"),
-        {"id": direction_set_id},
-    )
-    return {part.removeprefix("harm/"): load(bytes(tensor))[""] for part, tensor in rows}
+    """What harm is measured on, slices stacked in the order of the directions: ``centre`` and ``spread``, (S, C)."""
+    found = _tensors(connection, "direction_tensors", "direction_set_id", direction_set_id, "harm/%")
+    return {part.removeprefix("harm/"): array for part, array in found.items()}
 
 
 def controls(connection: Connection, recipe_id: int, example_id: int) -> Row[Any] | None:
-    """What is known of an example without any validation data, and the share of arrivals that is below it in each."""
+    """What is known of an example without any validation data, and the share of arrivals that is below it in each.
+
+    Its length is in bytes of the record, and held against the latest arrivals only: all of them would have to be read.
+    """
     return connection.execute(
         text(
             """
@@ -126,12 +163,19 @@ def controls(connection: Connection, recipe_id: int, example_id: int) -> Row[Any
                    avg((o.loss < g.loss)::integer)::float8 AS loss_percentile,
                    avg((o.calibrated_loss < g.calibrated_loss)::integer)::float8 AS calibrated_loss_percentile,
                    avg((o.gradient_norm < g.gradient_norm)::integer)::float8 AS gradient_norm_percentile,
-                   avg((o.whitened_norm < g.whitened_norm)::integer)::float8 AS self_influence_percentile
+                   avg((o.whitened_norm < g.whitened_norm)::integer)::float8 AS self_influence_percentile,
+                   min(l.length) AS length, min(l.percentile) AS length_percentile
             FROM curator.gradients g
+            JOIN LATERAL (
+                SELECT own.length, avg((octet_length(e.record::text) < own.length)::integer)::float8 AS percentile
+                FROM (SELECT octet_length(record::text) AS length FROM curator.examples WHERE id = g.example_id) own,
+                     (SELECT record FROM curator.examples ORDER BY id DESC LIMIT :latest) e
+                GROUP BY own.length
+            ) l ON true
             LEFT JOIN curator.gradients o ON o.recipe_id = g.recipe_id AND o.state = 'ok'
             WHERE g.recipe_id = :recipe AND g.example_id = :example
             GROUP BY g.recipe_id, g.example_id
             """
         ),
-        {"recipe": recipe_id, "example": example_id},
+        {"recipe": recipe_id, "example": example_id, "latest": _LATEST},
     ).one_or_none()

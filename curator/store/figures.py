@@ -7,6 +7,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, text
 
 from curator.store.reads import Rows
+from curator.store.reviews import REVIEWED
 
 
 def slices(connection: Connection) -> Rows:
@@ -125,60 +126,64 @@ def baseline(connection: Connection, ordinal: int) -> Row[Any]:
     ).one()
 
 
-def sources(connection: Connection) -> Rows:
-    """Each source and slice: influence with its interval, and the means of the controls. Worst first."""
+# Of every example under the recipe in use, what each control says of it: the higher, the worse.
+_CONTROLS = f"""
+    SELECT g.example_id, f.verdict IS NOT DISTINCT FROM 'harmful' AS flagged, w.review IN ('drop', 'relabel') AS upheld,
+           c.control, c.value
+    FROM curator.gradients g
+    JOIN curator.recipes r ON r.id = g.recipe_id AND r.in_use
+    LEFT JOIN curator.scores s ON s.recipe_id = g.recipe_id AND s.example_id = g.example_id
+    LEFT JOIN curator.verdicts_in_force f ON f.example_id = g.example_id
+    LEFT JOIN ({REVIEWED}) w ON w.example_id = g.example_id
+    CROSS JOIN LATERAL (VALUES
+        ('harm', (SELECT max(x) FROM unnest(s.harm) x)),
+        ('influence, lowest', -(SELECT min(x) FROM unnest(s.normalised) x)),
+        ('self-influence', g.whitened_norm),
+        ('loss', g.loss),
+        ('gradient norm', g.gradient_norm),
+        ('embedding similarity, lowest', -(SELECT max(x) FROM unnest(g.embedding_similarity) x)),
+        ('BM25, lowest', -(SELECT max(x) FROM unnest(g.bm25) x)),
+        ('random', hashint8(g.example_id)::real)
+    ) AS c (control, value)
+    WHERE g.state = 'ok' AND c.value IS NOT NULL
+"""  # noqa: S608 - the query of reviews
+
+
+def controls(connection: Connection) -> Rows:
+    """What each control alone would have found: (control, n, flags, found, auc_flags, cleared, upheld, auc_reviews).
+
+    ``found``: of F flags, how many are among the F highest of the control. An area under the curve is the chance that
+    of a flag and another example (of a flag upheld by a reviewer and one cleared) the former has the higher value.
+    """
     return list(
         connection.execute(
             text(
-                """
-                SELECT s.source, s.validation_set, s.slice, s.n, s.mean_influence, s.ci_low, s.ci_high, s.flagged,
-                       s.flagged_share, s.mean_influence - s.trusted_influence AS beside_trusted, s.mean_harm,
-                       c.loss, c.gradient_norm
-                FROM curator.source_influence s
-                LEFT JOIN (SELECT source, validation_set, slice, avg(loss) AS loss, avg(gradient_norm) AS gradient_norm
-                           FROM curator.influence_scores WHERE in_use GROUP BY source, validation_set, slice) c
-                       USING (source, validation_set, slice)
-                ORDER BY s.mean_influence, s.source, s.validation_set, s.slice
-                """
+                f"""
+                WITH placed AS (
+                    SELECT *, row_number() OVER (PARTITION BY control ORDER BY value DESC, example_id) AS place,
+                           rank() OVER (PARTITION BY control ORDER BY value)
+                               + (count(*) OVER (PARTITION BY control, value) - 1) / 2.0::float8 AS among_all,
+                           rank() OVER (PARTITION BY control, upheld IS NULL ORDER BY value)
+                               + (count(*) OVER (PARTITION BY control, upheld IS NULL, value) - 1) / 2.0::float8
+                               AS among_reviewed,
+                           count(*) FILTER (WHERE flagged) OVER (PARTITION BY control) AS flags
+                    FROM ({_CONTROLS}) c
+                )
+                SELECT control, count(*) AS n, max(flags) AS flags,
+                       count(*) FILTER (WHERE flagged AND place <= flags) AS found,
+                       (sum(among_all) FILTER (WHERE flagged) - max(flags) * (max(flags) + 1) / 2.0)
+                           / nullif(max(flags) * (count(*) - max(flags)), 0) AS auc_flags,
+                       count(*) FILTER (WHERE NOT upheld) AS cleared, count(*) FILTER (WHERE upheld) AS upheld,
+                       (sum(among_reviewed) FILTER (WHERE upheld)
+                           - count(*) FILTER (WHERE upheld) * (count(*) FILTER (WHERE upheld) + 1) / 2.0)
+                           / nullif(count(*) FILTER (WHERE upheld) * count(*) FILTER (WHERE NOT upheld), 0)
+                           AS auc_reviews
+                FROM placed GROUP BY control
+                ORDER BY control <> 'harm', control = 'random', auc_flags DESC NULLS LAST, control
+                """  # noqa: S608 - the query above
             )
         )
     )
-
-
-def overlap(connection: Connection) -> Row[Any]:
-    """Of F flags, how many are among the F highest of each control: what the control alone would have found."""
-    return connection.execute(
-        text(
-            """
-            WITH flags AS (SELECT example_id FROM curator.verdicts_in_force WHERE verdict = 'harmful'),
-                 ranked AS (SELECT g.example_id,
-                                   rank() OVER (ORDER BY g.loss DESC NULLS LAST, g.example_id) AS by_loss,
-                                   rank() OVER (ORDER BY g.gradient_norm DESC NULLS LAST, g.example_id) AS by_norm
-                            FROM curator.gradients g JOIN curator.recipes r ON r.id = g.recipe_id AND r.in_use
-                            WHERE g.state = 'ok')
-            SELECT count(*) AS flags,
-                   count(*) FILTER (WHERE by_loss <= (SELECT count(*) FROM flags)) AS by_loss,
-                   count(*) FILTER (WHERE by_norm <= (SELECT count(*) FROM flags)) AS by_norm,
-                   (SELECT count(*) FROM ranked) AS examples
-            FROM ranked JOIN flags USING (example_id)
-            """
-        )
-    ).one()
-
-
-def reviewed_flags(connection: Connection) -> Row[Any]:
-    """Of curator's own flags that a person has looked at: (n, upheld)."""
-    return connection.execute(
-        text(
-            """
-            SELECT count(*) AS n, count(*) FILTER (WHERE v.review IN ('drop', 'relabel')) AS upheld
-            FROM curator.verdicts_in_force f
-            JOIN curator.verdicts v ON v.id = f.verdict_id AND v.review IN ('keep', 'drop', 'relabel')
-            WHERE EXISTS (SELECT FROM curator.verdicts o
-                          WHERE o.example_id = f.example_id AND o.verdict = 'harmful' AND o.review IS NULL)
-            """
-        )
-    ).one()
 
 
 def leaked(connection: Connection) -> int:
@@ -187,7 +192,7 @@ def leaked(connection: Connection) -> int:
         text(
             "SELECT count(DISTINCT e.id) FROM curator.validation_examples v"
             " JOIN curator.validation_sets s ON s.id = v.validation_set_id AND s.in_use"
-            " JOIN curator.examples e ON e.digest = v.digest"
+            " JOIN curator.examples e ON e.digest = v.digest WHERE v.role <> 'contrast'"
         )
     )
     return int(n or 0)

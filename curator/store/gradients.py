@@ -11,14 +11,18 @@ from sqlalchemy import Connection, text
 def insert(
     connection: Connection, recipe_id: int, direction_set_id: int | None, rows: Sequence[Mapping[str, Any]]
 ) -> None:
-    """One row an example: id, state, loss, calibrated_loss, gradient_norm, whitened_norm, exact."""
+    """One row an example.
+
+    id, state, loss, calibrated_loss, gradient_norm, whitened_norm, exact, embedding_similarity, bm25.
+    """
     if not rows:
         return
     connection.execute(
         text(
             "INSERT INTO curator.gradients (recipe_id, example_id, state, loss, calibrated_loss, gradient_norm,"
-            " whitened_norm, direction_set_id, exact) VALUES (:recipe_id, :id, :state, :loss, :calibrated_loss,"
-            " :gradient_norm, :whitened_norm, :direction_set_id, :exact)"
+            " whitened_norm, direction_set_id, exact, embedding_similarity, bm25)"
+            " VALUES (:recipe_id, :id, :state, :loss, :calibrated_loss,"
+            " :gradient_norm, :whitened_norm, :direction_set_id, :exact, :embedding_similarity, :bm25)"
         ),
         [{"recipe_id": recipe_id, "direction_set_id": direction_set_id, **row} for row in rows],
     )

@@ -1,4 +1,4 @@
-"""Whether the server is fit for curator: version, roles, clock, and who holds a transaction open."""
+"""Whether the server is fit for curator, and whether somebody takes care of what is in it."""
 
 from __future__ import annotations
 
@@ -59,3 +59,62 @@ def long_transactions(connection: Connection, seconds: float) -> Rows:
             {"seconds": seconds},
         )
     )
+
+
+def settings(connection: Connection) -> Row[Any]:
+    """What of the server's configuration makes it unsafe or slow for us, and how many connections are left."""
+    return connection.execute(
+        text(
+            """
+            SELECT current_setting('fsync')::boolean AND current_setting('full_page_writes')::boolean AS durable,
+                   current_setting('autovacuum')::boolean AS vacuums,
+                   current_setting('max_connections')::integer
+                   - (SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend') AS free
+            """
+        )
+    ).one()
+
+
+def analyst_is_bound(connection: Connection) -> bool:
+    """Whether a query that an analyst forgets ends by itself; true where there is no such role."""
+    return bool(
+        connection.scalar(
+            text(
+                "SELECT coalesce(bool_and(EXISTS (SELECT FROM unnest(rolconfig) c WHERE c LIKE 'statement_timeout=%')),"
+                " true) FROM pg_roles WHERE rolname = 'curator_analyst'"
+            )
+        )
+    )
+
+
+def ended_leases(connection: Connection, seconds: float) -> int:
+    """Leases that ended so long ago that upkeep cannot have been there since."""
+    n = connection.scalar(
+        text(
+            "SELECT count(*) FROM curator.work WHERE state = 'leased'"
+            " AND lease_until < clock_timestamp() - make_interval(secs => :seconds)"
+        ),
+        {"seconds": seconds},
+    )
+    return int(n or 0)
+
+
+def schedulers(connection: Connection) -> tuple[int, int]:
+    """(windows of the last ten minutes, how many of them more than one scheduler wanted)."""
+    row = connection.execute(
+        text(
+            "SELECT count(*) AS windows, count(*) FILTER (WHERE others > 0) AS shared FROM curator.jobs"
+            " WHERE job = 'curator.upkeep' AND at > now() - interval '10 minutes'"
+        )
+    ).one()
+    return row.windows, row.shared
+
+
+def missing_partition(connection: Connection) -> Row[Any] | None:
+    """(recipe, dimension) of the recipe in use, if it is ready and has no place for its vectors."""
+    return connection.execute(
+        text(
+            "SELECT id AS recipe, dimension FROM curator.recipes WHERE in_use AND state = 'ready'"
+            " AND to_regclass('curator.gradient_blocks_r' || id) IS NULL"
+        )
+    ).one_or_none()

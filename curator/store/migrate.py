@@ -1,23 +1,26 @@
-"""The schema: made, moved on, compared. Safe to interrupt and to run again; two runs at once take turns."""
+"""The schema: made, moved on, compared. Safe to interrupt and to run again; two runs at once take turns.
+
+alembic is imported by what needs it: every command asks for the revision, and its import takes a quarter of a second.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from alembic import command
-from alembic.autogenerate import compare_metadata
-from alembic.config import Config
-from alembic.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, text
 
 from curator.errors import NoPgvector, SchemaBehind
 from curator.store.engine import begin, read
 from curator.store.tables import SCHEMA, metadata
 
+if TYPE_CHECKING:
+    from alembic.config import Config
+
 PGVECTOR = "0.8.0"
+LOCK_SECONDS = 30
 # One number for every curator: a migration waits for another one to end instead of failing half-way.
 _LOCK = 0x63757261746F72
 
@@ -29,11 +32,10 @@ def scripts() -> Path:
     return shipped if shipped.is_dir() else package.parent / "migrations"
 
 
+@cache
 def needed_revision() -> str:
-    """The revision this curator works with."""
-    head = ScriptDirectory(str(scripts())).get_current_head()
-    assert head is not None
-    return head
+    """The revision this curator works with: the number of the last script. Every command asks, so alembic is not."""
+    return max(path.name.partition("_")[0] for path in (scripts() / "versions").glob("[0-9]*.py"))
 
 
 def found_revision(connection: Connection) -> str | None:
@@ -51,9 +53,10 @@ def upgrade(engine: Engine) -> str:
         NoPgvector: the server has no pgvector that is new enough.
         DatabaseDown: the server does not answer.
     """
+    from alembic import command
+
     with begin(engine) as connection:
-        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
-        connection.execute(text("SET LOCAL lock_timeout = '30s'"))
+        _take_turn(connection)
         _require_pgvector(connection, engine)
         connection.execute(text(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}"))
         command.upgrade(_config(connection), "head")
@@ -62,8 +65,10 @@ def upgrade(engine: Engine) -> str:
 
 def downgrade(engine: Engine, revision: str) -> None:
     """Bring the database back to ``revision`` ("base": before the first)."""
+    from alembic import command
+
     with begin(engine) as connection:
-        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
+        _take_turn(connection)
         command.downgrade(_config(connection), revision)
 
 
@@ -73,6 +78,9 @@ def check(engine: Engine) -> list[str]:
     Raises:
         SchemaBehind: the revision is another one, so a comparison would say nothing.
     """
+    from alembic.autogenerate import compare_metadata
+    from alembic.migration import MigrationContext
+
     with read(engine) as connection:
         require_revision(connection)
         context = MigrationContext.configure(connection, opts=dict(COMPARED))
@@ -90,7 +98,15 @@ def require_revision(connection: Connection) -> None:
         raise SchemaBehind(found=found or "none", needed=needed)
 
 
+def _take_turn(connection: Connection) -> None:
+    """One migration at a time; then a bounded wait for each table, or whoever comes after us would wait behind us."""
+    connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
+    connection.execute(text(f"SET LOCAL lock_timeout = '{LOCK_SECONDS}s'"))
+
+
 def _config(connection: Connection) -> Config:
+    from alembic.config import Config
+
     config = Config()
     config.set_main_option("script_location", str(scripts()).replace("%", "%%"))
     config.set_main_option("path_separator", "os")
@@ -102,9 +118,14 @@ def _require_pgvector(connection: Connection, engine: Engine) -> None:
     version = text("SELECT default_version FROM pg_available_extensions WHERE name = 'vector'")
     found = connection.scalar(version)
     url = engine.url.render_as_string(hide_password=True)
-    if found is None or _numbers(found) < _numbers(PGVECTOR):
+    if found is None or is_older(found, PGVECTOR):
         raise NoPgvector(url=url, needed=PGVECTOR, found=f"it offers {found or 'none'}")
     connection.execute(text("CREATE EXTENSION IF NOT EXISTS vector"))
+
+
+def is_older(version: str, than: str) -> bool:
+    """Whether one version of pgvector comes before another."""
+    return _numbers(version) < _numbers(than)
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from sqlalchemy import Connection, text
 
-from curator.store import directions
+from curator.store import recipes
 from curator.types import PRIORITY_BACKFILL, PRIORITY_FRESH, Stage
 
 
@@ -22,7 +22,7 @@ def missing(connection: Connection) -> int:
 
 def recipe_in_use(connection: Connection) -> int:
     """Offer what the recipe and directions in use leave to do, once there are any."""
-    recipe = directions.recipe_in_use(connection)
+    recipe = recipes.recipe_in_use(connection)
     if recipe is None or recipe.state != "ready":
         return 0
     return gradients(connection, recipe.id) + scores(connection, recipe.id) + verdicts(connection, recipe.id)
@@ -96,8 +96,19 @@ THROUGH = """
 """
 
 
+# The last word on the batch was on these directions and by the policies in use. Going back to a former validation set
+# or checkpoint brings back verdicts that others have replaced meanwhile, so an earlier word does not count.
+JUDGED = """
+    EXISTS (SELECT FROM curator.judged_batches j
+            WHERE j.batch_id = b.id AND j.direction_set_id = d.id
+              AND j.policy_set_id = (SELECT id FROM curator.policy_sets WHERE in_use)
+              AND NOT EXISTS (SELECT FROM curator.judged_batches l, curator.recipes r
+                              WHERE l.batch_id = b.id AND l.at > j.at AND r.id = d.recipe_id AND r.in_use))
+"""
+
+
 def verdicts(connection: Connection, recipe_id: int, batch_ids: Sequence[int] | None = None) -> int:
-    """Offer every closed batch that is through on the directions in use, and was not judged on them.
+    """Offer every closed batch that is through on the directions in use, and was not judged on them, as things stand.
 
     Called last by whoever may have finished one of ``batch_ids``, or closed it. Of two that do so at once, each would
     see the other still at work: the second waits here until the first has committed.
@@ -115,9 +126,7 @@ def verdicts(connection: Connection, recipe_id: int, batch_ids: Sequence[int] | 
             FROM curator.batches b
             JOIN curator.direction_sets d ON d.recipe_id = :recipe_id AND d.in_use
             WHERE b.closed AND (CAST(:ids AS bigint[]) IS NULL OR b.id = ANY(:ids))
-              AND NOT EXISTS (SELECT FROM curator.judged_batches j
-                              WHERE j.batch_id = b.id AND j.direction_set_id = d.id)
-              AND {THROUGH}
+              AND NOT {JUDGED} AND {THROUGH}
             ON CONFLICT (stage, kind, recipe_id, subject) DO UPDATE
                 SET state = 'ready', attempts = 0, offered_at = now()
                 WHERE w.state = 'done'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import psycopg
 from psycopg import sql
@@ -72,14 +73,21 @@ def _restrict(driver: psycopg.Connection[Values], seconds: float) -> None:
 def _stream(cursor: psycopg.Cursor[Values], query: str) -> tuple[tuple[str, ...], Iterator[Values]]:
     rows = cursor.stream(query.encode())
     first = next(rows, None)
-    names = _distinct([column.name for column in cursor.description or ()])
-    return names, _chain(first, rows)
+    if first is None:
+        return _distinct(_described(cursor.connection, query)), rows
+    return _distinct([column.name for column in cursor.description or ()]), _chain(first, rows)
 
 
-def _chain(first: Values | None, rows: Iterator[Values]) -> Iterator[Values]:
-    if first is not None:
-        yield first
-        yield from rows
+def _described(driver: psycopg.Connection[Any], query: str) -> list[str]:
+    """The columns of a query that gave no row: a stream without one has forgotten them."""
+    driver.pgconn.prepare(b"", query.encode())
+    described = driver.pgconn.describe_prepared(b"")
+    return [(described.fname(column) or b"").decode() for column in range(described.nfields)]
+
+
+def _chain(first: Values, rows: Iterator[Values]) -> Iterator[Values]:
+    yield first
+    yield from rows
 
 
 def _distinct(names: list[str]) -> tuple[str, ...]:

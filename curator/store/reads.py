@@ -42,7 +42,8 @@ def example(connection: Connection, example_id: int) -> Row[Any] | None:
             """
             SELECT e.id AS example_id, nullif(e.external_id, '') AS external_id, s.name AS source, e.arrived_at,
                    e.record, f.verdict, v.reason, v.review, v.q_value,
-                   (SELECT sum(o.n) FROM curator.occurrences o WHERE o.example_id = e.id)::bigint AS occurrences
+                   1 + (SELECT coalesce(sum(o.n), 0) FROM curator.occurrences o WHERE o.example_id = e.id)::bigint
+                       AS occurrences
             FROM curator.examples e
             JOIN curator.sources s ON s.id = e.source_id
             LEFT JOIN curator.verdicts_in_force f ON f.example_id = e.id
@@ -61,7 +62,8 @@ def scores_of(connection: Connection, example_id: int) -> Rows:
             text(
                 """
                 SELECT checkpoint, validation_set, slice, influence, stderr, percentile, normalised_influence,
-                       exact_influence, self_influence, harm, p_value, loss, calibrated_loss, gradient_norm
+                       exact_influence, self_influence, harm, p_value, loss, calibrated_loss, gradient_norm,
+                       embedding_similarity, bm25
                 FROM curator.influence_scores WHERE example_id = :id AND in_use ORDER BY validation_set, slice
                 """
             ),
@@ -147,29 +149,18 @@ def valuable(connection: Connection, selection: str | None, limit: int | None) -
     )
 
 
-# An example that was given up came from somewhere too: where it was first met.
-_MET = """
-    LEFT JOIN LATERAL (SELECT i.origin, c.position
-                       FROM curator.occurrences c JOIN curator.intakes i ON i.id = c.intake_id
-                       WHERE c.example_id = r.example_id ORDER BY c.intake_id, c.position LIMIT 1) o ON true
-"""
-
-
 def quarantined(connection: Connection, source: str | None, code: str | None, limit: int | None) -> Rows:
     """Refused records, latest first."""
     return list(
         connection.execute(
             text(
-                f"""
-                SELECT r.quarantine_id, r.source, coalesce(r.origin, o.origin) AS origin,
-                       coalesce(r.position, o.position) AS position, r.code, r.detail, r.at, r.example_id
-                FROM (SELECT * FROM curator.quarantined_records
-                      WHERE (CAST(:source AS text) IS NULL OR source = :source)
-                        AND (CAST(:code AS text) IS NULL OR code = :code)
-                      ORDER BY at DESC, quarantine_id DESC LIMIT :limit) r
-                {_MET}
-                ORDER BY r.at DESC, r.quarantine_id DESC
-                """  # noqa: S608 - the join above
+                """
+                SELECT quarantine_id, source, origin, position, code, detail, at, example_id
+                FROM curator.quarantined_records
+                WHERE (CAST(:source AS text) IS NULL OR source = :source)
+                  AND (CAST(:code AS text) IS NULL OR code = :code)
+                ORDER BY at DESC, quarantine_id DESC LIMIT :limit
+                """
             ),
             {"source": source, "code": code, "limit": limit},
         )
@@ -180,16 +171,14 @@ def refusal(connection: Connection, quarantine_id: int) -> Row[Any] | None:
     """One refused record with what is kept of its bytes."""
     return connection.execute(
         text(
-            f"""
-            SELECT r.quarantine_id, r.source, coalesce(r.origin, o.origin) AS origin,
-                   coalesce(r.position, o.position) AS position, r.code, r.detail, r.at, r.example_id,
+            """
+            SELECT r.quarantine_id, r.source, r.origin, r.position, r.code, r.detail, r.at, r.example_id,
                    coalesce(q.raw, convert_to(e.record::text, 'UTF8')) AS raw
             FROM curator.quarantined_records r
             JOIN curator.quarantine q ON q.id = r.quarantine_id
             LEFT JOIN curator.examples e ON e.id = r.example_id
-            {_MET}
             WHERE r.quarantine_id = :id
-            """  # noqa: S608 - the join above
+            """
         ),
         {"id": quarantine_id},
     ).one_or_none()
@@ -200,15 +189,13 @@ def quarantine_counts(connection: Connection) -> Rows:
     return list(
         connection.execute(
             text(
-                f"""
-                SELECT r.source, r.code, c.n, r.at, coalesce(r.origin, o.origin) AS origin,
-                       coalesce(r.position, o.position) AS position, r.detail
+                """
+                SELECT r.source, r.code, c.n, r.at, r.origin, r.position, r.detail
                 FROM (SELECT count(*) AS n, max(quarantine_id) AS last FROM curator.quarantined_records
                       GROUP BY source, code) c
                 JOIN curator.quarantined_records r ON r.quarantine_id = c.last
-                {_MET}
                 ORDER BY c.n DESC, r.code, r.source
-                """  # noqa: S608 - the join above
+                """
             )
         )
     )
@@ -221,15 +208,15 @@ def given_up(connection: Connection, example_id: int) -> Row[Any] | None:
     ).one_or_none()
 
 
-def ended(connection: Connection, origins: list[str]) -> list[str]:
-    """Which of these files no intake will read again."""
+def ended(connection: Connection, digests: list[str]) -> list[str]:
+    """Which contents, by their digests in hex, no intake will read again."""
     return list(
         connection.scalars(
             text(
-                "SELECT origin FROM curator.intakes WHERE origin = ANY(:origins)"
-                " GROUP BY origin HAVING bool_and(state <> 'reading')"
+                "SELECT encode(digest, 'hex') FROM curator.intakes WHERE encode(digest, 'hex') = ANY(:digests)"
+                " GROUP BY digest HAVING bool_and(state <> 'reading')"
             ),
-            {"origins": origins},
+            {"digests": digests},
         )
     )
 
@@ -254,8 +241,8 @@ def abandoned(connection: Connection) -> Rows:
     return list(
         connection.execute(
             text(
-                "SELECT stage, coalesce(last_error, 'no message') AS error, count(*) AS n FROM curator.work"
-                " WHERE state = 'quarantined' GROUP BY 1, 2 ORDER BY 1, 3 DESC, 2"
+                "SELECT stage, last_error AS error, count(*) AS n FROM curator.work"
+                " WHERE state = 'quarantined' AND last_error IS NOT NULL GROUP BY 1, 2 ORDER BY 1, 3 DESC, 2"
             )
         )
     )
@@ -276,7 +263,8 @@ def totals(connection: Connection) -> Row[Any]:
             """
             WITH recipe AS (SELECT id FROM curator.recipes WHERE in_use)
             SELECT (SELECT count(*) FROM curator.examples) AS examples,
-                   (SELECT coalesce(sum(n), 0) FROM curator.occurrences)::bigint AS records,
+                   (SELECT count(*) FROM curator.examples)
+                   + (SELECT coalesce(sum(n), 0) FROM curator.occurrences)::bigint AS records,
                    (SELECT count(*) FROM curator.scores s JOIN recipe r ON r.id = s.recipe_id) AS scored,
                    (SELECT count(*) FROM curator.gradients g JOIN recipe r ON r.id = g.recipe_id
                     WHERE g.state <> 'ok') AS without_signal,

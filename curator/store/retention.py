@@ -1,4 +1,8 @@
-"""Letting go of what was measured at a checkpoint. What arrived, what was decided and why stays."""
+"""Letting go of what was measured at a checkpoint, and of what was refused. What arrived, was decided and why stays.
+
+Finished work stays too: that a piece was done is what keeps it from being done again. How much there is of it is known
+without a count (``work_tallies``).
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,19 @@ def drop_measurements(connection: Connection, checkpoint_id: int) -> int:
         )
     )
     return sum(_drop(connection, recipe_id) for recipe_id in recipes)
+
+
+def forget_raw(connection: Connection, days: float) -> int:
+    """Forget the raw bytes of records that were refused so many days ago, a thousand at a time; 0: never."""
+    if not days:
+        return 0
+    return connection.execute(
+        text(
+            "UPDATE curator.quarantine SET raw = NULL WHERE id = ANY(ARRAY(SELECT id FROM curator.quarantine"
+            " WHERE raw IS NOT NULL AND at < now() - make_interval(secs => :seconds) ORDER BY at LIMIT 1000))"
+        ),
+        {"seconds": days * 86_400},
+    ).rowcount
 
 
 def _drop(connection: Connection, recipe_id: int) -> int:
@@ -41,5 +58,5 @@ _STATEMENTS = (
     "DELETE FROM curator.validation_gradients WHERE recipe_id = :id",
     "DELETE FROM curator.curvatures WHERE recipe_id = :id",
     "UPDATE curator.direction_sets SET state = 'pending', in_use = false WHERE recipe_id = :id",
-    "UPDATE curator.recipes SET state = 'retired', in_use = false WHERE id = :id",
+    "UPDATE curator.recipes SET state = 'fitting', in_use = false WHERE id = :id",
 )

@@ -10,7 +10,7 @@ from sqlalchemy import Connection, text
 def retry(connection: Connection, numbers: Sequence[int] | None, code: str | None) -> int:
     """Offer given-up examples again, as if nobody had tried; return how many.
 
-    Their batch is judged again once they are through: what has a verdict keeps it (``verdicts_once``).
+    Their batch is judged again once they are through: what has a verdict keeps it, unless another is due.
 
     Args:
         connection: a transaction.

@@ -14,7 +14,9 @@ from sqlalchemy import (
     Boolean,
     CheckConstraint,
     Column,
+    Date,
     DateTime,
+    Double,
     ForeignKey,
     Identity,
     Index,
@@ -126,10 +128,12 @@ examples = Table(
     _id(),
     Column("digest", LargeBinary, nullable=False),
     Column("external_id", Text, nullable=False, server_default=""),
-    _ref("source_id", "sources"),
-    _ref("batch_id", "batches"),
+    # No foreign keys here and in occurrences: checked row by row, four of them cost as much as storing the record.
+    Column("source_id", BigInteger, nullable=False),
+    Column("batch_id", BigInteger, nullable=False),
     Column("record", JSON, nullable=False, comment="json, not jsonb: jsonb refuses an escaped NUL"),
     _now("arrived_at"),
+    Column("position", BigInteger, nullable=False, server_default="0", comment="where it was first met"),
     UniqueConstraint("digest", comment="One example however often it arrives: it is computed once."),
     Index(None, "batch_id"),
     Index(None, "external_id", postgresql_where=text("external_id <> ''")),
@@ -139,12 +143,49 @@ examples = Table(
 occurrences = Table(
     "occurrences",
     metadata,
-    _ref("example_id", "examples"),
-    _ref("intake_id", "intakes"),
+    Column("example_id", BigInteger, nullable=False),
+    Column("intake_id", BigInteger, nullable=False),
     Column("external_id", Text, nullable=False, server_default=""),
     Column("position", BigInteger, nullable=False, comment="where it was first met"),
     Column("n", BigInteger, nullable=False, server_default="1"),
     PrimaryKeyConstraint("example_id", "intake_id", "external_id"),
+    comment="Arrivals of an example after its first, which is the example: most arrive once, and cost no row here.",
+)
+
+sketches = Table(
+    "sketches",
+    metadata,
+    _id(),
+    _ref("example_id", "examples"),
+    Column("bands", ARRAY(BigInteger), nullable=False, comment="MinHash, a number a band; empty: it says nothing"),
+    Column("of_id", BigInteger, comment="the earlier example it is a near-duplicate of; NULL: it is a head"),
+    Column("similarity", REAL, comment="share of the shingles of both that they have in common"),
+    UniqueConstraint("example_id", comment="Sketched twice, it is kept once."),
+    # Only heads are compared with: a million near-copies of one text must not meet each other.
+    Index("sketches_of_heads", "bands", postgresql_using="gin", postgresql_where=text("of_id IS NULL")),
+)
+
+leaks = Table(
+    "leaks",
+    metadata,
+    _ref("example_id", "examples"),
+    _ref("validation_example_id", "validation_examples"),
+    Column("similarity", REAL, nullable=False),
+    PrimaryKeyConstraint("example_id", "validation_example_id"),
+    comment="Examples that are like a validation example. One that is the same is found by its digest.",
+)
+
+leak_checks = Table(
+    "leak_checks",
+    metadata,
+    Column(
+        "validation_set_id",
+        BigInteger,
+        ForeignKey(f"{SCHEMA}.validation_sets.id"),
+        primary_key=True,
+        autoincrement=False,
+    ),
+    Column("checked_to", BigInteger, nullable=False, comment="the last sketch that was held against the set"),
 )
 
 inbox = Table(
@@ -213,7 +254,7 @@ validation_examples = Table(
     Column("slice", Text, nullable=False),
     Column("role", Text, nullable=False),
     UniqueConstraint("validation_set_id", "digest"),
-    _one_of("role", "direction", "reference"),
+    _one_of("role", "direction", "reference", "contrast"),
 )
 
 recipes = Table(
@@ -222,17 +263,16 @@ recipes = Table(
     _id(),
     Column("key", LargeBinary, nullable=False, comment="digest of everything that makes gradients comparable"),
     _ref("checkpoint_id", "checkpoints"),
-    _ref("validation_set_id", "validation_sets"),
     Column("spec", JSONB, nullable=False, comment="what was asked for; nothing filters on it"),
+    Column("fitted_on", ARRAY(BigInteger), comment="the validation sets whose directions' examples it was fitted on"),
     Column("dimension", Integer),
-    Column("blocks", SmallInteger),
     Column("temperature", REAL, comment="of the checkpoint, on trusted data; 1 is calibrated, above is overconfident"),
     Column("state", Text, nullable=False, server_default="fitting"),
     Column("in_use", Boolean, nullable=False, server_default=text("false")),
     _now("added_at"),
-    UniqueConstraint("key", comment="The same checkpoint, masks and trusted data are one recipe."),
+    UniqueConstraint("key", comment="The same checkpoint and settings are one recipe."),
     Index("recipes_one_in_use", "in_use", unique=True, postgresql_where=text("in_use")),
-    _one_of("state", "fitting", "ready", "retired"),
+    _one_of("state", "fitting", "ready"),
 )
 
 curvatures = Table(
@@ -272,6 +312,7 @@ directions = Table(
     Column("slice", Text, nullable=False),
     Column("ordinal", SmallInteger, nullable=False, comment="position in the arrays of scores, from 1"),
     Column("n", Integer, nullable=False, comment="validation examples in the mean"),
+    Column("contrast", Integer, nullable=False, server_default="0", comment="in the mean that is taken from it"),
     UniqueConstraint("direction_set_id", "ordinal"),
     UniqueConstraint("direction_set_id", "validation_set_id", "slice"),
 )
@@ -317,6 +358,7 @@ reference_scores = Table(
     Column("normalised", ARRAY(REAL), nullable=False),
     Column("influence", ARRAY(REAL), nullable=False),
     Column("harm", ARRAY(REAL), nullable=False),
+    Column("self_influence", REAL, nullable=False),
     PrimaryKeyConstraint("direction_set_id", "validation_example_id"),
     comment="Trusted examples the directions never saw, scored like arrivals: what p-values are ranks among.",
 )
@@ -335,10 +377,26 @@ gradients = Table(
     Column("whitened_norm", REAL, comment="of the kept entries; its square is the self-influence"),
     Column("direction_set_id", BigInteger, comment="the directions `exact` was taken against, on arrival"),
     Column("exact", ARRAY(REAL), comment="un-compressed normalised influence on each of them"),
+    Column("embedding_similarity", ARRAY(REAL), comment="control: of the last hidden states, with each of them"),
+    Column("bm25", ARRAY(REAL), comment="control: of the words, for each of them"),
     _now("computed_at"),
     PrimaryKeyConstraint("recipe_id", "example_id", comment="Delivered twice, computed twice, kept once."),
     _one_of("state", "ok", "no_signal", "nonfinite"),
     Index(None, "example_id"),
+    # Rows come in the order of time, so a few kilobytes say where the last days are.
+    Index(None, "computed_at", postgresql_using="brin"),
+)
+
+fidelities = Table(
+    "fidelities",
+    metadata,
+    _ref("direction_set_id", "direction_sets"),
+    Column("ordinal", SmallInteger, nullable=False),
+    Column("day", Date, nullable=False, comment="of UTC"),
+    Column("n", Integer, nullable=False),
+    Column("spearman", REAL, nullable=False, comment="of compressed with exact normalised influence"),
+    _now("measured_at"),
+    PrimaryKeyConstraint("direction_set_id", "ordinal", "day", comment="Measured again, a day is replaced."),
 )
 
 gradient_blocks = Table(
@@ -365,17 +423,39 @@ scores = Table(
     Column("self_influence", REAL, nullable=False),
     Column("harm", ARRAY(REAL), nullable=False),
     Column("p_value", ARRAY(REAL), nullable=False, comment="conformal: rank of the harm among the references"),
+    Column(
+        "normalised_stderr",
+        ARRAY(REAL),
+        nullable=False,
+        server_default="{}",
+        comment="of normalised: over validation examples, and of the compression",
+    ),
+    Column(
+        "neighbours", ARRAY(REAL), nullable=False, server_default="{}", comment="mean cosine with the nearest trusted"
+    ),
     _now("scored_at"),
     PrimaryKeyConstraint("recipe_id", "example_id", comment="One row an example; scored again, it is replaced."),
     CheckConstraint(
         "array_position(influence, 'NaN') IS NULL AND array_position(stderr, 'NaN') IS NULL"
-        " AND array_position(normalised, 'NaN') IS NULL",
+        " AND array_position(normalised, 'NaN') IS NULL AND array_position(normalised_stderr, 'NaN') IS NULL",
         name="no_nan",
     ),
     Index(None, "example_id"),
 )
 
 # --- what is decided --------------------------------------------------------------------------------------
+
+policy_sets = Table(
+    "policy_sets",
+    metadata,
+    _id(),
+    Column("digest", LargeBinary, nullable=False),
+    Column("policies", JSONB, nullable=False, comment="what the settings said, by name"),
+    Column("in_use", Boolean, nullable=False, server_default=text("true")),
+    _now("at"),
+    Index("policy_sets_one_in_use", "in_use", unique=True, postgresql_where=text("in_use")),
+    comment="What was judged by, each time it changed: going back to former policies is another row.",
+)
 
 verdicts = Table(
     "verdicts",
@@ -390,6 +470,8 @@ verdicts = Table(
     Column("note", Text),
     Column("actor", Text, nullable=False),
     Column("policy", Text, nullable=False),
+    Column("policy_version", Text, comment="digest of what the policy said"),
+    _ref("policy_set_id", "policy_sets", nullable=True),
     _ref("recipe_id", "recipes", nullable=True),
     _ref("direction_set_id", "direction_sets", nullable=True),
     Column("ordinal", SmallInteger, comment="the direction that decided"),
@@ -397,19 +479,14 @@ verdicts = Table(
     Column("stderr", REAL),
     Column("p_value", REAL),
     Column("q_value", REAL),
+    Column("stream_q", REAL, comment="q-value within the batch alone"),
+    Column("stream_level", REAL, comment="the level that holds the rate over the whole stream"),
+    Column("evidence", JSONB, comment="the scores, and p and q under each policy"),
     _now("at"),
     _one_of("verdict", "harmful", "valuable", "neutral", "undecided"),
     _one_of("review", "keep", "drop", "relabel", "undo"),
-    Index(
-        "verdicts_once",
-        "example_id",
-        "direction_set_id",
-        "policy",
-        unique=True,
-        postgresql_where=text("review IS NULL"),
-    ),
     Index(None, "example_id"),
-    comment="Append-only. verdicts_once: a batch judged twice speaks once.",
+    comment="Append-only. A batch judged twice on the same footing speaks once.",
 )
 
 verdicts_in_force = Table(
@@ -421,18 +498,67 @@ verdicts_in_force = Table(
     Index(None, "verdict"),
 )
 
+reviews = Table(
+    "reviews",
+    metadata,
+    Column("verdict_id", BigInteger, ForeignKey(f"{SCHEMA}.verdicts.id"), primary_key=True, autoincrement=False),
+    _ref("example_id", "examples"),
+    Column("label", Text, comment="relabel: what the label should be"),
+    Column("origin", Text, comment="the annotation elsewhere that it was imported from"),
+    UniqueConstraint("example_id", "origin", comment="An annotation imported twice speaks once."),
+    comment="What a review brought besides its word.",
+)
+
+review_draws = Table(
+    "review_draws",
+    metadata,
+    _id(),
+    Column("seed", BigInteger, nullable=False),
+    Column("flags", BigInteger, nullable=False, comment="how many flags it was drawn from"),
+    Column("actor", Text, nullable=False),
+    _now("at"),
+)
+
+review_draw_examples = Table(
+    "review_draw_examples",
+    metadata,
+    _ref("draw_id", "review_draws"),
+    _ref("example_id", "examples"),
+    PrimaryKeyConstraint("draw_id", "example_id"),
+    comment="Flags drawn at random to be reviewed: only these give an unbiased precision.",
+)
+
 judged_batches = Table(
     "judged_batches",
     metadata,
     _ref("batch_id", "batches"),
     _ref("direction_set_id", "direction_sets"),
+    _ref("policy_set_id", "policy_sets"),
     Column("judged", Integer, nullable=False, comment="examples of the batch"),
     Column("pool", Integer, nullable=False, comment="examples the false discovery rate was controlled over"),
     Column("refs", Integer, nullable=False, comment="trusted references the p-values are ranks among"),
     Column("fdr", REAL, nullable=False),
     Column("flagged", Integer, nullable=False),
     _now("at"),
-    PrimaryKeyConstraint("batch_id", "direction_set_id", comment="A batch is judged once on the same directions."),
+    PrimaryKeyConstraint("batch_id", "direction_set_id", "policy_set_id", comment="Judged again, it is replaced."),
+)
+
+stream_levels = Table(
+    "stream_levels",
+    metadata,
+    _ref("batch_id", "batches"),
+    _ref("direction_set_id", "direction_sets"),
+    _ref("policy_set_id", "policy_sets"),
+    Column("policy", Text, nullable=False),
+    Column("stream", Text, nullable=False, comment="a source, or empty: all of them together"),
+    Column("ordinal", Integer, nullable=False, comment="of the batch in its stream, in the order of judging"),
+    Column("n", Integer, nullable=False),
+    Column("level", Double, nullable=False, comment="at which Benjamini-Hochberg runs over the batch"),
+    Column("rejected", Integer, nullable=False),
+    Column("augmented", Integer, nullable=False, comment="rejections if one more p-value were 0"),
+    PrimaryKeyConstraint("batch_id", "direction_set_id", "policy_set_id", "policy"),
+    UniqueConstraint("direction_set_id", "policy_set_id", "policy", "stream", "ordinal"),
+    comment="False discovery rate over the stream: what each batch took of it.",
 )
 
 selections = Table(
@@ -483,7 +609,7 @@ work = Table(
     Column("owner", Text),
     Column("leased_at", DateTime(timezone=True)),
     Column("lease_until", DateTime(timezone=True)),
-    Column("not_before", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    Column("not_before", DateTime(timezone=True), nullable=False, server_default=text("to_timestamp(0)")),
     _now("offered_at"),
     Column("last_error", Text),
     UniqueConstraint("stage", "kind", "recipe_id", "subject", comment="Offered twice, it is one piece of work."),
@@ -495,7 +621,22 @@ work = Table(
     ),
     Index("work_leased", "lease_until", postgresql_where=text("state = 'leased'")),
     Index("work_open_of_batch", "batch_id", "recipe_id", postgresql_where=text("state IN ('ready', 'leased')")),
+    Index("work_oldest", "stage", "state", "offered_at", postgresql_where=text("state IN ('ready', 'leased')")),
+    Index(
+        "work_troubled",
+        "id",
+        postgresql_where=text("last_error IS NOT NULL AND state IN ('ready', 'quarantined')"),
+    ),
     comment="The ledger. The database decides what is left; a Celery message only says there is some.",
+)
+
+work_tallies = Table(
+    "work_tallies",
+    metadata,
+    Column("stage", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("n", BigInteger, nullable=False),
+    comment="Differences noted by triggers on work; their sum is how much there is of a stage and state.",
 )
 
 jobs = Table(
@@ -504,6 +645,7 @@ jobs = Table(
     Column("job", Text, nullable=False),
     Column("window", BigInteger, nullable=False, comment="the schedule's period, counted from the epoch"),
     Column("owner", Text, nullable=False),
+    Column("others", Integer, nullable=False, server_default="0", comment="who came second"),
     _now("at"),
     PrimaryKeyConstraint("job", "window", comment="Two schedulers do scheduled work once."),
 )

@@ -7,22 +7,42 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, text
 
+from curator.store.reads import Rows
+from curator.types import Lease
 
-def scores_of_batch(connection: Connection, batch_id: int, recipe_id: int, set_id: int) -> list[Row[Any]]:
-    """What a batch is judged on: (id, p_value[], normalised[], influence[], stderr[], former)."""
+_SCORED = """
+    s.p_value, s.normalised, s.normalised_stderr, s.influence, s.stderr, s.harm, s.self_influence
+"""
+
+
+def scores_of_batch(connection: Connection, batch_id: int, recipe_id: int, set_id: int) -> Rows:
+    """What a batch is judged on: an example's id, its scores, and the verdict in force (``former``)."""
     return list(
         connection.execute(
             text(
-                """
-                SELECT e.id, s.p_value, s.normalised, s.influence, s.stderr, f.verdict AS former
+                f"""
+                SELECT e.id, {_SCORED}, f.verdict AS former
                 FROM curator.examples e
                 JOIN curator.scores s ON s.example_id = e.id AND s.recipe_id = :recipe_id
                 LEFT JOIN curator.verdicts_in_force f ON f.example_id = e.id
                 WHERE e.batch_id = :batch_id AND s.direction_set_id = :set_id
                 ORDER BY e.id
-                """
+                """  # noqa: S608 - the columns above
             ),
             {"batch_id": batch_id, "recipe_id": recipe_id, "set_id": set_id},
+        )
+    )
+
+
+def source_of_batch(connection: Connection, batch_id: int) -> str:
+    """The name of the source that sent a batch."""
+    return str(
+        connection.scalar(
+            text(
+                "SELECT s.name FROM curator.batches b JOIN curator.intakes i ON i.id = b.intake_id"
+                " JOIN curator.sources s ON s.id = i.source_id WHERE b.id = :id"
+            ),
+            {"id": batch_id},
         )
     )
 
@@ -71,23 +91,55 @@ def reviewed(connection: Connection, example_ids: Sequence[int]) -> set[int]:
     )
 
 
-def earlier_p_values(
-    connection: Connection, first_id: int, recipe_id: int, set_id: int, limit: int
-) -> list[Sequence[float]]:
-    """p-values of the latest arrivals of the same source before an example: what its small batch is judged with."""
+# The latest arrivals of the same source before an example: what its small batch is judged with. Membership must not
+# depend on what happens to be scored by then. So arrivals that wait as back-fill are no part of it for a batch that is
+# fresh, and all others are, finished or not: who judges waits for them.
+_EARLIER = """
+    SELECT e.id FROM curator.examples e
+    LEFT JOIN curator.work w
+      ON w.stage = 'gradients' AND w.kind = '' AND w.recipe_id = :recipe_id AND w.subject = e.id
+    WHERE e.source_id = (SELECT source_id FROM curator.examples WHERE id = :first) AND e.id < :first
+      AND coalesce(w.priority, 0) <= coalesce(
+          (SELECT priority FROM curator.work o
+           WHERE o.stage = 'gradients' AND o.kind = '' AND o.recipe_id = :recipe_id AND o.subject = :first), 0)
+    ORDER BY e.id DESC LIMIT :limit
+"""
+
+
+def earlier_scores(connection: Connection, first_id: int, recipe_id: int, set_id: int, limit: int) -> Rows | None:
+    """The scores of what a small batch is judged with; None while some of it is still at work."""
+    given = {"first": first_id, "recipe_id": recipe_id, "set_id": set_id, "limit": limit}
+    if connection.scalar(text(_OPEN), given):
+        return None
     return list(
-        connection.scalars(
+        connection.execute(
             text(
-                """
-                SELECT s.p_value FROM curator.examples e
-                JOIN curator.scores s ON s.example_id = e.id AND s.recipe_id = :recipe_id
-                WHERE e.source_id = (SELECT source_id FROM curator.examples WHERE id = :first)
-                  AND e.id < :first AND s.example_id < :first AND s.direction_set_id = :set_id
-                ORDER BY e.id DESC LIMIT :limit
-                """
+                f"SELECT e.id, {_SCORED} FROM ({_EARLIER}) e"  # noqa: S608 - the parts above
+                " JOIN curator.scores s ON s.example_id = e.id AND s.recipe_id = :recipe_id"
+                " WHERE s.direction_set_id = :set_id ORDER BY e.id DESC"
             ),
-            {"first": first_id, "recipe_id": recipe_id, "set_id": set_id, "limit": limit},
+            given,
         )
+    )
+
+
+_OPEN = f"""
+    SELECT EXISTS (
+        SELECT FROM curator.work w
+        WHERE w.stage IN ('gradients', 'scores') AND w.kind = '' AND w.recipe_id = :recipe_id
+          AND w.state IN ('ready', 'leased') AND w.subject IN ({_EARLIER}))
+"""  # noqa: S608 - the query above
+
+
+def postpone(connection: Connection, lease: Lease, seconds: float) -> None:
+    """Return work that waits for other work, to be looked at again."""
+    connection.execute(
+        text(
+            "UPDATE curator.work SET state = 'ready', owner = NULL, lease_until = NULL,"
+            " not_before = clock_timestamp() + make_interval(secs => :seconds)"
+            " WHERE id = ANY(:ids) AND owner = :owner AND state = 'leased'"
+        ),
+        {"ids": list(lease.work_ids), "owner": lease.owner, "seconds": seconds},
     )
 
 
@@ -106,8 +158,11 @@ def reference_count(connection: Connection, set_id: int) -> int:
 def append(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
     """Append verdicts and put them in force. A delivery that repeats one changes nothing.
 
-    A row has: example_id, verdict, reason, review, restores, note, actor, policy, recipe_id, direction_set_id, ordinal,
-    influence, stderr, p_value, q_value. ``previous`` is read here, in the same statement.
+    Nor does one that says what is in force already, by the same version of the policy on the same directions.
+
+    A row has: example_id, verdict, reason, review, restores, note, actor, policy, policy_version, policy_set_id,
+    recipe_id, direction_set_id, ordinal, influence, stderr, p_value, q_value, stream_q, stream_level, evidence (JSON).
+    ``previous`` is read here, in the same statement.
     """
     if rows:
         connection.execute(_APPEND, [dict(row) for row in rows])
@@ -117,11 +172,17 @@ _APPEND = text(
     """
     WITH spoken AS (
         INSERT INTO curator.verdicts (example_id, verdict, previous, reason, review, restores, note, actor, policy,
-                                      recipe_id, direction_set_id, ordinal, influence, stderr, p_value, q_value)
+                                      policy_version, policy_set_id, recipe_id, direction_set_id, ordinal,
+                                      influence, stderr, p_value, q_value, stream_q, stream_level, evidence)
         SELECT :example_id, :verdict, (SELECT verdict FROM curator.verdicts_in_force WHERE example_id = :example_id),
-               :reason, :review, :restores, :note, :actor, :policy, :recipe_id, :direction_set_id, :ordinal,
-               :influence, :stderr, :p_value, :q_value
-        ON CONFLICT DO NOTHING
+               :reason, :review, :restores, :note, :actor, :policy, :policy_version, :policy_set_id, :recipe_id,
+               :direction_set_id, :ordinal, :influence, :stderr, :p_value, :q_value, :stream_q, :stream_level,
+               CAST(:evidence AS jsonb)
+        WHERE CAST(:review AS text) IS NOT NULL OR NOT EXISTS (
+            SELECT FROM curator.verdicts_in_force f JOIN curator.verdicts v ON v.id = f.verdict_id
+            WHERE f.example_id = :example_id AND v.review IS NULL AND v.verdict = :verdict AND v.policy = :policy
+              AND v.direction_set_id = :direction_set_id
+              AND v.policy_version IS NOT DISTINCT FROM CAST(:policy_version AS text))
         RETURNING id, example_id, verdict
     )
     INSERT INTO curator.verdicts_in_force (example_id, verdict_id, verdict)
@@ -131,25 +192,76 @@ _APPEND = text(
 )
 
 
-def note_judged(
-    connection: Connection, batch_id: int, set_id: int, *, judged: int, pool: int, refs: int, fdr: float, flagged: int
-) -> None:
-    """Note that a batch was judged on these directions, and over which family."""
+def note_judged(connection: Connection, batch_id: int, set_id: int, policy_set_id: int, **counts: float) -> None:
+    """Note that a batch was judged on these directions by these policies: judged, pool, refs, fdr, flagged."""
     connection.execute(
         text(
-            "INSERT INTO curator.judged_batches (batch_id, direction_set_id, judged, pool, refs, fdr, flagged)"
-            " VALUES (:batch_id, :set_id, :judged, :pool, :refs, :fdr, :flagged) ON CONFLICT DO NOTHING"
+            "INSERT INTO curator.judged_batches (batch_id, direction_set_id, policy_set_id, judged, pool, refs, fdr,"
+            " flagged) VALUES (:batch_id, :set_id, :policy_set_id, :judged, :pool, :refs, :fdr, :flagged)"
+            " ON CONFLICT (batch_id, direction_set_id, policy_set_id) DO UPDATE SET judged = excluded.judged,"
+            " pool = excluded.pool, refs = excluded.refs, fdr = excluded.fdr, flagged = excluded.flagged,"
+            " at = clock_timestamp()"
         ),
-        {
-            "batch_id": batch_id,
-            "set_id": set_id,
-            "judged": judged,
-            "pool": pool,
-            "refs": refs,
-            "fdr": fdr,
-            "flagged": flagged,
-        },
+        {"batch_id": batch_id, "set_id": set_id, "policy_set_id": policy_set_id, **counts},
     )
+
+
+# --- policies, and what they have spent of the rate over the stream -------------------------------------------
+
+
+def policies_in_use(connection: Connection) -> Row[Any] | None:
+    """(id, digest) of what is judged by."""
+    return connection.execute(text("SELECT id, digest FROM curator.policy_sets WHERE in_use")).one_or_none()
+
+
+def use_policies(connection: Connection, digest: bytes, policies: str) -> int:
+    """Judge by these (JSON, by name) from now on; of two who say so at once the first one's row is both's."""
+    connection.execute(
+        text("UPDATE curator.policy_sets SET in_use = false WHERE in_use AND digest <> :digest"), {"digest": digest}
+    )
+    connection.execute(
+        text(
+            "INSERT INTO curator.policy_sets (digest, policies) VALUES (:digest, CAST(:policies AS jsonb))"
+            " ON CONFLICT (in_use) WHERE in_use DO NOTHING"
+        ),
+        {"digest": digest, "policies": policies},
+    )
+    number = connection.scalar(text("SELECT id FROM curator.policy_sets WHERE in_use"))
+    assert isinstance(number, int)
+    return number
+
+
+def spent(connection: Connection, set_id: int, policy_set_id: int, policy: str, stream: str) -> Rows:
+    """(batch_id, level, rejected, augmented) of each batch of a stream, in the order of judging.
+
+    The policies are locked until the transaction ends: batches of a stream take turns.
+    """
+    connection.execute(text("SELECT FROM curator.policy_sets WHERE id = :id FOR NO KEY UPDATE"), {"id": policy_set_id})
+    return list(
+        connection.execute(
+            text(
+                "SELECT batch_id, level, rejected, augmented FROM curator.stream_levels"
+                " WHERE direction_set_id = :set_id AND policy_set_id = :policy_set_id AND policy = :policy"
+                " AND stream = :stream ORDER BY ordinal"
+            ),
+            {"set_id": set_id, "policy_set_id": policy_set_id, "policy": policy, "stream": stream},
+        )
+    )
+
+
+def note_spent(connection: Connection, row: Mapping[str, Any]) -> None:
+    """Note what a batch took: the columns of ``stream_levels``."""
+    connection.execute(
+        text(
+            "INSERT INTO curator.stream_levels (batch_id, direction_set_id, policy_set_id, policy, stream, ordinal, n,"
+            " level, rejected, augmented) VALUES (:batch_id, :direction_set_id, :policy_set_id, :policy, :stream,"
+            " :ordinal, :n, :level, :rejected, :augmented)"
+        ),
+        row,
+    )
+
+
+# --- what is in force ------------------------------------------------------------------------------------------
 
 
 def in_force(connection: Connection, example_id: int) -> Row[Any] | None:

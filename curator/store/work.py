@@ -27,6 +27,14 @@ MENDING_SECONDS = 10.0
 BEATS_PER_LEASE = 4
 """How often an owner says that it lives before its lease would end."""
 
+# What is offered may be taken at once, whatever the clock says: only a failure makes work wait. A wait that is longer
+# than any that was ever given is that of a server whose clock has been put back since.
+_DUE = "(not_before <= clock_timestamp() OR not_before > clock_timestamp() + interval '1 hour')"
+
+
+KINDS = ("", "file", "inbox")
+"""What distinguishes work within a stage: two ways in, and nothing elsewhere."""
+
 
 def offer(
     connection: Connection,
@@ -62,16 +70,18 @@ _OFFER = text(
 )
 
 
-def offer_again(connection: Connection, stage: Stage, subjects: Sequence[int], *, recipe_id: int = 0) -> None:
+def offer_again(
+    connection: Connection, stage: Stage, subjects: Sequence[int], *, recipe_id: int = 0, kind: str = ""
+) -> None:
     """Offer work that may have been done, or given up, before: somebody asks for it anew."""
-    offer(connection, stage, subjects, recipe_id=recipe_id)
+    offer(connection, stage, subjects, recipe_id=recipe_id, kind=kind)
     connection.execute(
         text(
             "UPDATE curator.work SET state = 'ready', attempts = 0, offered_at = now()"
-            " WHERE stage = :stage AND recipe_id = :recipe_id AND subject = ANY(:subjects)"
+            " WHERE stage = :stage AND kind = :kind AND recipe_id = :recipe_id AND subject = ANY(:subjects)"
             " AND state IN ('done', 'quarantined')"
         ),
-        {"stage": stage, "recipe_id": recipe_id, "subjects": list(subjects)},
+        {"stage": stage, "kind": kind, "recipe_id": recipe_id, "subjects": list(subjects)},
     )
 
 
@@ -114,27 +124,27 @@ def _up_to(backfill: bool) -> dict[str, int]:
 # from its beginning for every claim. The head is locked, so that there is something left to pick. BETWEEN where = would
 # do: by = the order would be that of the primary key too, and statistics of a queue, always old, make that look short.
 _HEAD = text(
-    """
+    f"""
     SELECT recipe_id, priority, attempts FROM curator.work
-    WHERE stage = :stage AND kind = :kind AND state = 'ready' AND not_before <= clock_timestamp()
+    WHERE stage = :stage AND kind = :kind AND state = 'ready' AND {_DUE}
       AND priority <= :most
     ORDER BY priority, attempts, recipe_id DESC, id LIMIT 1 FOR UPDATE SKIP LOCKED
-    """
+    """  # noqa: S608 - the condition above
 )
 
 _CLAIM = text(
-    """
+    f"""
     UPDATE curator.work
     SET state = 'leased', owner = :owner, leased_at = clock_timestamp(),
         lease_until = clock_timestamp() + make_interval(secs => :lease)
     WHERE id = ANY(ARRAY(
         SELECT id FROM curator.work
-        WHERE stage = :stage AND kind = :kind AND state = 'ready' AND not_before <= clock_timestamp()
+        WHERE stage = :stage AND kind = :kind AND state = 'ready' AND {_DUE}
           AND recipe_id = :recipe_id AND priority BETWEEN :priority AND :priority AND attempts = :attempts
         ORDER BY priority, id LIMIT :limit FOR UPDATE SKIP LOCKED
     ))
     RETURNING id, subject
-    """
+    """  # noqa: S608 - the condition above
 )
 
 
@@ -267,6 +277,17 @@ def reclaim(connection: Connection, grace_seconds: float = 0.0) -> int:
     ).rowcount
 
 
+def mend_clock(connection: Connection, lease_seconds: float) -> int:
+    """Shorten leases that end later than any could: the server's clock was put back. Their owners may still beat."""
+    return connection.execute(
+        text(
+            "UPDATE curator.work SET lease_until = clock_timestamp() + make_interval(secs => :lease)"
+            " WHERE state = 'leased' AND lease_until > clock_timestamp() + make_interval(secs => 2 * :lease)"
+        ),
+        {"lease": lease_seconds},
+    ).rowcount
+
+
 @dataclass(frozen=True, slots=True)
 class WornOut:
     """Work that too many workers died on."""
@@ -288,7 +309,7 @@ def worn_out(connection: Connection, attempts: int) -> list[WornOut]:
     rows = connection.execute(
         text(
             "SELECT id, stage, kind, subject, recipe_id, batch_id, coalesce(last_error, '') AS error FROM curator.work"
-            " WHERE state = 'ready' AND attempts >= :attempts AND stage <> 'verdicts'"
+            " WHERE state = 'ready' AND last_error IS NOT NULL AND attempts >= :attempts AND stage <> 'verdicts'"
             " ORDER BY id FOR UPDATE SKIP LOCKED"
         ),
         {"attempts": attempts},
@@ -331,12 +352,46 @@ def waiting(connection: Connection, *, backfill: bool = True) -> dict[Stage, int
     return {Stage(stage): n for stage, n in rows}
 
 
+def pending(connection: Connection, *, backfill: bool = True) -> bool:
+    """Whether anything waits or is held. One look into an index for each stage, however much there is."""
+    return bool(
+        connection.scalar(
+            text(
+                """
+                SELECT EXISTS (SELECT FROM curator.work WHERE state = 'leased' AND priority <= :most)
+                    OR EXISTS (
+                        SELECT FROM unnest(CAST(:stages AS text[])) s CROSS JOIN LATERAL (
+                            SELECT FROM curator.work w
+                            WHERE w.stage = s AND w.state = 'ready' AND w.priority <= :most
+                            ORDER BY w.kind, w.priority, w.attempts, w.recipe_id DESC, w.id LIMIT 1
+                        ) first)
+                """
+            ),
+            {"stages": list(Stage)} | _up_to(backfill),
+        )
+    )
+
+
 def progress(connection: Connection) -> tuple[int, int]:
     """(pieces of work that reached their end, all there are)."""
     row = connection.execute(
-        text("SELECT count(*) FILTER (WHERE state IN ('done', 'quarantined')) AS done, count(*) AS n FROM curator.work")
+        text(
+            "SELECT coalesce(sum(n) FILTER (WHERE state IN ('done', 'quarantined')), 0)::bigint AS done,"
+            " coalesce(sum(n), 0)::bigint AS n FROM curator.work_tallies"
+        )
     ).one()
     return row.done, row.n
+
+
+def sum_up(connection: Connection) -> None:
+    """Make one row a stage and state of all the differences that the triggers have noted."""
+    connection.execute(
+        text(
+            "WITH noted AS (DELETE FROM curator.work_tallies RETURNING stage, state, n)"
+            " INSERT INTO curator.work_tallies (stage, state, n)"
+            " SELECT stage, state, sum(n) FROM noted GROUP BY stage, state HAVING sum(n) <> 0"
+        )
+    )
 
 
 def blocked(connection: Connection) -> str | None:
@@ -355,13 +410,13 @@ def claimable(connection: Connection, *, backfill: bool = True) -> list[Stage]:
     """
     rows = connection.scalars(
         text(
-            """
+            f"""
             SELECT s FROM unnest(CAST(:stages AS text[])) s CROSS JOIN LATERAL (
                 SELECT FROM curator.work w
-                WHERE w.stage = s AND w.state = 'ready' AND w.not_before <= clock_timestamp() AND w.priority <= :most
+                WHERE w.stage = s AND w.state = 'ready' AND {_DUE} AND w.priority <= :most
                 ORDER BY w.kind, w.priority, w.attempts, w.recipe_id DESC, w.id LIMIT 1
             ) first
-            """
+            """  # noqa: S608 - the condition above
         ),
         {"stages": list(Stage)} | _up_to(backfill),
     )
@@ -383,13 +438,15 @@ def standing(connection: Connection, *, backfill: bool = True) -> tuple[frozense
     """What could be claimed next, and the stages where somebody holds work: what a watchdog compares."""
     rows = connection.execute(
         text(
-            """
-            SELECT DISTINCT ON (stage, kind) stage, kind, id, leased_at, not_before FROM curator.work
-            WHERE state = 'ready' AND not_before <= clock_timestamp() AND priority <= :most
-            ORDER BY stage, kind, priority, attempts, recipe_id DESC, id
-            """
+            f"""
+            SELECT head.* FROM unnest(CAST(:stages AS text[])) s, unnest(CAST(:kinds AS text[])) k CROSS JOIN LATERAL (
+                SELECT stage, kind, id, leased_at, not_before FROM curator.work
+                WHERE stage = s AND kind = k AND state = 'ready' AND {_DUE} AND priority <= :most
+                ORDER BY priority, attempts, recipe_id DESC, id LIMIT 1
+            ) head
+            """  # noqa: S608 - the condition above
         ),
-        _up_to(backfill),
+        {"stages": list(Stage), "kinds": list(KINDS)} | _up_to(backfill),
     )
     heads = frozenset(Standing(Stage(row.stage), *row[1:]) for row in rows)
     held = connection.scalars(
@@ -399,16 +456,25 @@ def standing(connection: Connection, *, backfill: bool = True) -> tuple[frozense
 
 
 def take_window(connection: Connection, job: str, seconds: float, owner: str) -> bool:
-    """True for the one scheduler that may run ``job`` in this period; the key (job, window) decides."""
-    return bool(
-        connection.execute(
-            text(
-                'INSERT INTO curator.jobs (job, "window", owner)'
-                " VALUES (:job, floor(extract(epoch FROM clock_timestamp()) / :seconds), :owner) ON CONFLICT DO NOTHING"
-            ),
-            {"job": job, "seconds": seconds, "owner": owner},
-        ).rowcount
+    """True for the one scheduler that may run ``job`` in this period; the key (job, window) decides.
+
+    Whoever comes second is counted: two schedulers do no harm, and `doctor` says that there are two.
+
+    Windows of the future are those of a clock that was put back: they must not keep the job from running again.
+    """
+    key = {"job": job, "seconds": seconds}
+    connection.execute(text(f'DELETE FROM curator.jobs WHERE job = :job AND "window" > {_WINDOW}'), key)  # noqa: S608
+    first = connection.scalar(
+        text(
+            f'INSERT INTO curator.jobs AS j (job, "window", owner) VALUES (:job, {_WINDOW}, :owner)'  # noqa: S608
+            ' ON CONFLICT (job, "window") DO UPDATE SET others = j.others + 1 RETURNING others = 0'
+        ),
+        key | {"owner": owner},
     )
+    return bool(first)
+
+
+_WINDOW = "floor(extract(epoch FROM clock_timestamp()) / :seconds)"
 
 
 def forget_windows(connection: Connection) -> None:

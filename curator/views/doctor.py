@@ -21,13 +21,15 @@ from sqlalchemy import Connection, Engine
 
 from curator.errors import CuratorError
 from curator.settings import Settings
-from curator.store import health, migrate, reads
+from curator.store import health, migrate, reads, recipes
 from curator.store.engine import read
+from curator.views import fidelity
 
 GIGABYTE = 1 << 30
 DISK_LOW, DISK_EMPTY = 5 * GIGABYTE, GIGABYTE // 4
-# Leases are compared on the database's clock; what suffers from a skew are the times people read.
-SKEW_SECONDS = 5.0
+# Leases are compared on the database's clock; what suffers from a skew are the times people read. Rings are older than
+# they are, for a worker whose clock is ahead, and at last too old (runtime.WAKE_SECONDS).
+SKEW_SECONDS, DEAF_SECONDS = 5.0, 150.0
 LONG_SECONDS = 600.0
 WORKLOAD_SECONDS = 180
 # 1 is calibrated; the trap of METHOD.md was measured at 1.8.
@@ -145,11 +147,17 @@ def _pgvector(version: str | None) -> Check:
     if version is None:
         fix = "`curator db upgrade` creates it; the role needs the right to, or ask a superuser."
         return Check("pgvector", Outcome.FAIL, "the extension is not installed in this database", fix)
+    if migrate.is_older(version, migrate.PGVECTOR):
+        fix = f"Install pgvector {migrate.PGVECTOR} or later on the server, then: ALTER EXTENSION vector UPDATE"
+        return Check("pgvector", Outcome.FAIL, f"{version} is too old", fix)
     return ok("pgvector", version)
 
 
 def _clock(skew: float) -> Check:
     detail = f"the database is {abs(skew):.1f} s {'ahead of' if skew > 0 else 'behind'} this machine"
+    if abs(skew) > DEAF_SECONDS:
+        fix = "Run NTP on all machines: workers throw away rings that their clock calls too old, and wait for others."
+        return Check("clock", Outcome.FAIL, detail, fix)
     if abs(skew) > SKEW_SECONDS:
         return Check("clock", Outcome.WARN, detail, "Run NTP on both machines: times in reports are the database's.")
     return ok("clock", detail)
@@ -225,6 +233,15 @@ def measures(engine: Engine) -> Iterator[Check]:
         yield Check("validation", Outcome.WARN, "no validation set is in use", "curator validation add NAME FILE")
     if footing.temperature is not None:
         yield _temperature(footing.temperature)
+    with read(engine) as connection:
+        outlived = recipes.outlived(connection)
+        yield from map(_fidelity, fidelity.latest(connection))
+    if outlived:
+        detail = f"curvature was fitted on trusted data that is no longer in use: {', '.join(outlived)}"
+        fix = (
+            "If it was at fault, set [gradients] seed: another recipe is fitted, and all gradients are computed again."
+        )
+        yield Check("curvature", Outcome.WARN, detail, fix)
 
 
 def _unchanged(path: Path, footing: object) -> Iterator[Check]:
@@ -237,6 +254,13 @@ def _unchanged(path: Path, footing: object) -> Iterator[Check]:
         return
     detail = f"{path} has changed since it was added: {now[:12]}, not {then[:12]}"
     yield Check("checkpoint", Outcome.FAIL, detail, "Put it back, or add the new one under a new name.")
+
+
+def _fidelity(found: fidelity.Fidelity) -> Check:
+    if found.alarm:
+        return Check("fidelity", Outcome.WARN, found.alarm, "See docs/quality.md; `recipe_fidelity` has every day.")
+    detail = f"compressed and exact influence on {found.slice} agree by {found.spearman:.2f} ({found.day}, {found.n})"
+    return ok("fidelity", detail)
 
 
 def _temperature(temperature: float) -> Check:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 from sqlalchemy import Connection, Row
@@ -13,31 +12,8 @@ from sqlalchemy import Connection, Row
 from curator.errors import AmbiguousExample, NoVector, UnknownExample
 from curator.influence import harm
 from curator.store import evidence, figures, reads
+from curator.views.pulls import Driven, Words, driven
 from curator.views.text import preview
-
-
-@dataclass(frozen=True, slots=True)
-class Pull:
-    """What one trusted example adds to a normalised influence; negative pulls it down."""
-
-    validation_example_id: int
-    external_id: str | None
-    pull: float
-    preview: str
-
-
-@dataclass(frozen=True, slots=True)
-class Driven:
-    """What drove the normalised influence on one slice: ``down``, ``up`` and ``rest`` add up to ``total``."""
-
-    validation_set: str
-    slice: str
-    n: int
-    total: float
-    down: tuple[Pull, ...]
-    up: tuple[Pull, ...]
-    rest: float
-    rest_n: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +66,7 @@ class Why:
     driven_by: tuple[Driven, ...]
     neighbours: tuple[Neighbour, ...]
     history: tuple[dict[str, Any], ...]
+    words: tuple[Words, ...] = ()
 
 
 def find(connection: Connection, given: str) -> int:
@@ -203,27 +180,4 @@ def _of_harm(score: dict[str, Any], scale: dict[str, Any]) -> list[Ingredient]:
 def _driven(connection: Connection, footing: Row[Any], example_id: int, limit: int) -> tuple[Driven, ...]:
     if footing.direction_set_id is None:
         return ()
-    rows = evidence.pulls(connection, footing.recipe_id, footing.direction_set_id, example_id)
-    return tuple(_of_slice(list(group), limit) for _, group in groupby(rows, lambda row: row.ordinal))
-
-
-def _of_slice(rows: Sequence[Row[Any]], limit: int) -> Driven:
-    """``rows`` come in the order of their pull, lowest first."""
-    down = [row for row in rows if row.pull < 0][:limit]
-    up = [row for row in reversed(rows) if row.pull >= 0][:limit]
-    total = sum(row.pull for row in rows)
-    named = sum(row.pull for row in (*down, *up))
-    return Driven(
-        validation_set=rows[0].validation_set,
-        slice=rows[0].slice,
-        n=len(rows),
-        total=total,
-        down=tuple(map(_pull, down)),
-        up=tuple(map(_pull, up)),
-        rest=total - named,
-        rest_n=len(rows) - len(down) - len(up),
-    )
-
-
-def _pull(row: Row[Any]) -> Pull:
-    return Pull(row.validation_example_id, row.external_id, row.pull, preview(row.record))
+    return driven(connection, footing.recipe_id, footing.direction_set_id, example_id, limit)

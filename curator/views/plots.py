@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from curator.views.groups import Group
 
 # All plots are as wide as one another, so that their type is of one size.
 WIDTH, HEIGHT = 560, 240
@@ -14,6 +15,8 @@ LEFT, RIGHT, TOP, BOTTOM = 56, 12, 10, 40
 NAME, NOTE = 165, 145
 ROW = 24
 SOURCES = 40
+# Rows of a table of groups: a field may have as many values as there are examples.
+GROUPS = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +114,7 @@ def histogram(stacks: Sequence[tuple[int, int]], expected: float | None = None) 
     )
 
 
-def forest(rows: Sequence[Mapping[str, Any]], trusted: float | None = None) -> Forest:
+def forest(rows: Sequence[Group], trusted: float | None = None) -> Forest:
     """Sources with their mean influence and interval, beside the mean of trusted references; the worst when many."""
     shown = rows[:SOURCES]
     across, x_ticks = _forest_axis(shown, trusted)
@@ -119,11 +122,11 @@ def forest(rows: Sequence[Mapping[str, Any]], trusted: float | None = None) -> F
         rows=tuple(
             Interval(
                 y=TOP + ROW * (i + 0.5),
-                low=None if row["ci_low"] is None else across(row["ci_low"]),
-                middle=across(row["mean_influence"]),
-                high=None if row["ci_high"] is None else across(row["ci_high"]),
-                label=_short(str(row["source"])),
-                note=f"{row['flagged_share']:.1%} of {row['n']:,}",
+                low=None if row.ci_low is None else across(row.ci_low),
+                middle=across(row.mean_influence),
+                high=None if row.ci_high is None else across(row.ci_high),
+                label=_short(row.value or "without"),
+                note=f"{row.flagged_share:.1%} of {row.n:,}",
             )
             for i, row in enumerate(shown)
         ),
@@ -135,10 +138,8 @@ def forest(rows: Sequence[Mapping[str, Any]], trusted: float | None = None) -> F
     )
 
 
-def _forest_axis(
-    rows: Sequence[Mapping[str, Any]], trusted: float | None
-) -> tuple[Callable[[float], float], tuple[Tick, ...]]:
-    ends = [row[name] for row in rows for name in ("ci_low", "mean_influence", "ci_high")]
+def _forest_axis(rows: Sequence[Group], trusted: float | None) -> tuple[Callable[[float], float], tuple[Tick, ...]]:
+    ends = [end for row in rows for end in (row.ci_low, row.mean_influence, row.ci_high)]
     values = [0.0, *(float(value) for value in (*ends, trusted) if value is not None)]
     margin = (max(values) - min(values) or 1) * 0.05
     low, high = min(values) - margin, max(values) + margin

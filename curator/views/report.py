@@ -11,8 +11,11 @@ from typing import Any
 from sqlalchemy import Connection, Row
 
 from curator import __version__
+from curator.influence.groups import Sample
 from curator.store import figures, reads
-from curator.views import flags
+from curator.store import reviews as stored
+from curator.views import fidelity, flags, groups, reviews
+from curator.views.reviews import Precision
 from curator.views.text import place, preview
 
 HARM_BINS = 40
@@ -20,8 +23,6 @@ P_BINS = 20
 POINTS = 1_200
 FLAGS = 100
 SLICES = 12
-# The spread of fewer says nothing; the view ``source_influence`` has the same limit.
-INTERVAL_AT_LEAST = 5
 
 # Half of the p-values: where harmless arrivals are nearly alone, so what is there should be uniform.
 BULK = 0.5
@@ -29,8 +30,6 @@ BULK = 0.5
 _KS, _KS_MATTERS = 1.63, 0.1
 BULK_AT_LEAST = 20
 SHARES = (0.5, 1.25)
-# Below this the order of the compressed scores is mostly not that of the exact ones.
-SPEARMAN_AT_LEAST = 0.7
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +67,7 @@ class Agreement:
     @property
     def holds(self) -> bool:
         """False when the order is lost; True also where nothing can be compared."""
-        return self.spearman is None or self.spearman >= SPEARMAN_AT_LEAST
+        return self.spearman is None or self.spearman >= fidelity.FLOOR
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,16 +95,6 @@ class Slice:
 
 
 @dataclass(frozen=True, slots=True)
-class Precision:
-    """Of the flags that a person has looked at, the share upheld, with Wilson's 95 % interval."""
-
-    n: int
-    upheld: int
-    low: float
-    high: float
-
-
-@dataclass(frozen=True, slots=True)
 class Report:
     """Everything the page shows."""
 
@@ -121,17 +110,30 @@ class Report:
     warnings: tuple[str, ...]
     slices: tuple[Slice, ...]
     slices_in_all: int
-    sources: tuple[Mapping[str, Any], ...]
+    sources: tuple[groups.Group, ...]
+    by: str | None
+    groups: tuple[groups.Group, ...]
     flags: tuple[flags.Flag, ...]
-    overlap: Mapping[str, int]
-    precision: Precision
+    controls: tuple[Mapping[str, Any], ...]
+    precision: tuple[Precision, ...]
+    level: float | None
     refusals: tuple[Mapping[str, Any], ...]
 
 
-def report(connection: Connection, project: str = "") -> Report:
-    """Read everything at one moment; ``project`` is its name, for the title."""
+def report(connection: Connection, project: str = "", by: str | None = None) -> Report:
+    """Read everything at one moment.
+
+    Args:
+        connection: a read transaction.
+        project: its name, for the title.
+        by: a field of the records to compare groups by, besides their source.
+
+    Raises:
+        NoSuchField: no record has it.
+    """
     footing, totals = reads.footing(connection), reads.totals(connection)
     named = figures.slices(connection)
+    precision, level = reviews.precision(connection), stored.level(connection)
     shown = tuple(_slice(connection, row, footing.trusted) for row in named[:SLICES])
     return Report(
         project=project,
@@ -143,13 +145,21 @@ def report(connection: Connection, project: str = "") -> Report:
         validation_sets=footing.validation_sets,
         trusted=footing.trusted,
         totals=dict(totals._mapping),
-        warnings=(*_of_footing(footing, figures.leaked(connection)), *_of_slices(shown)),
+        warnings=(
+            *_of_footing(footing, figures.leaked(connection)),
+            *_of_slices(shown),
+            *(each.alarm for each in fidelity.latest(connection) if each.alarm and each.spearman >= fidelity.FLOOR),
+            *_of_reviews(precision, level),
+        ),
         slices=shown,
         slices_in_all=len(named),
-        sources=tuple(dict(row._mapping) for row in figures.sources(connection)),
+        sources=groups.by(connection),
+        by=by,
+        groups=groups.by(connection, by) if by else (),
         flags=tuple(flags.flagged(connection, limit=FLAGS)),
-        overlap=dict(figures.overlap(connection)._mapping),
-        precision=_precision(figures.reviewed_flags(connection)),
+        controls=tuple(dict(row._mapping) for row in figures.controls(connection)),
+        precision=precision,
+        level=level,
         refusals=tuple(
             {**row._mapping, "detail": preview(row.detail), "origin": row.origin and place(row.origin)}
             for row in reads.quarantine_counts(connection)
@@ -158,8 +168,7 @@ def report(connection: Connection, project: str = "") -> Report:
 
 
 def _baseline(row: Row[Any]) -> Baseline:
-    half = None if row.n < INTERVAL_AT_LEAST else 1.96 * row.sd / math.sqrt(row.n)
-    return Baseline(row.n, row.mean, *((None, None) if half is None else (row.mean - half, row.mean + half)))
+    return Baseline(row.n, row.mean, *Sample(row.n, row.mean, row.sd).interval())
 
 
 def _slice(connection: Connection, row: Row[Any], trusted: int) -> Slice:
@@ -226,20 +235,6 @@ def _limit(n: int, references: float) -> float:
     return max(_KS_MATTERS, _KS * math.sqrt(1 / n + 1 / references))
 
 
-def _precision(row: Row[Any]) -> Precision:
-    return Precision(row.n, row.upheld, *wilson(row.upheld, row.n))
-
-
-def wilson(k: int, n: int) -> tuple[float, float]:
-    """The 95 % interval of a share of ``k`` in ``n``."""
-    if not n:
-        return 0.0, 1.0
-    z = 1.96
-    middle = (k + z * z / 2) / (n + z * z)
-    half = z / (n + z * z) * math.sqrt(k * (n - k) / n + z * z / 4)
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
 # --- warnings ---------------------------------------------------------------------------------------------
 
 
@@ -281,4 +276,18 @@ def _of_agreement(name: str, found: Agreement) -> Iterator[str]:
         yield (
             f"Slice {name}: compressed and exact influence agree poorly (Spearman {found.spearman:.2f} over {found.n} "
             "arrivals). Raise [gradients] dimension before trusting rankings of this slice."
+        )
+
+
+def _of_reviews(found: Sequence[Precision], level: float | None) -> Iterator[str]:
+    """A draw at random is evidence on the rate that was promised; what somebody chose to look at is none."""
+    draw = next((each for each in found if each.draw is not None and each.reviewed), None)
+    if draw is None or draw.precision is None or draw.ci_high is None or level is None:
+        return
+    if 1 - draw.ci_high > level:
+        low, high = 1 - draw.ci_high, 1 - (draw.ci_low or 0)
+        yield (
+            f"Of {draw.reviewed} flags drawn at random and reviewed, {1 - draw.precision:.0%} were wrong (95 % interval"
+            f" {low:.0%} to {high:.0%}): more than the false discovery rate of {level:g} that was asked for. Look at "
+            "what arrivals have that the trusted examples lack."
         )

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Connection, Row
 
 from curator.embedded.supervisor import ChildStatus, DaemonStatus
+from curator.errors import DependencyDown
 from curator.store import health, reads, work
 from curator.types import Stage
+from curator.views import fidelity, reviews
 
 # Ready work is claimed within seconds while somebody runs; a minute without any claim means that nobody does.
 IDLE_SECONDS = 60.0
@@ -45,12 +47,18 @@ class Status:
     flagged: int
     valuable: int
     reviewed: int
+    flags_upheld: str
     stages: tuple[StageState, ...]
     notes: tuple[str, ...]
 
 
 def status(
-    connection: Connection, daemon: DaemonStatus | None = None, *, elsewhere: bool = False, backfill: bool = True
+    connection: Connection,
+    daemon: DaemonStatus | None = None,
+    *,
+    elsewhere: bool = False,
+    backfill: bool = True,
+    room: Callable[[], None] = lambda: None,
 ) -> Status:
     """Read it.
 
@@ -59,6 +67,7 @@ def status(
         daemon: what runs here.
         elsewhere: workers may also run on other machines, where nothing but their claims is seen of them.
         backfill: false while it is paused: what waits for nothing else is not stuck.
+        room: raises what a worker is refused by that wants to take something in.
     """
     footing, totals = reads.footing(connection), reads.totals(connection)
     stages = tuple(StageState(row.stage, row.state, row.n, row.oldest_seconds) for row in reads.pipeline(connection))
@@ -70,15 +79,18 @@ def status(
         temperature=footing.temperature,
         directions=footing.directions_state,
         **totals._mapping,
+        flags_upheld=str(reviews.best(reviews.precision(connection))),
         stages=stages,
         notes=(
             *_missing(footing),
             *_blocked(connection),
             *_read_only(connection),
+            *_no_room(room),
             *_paused(backfill),
-            *(_stuck(connection, stages, daemon, elsewhere) if work.waiting(connection, backfill=backfill) else ()),
+            *(_stuck(connection, stages, daemon, elsewhere) if work.pending(connection, backfill=backfill) else ()),
             *_troubled(daemon),
             *_given_up(connection, footing),
+            *fidelity.alarms(connection),
             *_held(connection),
         ),
     )
@@ -153,9 +165,16 @@ def _read_only(connection: Connection) -> Iterator[str]:
         yield "the database is read-only: nothing is taken in until it can be written to; then all goes on by itself"
 
 
+def _no_room(room: Callable[[], None]) -> Iterator[str]:
+    try:
+        room()
+    except DependencyDown as error:
+        yield f"{error.code}: {error} {error.fix}"
+
+
 def _paused(backfill: bool) -> Iterator[str]:
     if not backfill:
-        yield "back-fill is paused: [schedule] backfill = false"
+        yield "back-fill is paused: [schedule] backfill = false, or `curator up --no-backfill`"
 
 
 def _held(connection: Connection) -> Iterator[str]:

@@ -56,9 +56,13 @@ def preview(record: object, width: int = 120) -> str:
     A label is shown first: it is what a flag on a classified text is about.
     """
     # Cut before cleaning: a record may be megabytes.
-    words = " ".join(" | ".join(_parts(record))[: width * 8].split())
-    shown = inert(words)
+    shown = inert(" ".join(" | ".join(_parts(record))[: width * 8].split()))
     return shown if len(shown) <= width else shown[: width - 1] + "…"
+
+
+def words(record: object) -> str:
+    """All words of a record, one field or turn a paragraph."""
+    return "\n\n".join(_parts(record))
 
 
 def _parts(record: object) -> Iterator[str]:

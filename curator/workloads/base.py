@@ -27,7 +27,7 @@ class Workload(Protocol):
     """What a user's factory returns. ``load`` is called before ``collate`` and ``losses``.
 
     Optional, with defaults in this module: ``layers(model) -> names``, ``validation_losses(model, batch) -> (B,)``,
-    ``n_tokens(record) -> int``, ``validate(record) -> None or a reason``.
+    ``n_tokens(record) -> int``, ``validate(record) -> None or a reason``; ``positions(record) -> texts`` has none.
     """
 
     def load(self, checkpoint: Path, device: torch.device) -> nn.Module:
@@ -99,6 +99,14 @@ def n_tokens_of(workload: Workload, record: Record) -> int:
         with users_code("n_tokens"):
             return int(count(record))
     return 1
+
+
+def positions_of(workload: Workload, record: Record) -> list[str]:
+    """The text at each position that the model sees of a record, in order; empty where the workload does not say."""
+    if positions := getattr(workload, "positions", None):
+        with users_code("positions"):
+            return [str(text) for text in positions(record)]
+    return []
 
 
 def reason_against(workload: Workload, record: Record) -> str | None:

@@ -1,14 +1,16 @@
-"""Causal language models from a local Hugging Face folder.
+"""Causal language models from a local Hugging Face folder, with a PEFT adapter or without.
 
-Records: ``{"text"}`` (every token is supervised), ``{"prompt", "completion"}`` and ``{"messages"}`` (completions and
-assistant turns are), ``{"instruction", "input", "output"}`` and ``{"conversations"}`` as their writers mean them.
-Whether an example's loss is the sum or the mean over its supervised tokens is a choice, part of the recipe. A row with
-no supervised token left has loss 0 and no gradient: it becomes `no signal`, never a score.
+An example is what the trainer makes of it: the whole text through the checkpoint's tokenizer and chat template, cut to
+``max_tokens``, with the loss on completions and assistant turns or on every token. Examples are never packed:
+in a packed row tokens of one example may see another's, and its gradient would be both's. A row with no
+supervised token left has loss 0 and no gradient: it becomes `no signal`, never a score.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,91 +19,60 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from curator.errors import BadWorkloadOption, NotLoaded, RecordUnusable
-from curator.influence.capture import find_layers
+from curator.errors import BadWorkloadOption, NotLoaded, RecordUnusable, TemplateDiffers
+from curator.influence.capture import examples_of_rows, find_layers
+from curator.influence.dropout import at_least_float32
 from curator.workloads.base import Record
-from curator.workloads.huggingface import pretrained
+from curator.workloads.experts import take_apart
+from curator.workloads.huggingface import Weights, pretrained
+from curator.workloads.tokens import IGNORED, TokenBatch, Tokens, padded, tokenized
+from curator.workloads.turns import chat_segments, conversation, last_only, plain_segments, preference
 
 KIND = "causal-lm"
-IGNORED = -100
-REDUCTIONS = ("mean", "sum")
-
-Segment = tuple[str, bool]
-"""A piece of text, and whether its tokens are supervised."""
+CHOICES = {
+    "reduction": ("mean", "sum"),
+    "loss_on": ("completion", "all"),
+    "weights": ("full", "adapter"),
+    "dtype": ("float32", "bfloat16"),
+    "objective": ("sft", "dpo"),
+}
 
 
 @dataclass(frozen=True)
-class TokenBatch:
-    """Right-padded token ids, the mask of real ones, and the target of each position (IGNORED where none)."""
+class Options:
+    """How records become losses: [workload] options of curator.toml, part of the recipe.
 
-    id_BT: Tensor
-    real_BT: Tensor
-    target_BT: Tensor
-
-    def to(self, device: torch.device) -> TokenBatch:
-        """The same batch on the device."""
-        return TokenBatch(self.id_BT.to(device), self.real_BT.to(device), self.target_BT.to(device))
-
-
-# --- records ----------------------------------------------------------------------------------------------
-
-
-def conversation(record: Record) -> list[Mapping[str, str]] | None:
-    """The messages of a chat record (OpenAI, or sharegpt), None of any other."""
-    if "messages" in record:
-        return [{"role": str(m["role"]), "content": str(m["content"])} for m in record["messages"]]
-    if "conversations" in record:
-        roles = {"human": "user", "gpt": "assistant"}
-        turns = record["conversations"]
-        return [{"role": roles.get(t["from"], t["from"]), "content": str(t["value"])} for t in turns]
-    return None
-
-
-def plain_segments(record: Record) -> list[Segment] | None:
-    """The segments of a record without turns, None of one with."""
-    if "prompt" in record and "completion" in record:
-        return [(str(record["prompt"]), False), (str(record["completion"]), True)]
-    if "instruction" in record and "output" in record:
-        asked = "\n\n".join(str(record[key]) for key in ("instruction", "input") if record.get(key))
-        return [(asked + "\n\n", False), (str(record["output"]), True)]
-    return [(str(record["text"]), True)] if "text" in record else None
-
-
-def chat_segments(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> list[Segment]:
-    """Assistant turns supervised, everything around them not, in the checkpoint's own chat template.
-
-    A template is a program: the only safe way to know what a turn adds is to render the conversation with and without
-    it. Where a template rewrites earlier turns, the rendered prefixes differ and only the last turn is supervised.
+    ``reduction`` is over an example's supervised tokens. ``loss_on`` all learns prompts and user turns too. ``weights``
+    adapter takes the gradients of a PEFT adapter's own matrices, full those of the weights it is merged into: the
+    former behave almost like dot products, the latter cost little more. ``objective`` dpo takes preference pairs
+    (arXiv:2305.18290, equation 7) at temperature ``beta`` against the folder ``reference``, or where that is empty
+    against the checkpoint itself, which is what training starts from.
     """
-    if not getattr(tokenizer, "chat_template", None):
-        return [(f"{m['role']}: {m['content']}\n", m["role"] == "assistant") for m in messages]
 
-    def rendered(upto: int, ask: bool) -> str:
-        text = tokenizer.apply_chat_template(list(messages[:upto]), tokenize=False, add_generation_prompt=ask)
-        return str(text)
+    max_tokens: int = 512
+    reduction: Literal["mean", "sum"] = "mean"
+    loss_on: Literal["completion", "all"] = "completion"
+    weights: Weights = "full"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    chat_template: str = ""
+    objective: Literal["sft", "dpo"] = "sft"
+    beta: float = 0.1
+    reference: str = ""
 
-    cuts = [(rendered(i, True), rendered(i + 1, False)) for i, m in enumerate(messages) if m["role"] == "assistant"]
-    whole = rendered(len(messages), False)
-    stable = [(before, after) for before, after in cuts if after.startswith(before) and whole.startswith(after)]
-    segments: list[Segment] = []
-    done = 0
-    for before, after in stable:
-        segments += [(whole[done : len(before)], False), (whole[len(before) : len(after)], True)]
-        done = len(after)
-    return [*segments, (whole[done:], False)]
-
-
-# --- the workload -----------------------------------------------------------------------------------------
+    def __post_init__(self) -> None:
+        for name, known in CHOICES.items():
+            if (value := getattr(self, name)) not in known:
+                raise BadWorkloadOption(kind=KIND, reason=f"{name} is {value!r}, not one of {', '.join(known)}")
 
 
 class CausalLM:
     """The ``causal-lm`` workload. The tokenizer comes from the checkpoint, so ``load`` comes first."""
 
-    def __init__(self, max_tokens: int = 512, reduction: Literal["mean", "sum"] = "mean") -> None:
-        if reduction not in REDUCTIONS:
-            raise BadWorkloadOption(kind=KIND, reason=f"reduction is {reduction!r}, not one of {', '.join(REDUCTIONS)}")
-        self.max_tokens, self.reduction = max_tokens, reduction
+    def __init__(self, project: Path = Path(), options: Options | None = None) -> None:
+        self.project, self.options = project, options or Options()
         self._tokenizer: Any = None
+        self._reference: nn.Module | None = None
+        self._mixture = False
 
     @property
     def tokenizer(self) -> Any:
@@ -110,79 +81,162 @@ class CausalLM:
             raise NotLoaded(kind=KIND)
         return self._tokenizer
 
+    # --- the model ------------------------------------------------------------------------------------------
+
     def load(self, checkpoint: Path, device: torch.device) -> nn.Module:
-        """The model of a folder."""
-        model, self._tokenizer = pretrained(checkpoint, "AutoModelForCausalLM", device)
-        loaded: nn.Module = model
-        return loaded
+        """The model of a folder.
+
+        Raises:
+            TemplateDiffers: the option ``chat_template`` is not the template stored with the checkpoint.
+            AdapterBaseMissing, CheckpointForeign, ExtraMissing: see ``pretrained``.
+        """
+        model, self._tokenizer = self._pretrained(checkpoint, device)
+        if self.options.chat_template:
+            self._take_template(self.project / self.options.chat_template)
+        if self.options.objective == "dpo" and self.options.reference:
+            self._reference, _ = self._pretrained(self.project / self.options.reference, device)
+        self._mixture = take_apart(model)
+        return model
+
+    def _pretrained(self, folder: Path, device: torch.device) -> tuple[nn.Module, Any]:
+        dtype = getattr(torch, self.options.dtype)
+        return pretrained(folder, "AutoModelForCausalLM", device, dtype=dtype, weights=self.options.weights)
+
+    def _take_template(self, file: Path) -> None:
+        """The trainer's template, where the checkpoint stores none; with another one the tokens would be others."""
+        given, stored = file.read_text(encoding="utf-8"), getattr(self._tokenizer, "chat_template", None)
+        if stored and stored != given:
+            digests = [hashlib.sha256(text.encode()).hexdigest()[:12] for text in (given, stored)]
+            raise TemplateDiffers(given=file, given_digest=digests[0], stored_digest=digests[1])
+        self._tokenizer.chat_template = given
 
     def layers(self, model: nn.Module) -> tuple[str, ...]:
-        """Every linear layer but the output head: its vocabulary-wide factor dwarfs all others and is often tied."""
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        return tuple(layer.name for layer in find_layers(model) if layer.module is not head)
+        """The adapter's matrices, or every linear layer but the output head.
+
+        The head's vocabulary-wide factor dwarfs all others and is often tied.
+        """
+        names = [layer.name for layer in find_layers(model) if layer.module is not _head(model)]
+        if self.options.weights == "adapter":
+            names = [name for name in names if ".lora_" in name]
+            if not names:
+                raise BadWorkloadOption(
+                    kind=KIND, reason='weights is "adapter", and the checkpoint has no LoRA matrices'
+                )
+        return tuple(names)
+
+    # --- records --------------------------------------------------------------------------------------------
 
     def validate(self, record: Record) -> str | None:
         """One of the known shapes, with text in it."""
+        pair = preference(record) if self.options.objective == "dpo" else None
+        if self.options.objective == "dpo" and pair is None:
+            return "it is no preference pair: it has not both chosen and rejected"
         try:
-            messages, plain = conversation(record), plain_segments(record)
+            return next((reason for part in pair or (record,) if (reason := self._unlearnable(part))), None)
         except (KeyError, TypeError, AttributeError):
             return "its messages are not a list of {role, content}"
-        if messages is None and plain is None:
-            return "it has none of text, prompt + completion, messages, instruction + output, conversations"
-        supervised = [m["content"] for m in messages or () if m["role"] == "assistant"]
-        supervised += [text for text, counts in plain or () if counts]
-        return None if any(supervised) else "nothing in it is to be learned: its completion is empty"
 
-    def tokens(self, record: Record) -> tuple[list[int], list[int]]:
-        """Token ids and targets (IGNORED where a token is not supervised), cut to ``max_tokens``."""
-        if reason := self.validate(record):
-            raise RecordUnusable(kind=KIND, reason=reason)
+    def _unlearnable(self, record: Record) -> str | None:
         messages, plain = conversation(record), plain_segments(record)
-        segments = chat_segments(messages, self.tokenizer) if messages is not None else plain or []
-        ids, targets = self._start(messages is not None)
-        for text, counts in segments:
-            piece = self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-            ids += piece
-            targets += piece if counts else [IGNORED] * len(piece)
-        if messages is None and (end := self.tokenizer.eos_token_id) is not None:
-            ids, targets = [*ids, end], [*targets, end]
-        return ids[: self.max_tokens], targets[: self.max_tokens]
+        if messages is None and plain is None:
+            if preference(record):
+                return 'it is a preference pair: set objective = "dpo" in [workload] options'
+            return "it has none of text, prompt + completion, messages, instruction + output, conversations"
+        learned = [m["content"] for m in messages or () if self._all or m["role"] == "assistant"]
+        learned += [text for text, counts in plain or () if self._all or counts]
+        return None if any(learned) else "nothing in it is to be learned: its completion is empty"
 
-    def _start(self, chat: bool) -> tuple[list[int], list[int]]:
-        """The beginning-of-text token; a chat template writes its own."""
-        begin = self.tokenizer.bos_token_id
-        return ([], []) if chat or begin is None else ([begin], [IGNORED])
+    @property
+    def _all(self) -> bool:
+        return self.options.loss_on == "all"
+
+    def tokens(self, record: Record) -> Tokens:
+        """Token ids and targets of one text, cut to ``max_tokens``.
+
+        Raises:
+            RecordUnusable: it is of no known shape.
+        """
+        messages = conversation(record)
+        if messages is not None:
+            segments = chat_segments(messages, self.tokenizer)
+            if self.options.objective == "dpo":
+                segments = last_only(segments)
+        else:
+            segments = plain_segments(record) or []
+            end = self.tokenizer.eos_token
+            if end and segments and not segments[-1][0].endswith(end):
+                segments = [*segments, (end, True)]
+        if self._all:
+            segments = [(text, True) for text, _ in segments]
+        # A chat template writes the beginning of the text itself.
+        return tokenized(segments, self.tokenizer, special=messages is None, limit=self.options.max_tokens)
 
     def collate(self, records: Sequence[Record]) -> TokenBatch:
-        """A batch of B records, padded on the right to the longest."""
-        rows = [self.tokens(record) for record in records]
-        width = max((len(ids) for ids, _ in rows), default=1)
-        pad = self.tokenizer.pad_token_id or 0
-        id_BT = [ids + [pad] * (width - len(ids)) for ids, _ in rows]
-        real_BT = [[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in rows]
-        target_BT = [targets + [IGNORED] * (width - len(targets)) for _, targets in rows]
-        return TokenBatch(*(_longs(rows, width) for rows in (id_BT, real_BT, target_BT)))
+        """A batch of B records, padded on the right to the longest; of preferences 2 B rows, the preferred one first.
 
-    def losses(self, model: nn.Module, batch: TokenBatch) -> Tensor:
-        """Cross-entropy of the next token over supervised targets, (B,): their mean or their sum."""
-        logits = model(input_ids=batch.id_BT, attention_mask=batch.real_BT, use_cache=False).logits
-        target_BT = batch.target_BT[:, 1:]
-        loss_BT = F.cross_entropy(
-            logits[:, :-1].float().transpose(1, 2), target_BT, ignore_index=IGNORED, reduction="none"
-        )
-        sum_B = loss_BT.sum(dim=1)
-        counted_B = (target_BT != IGNORED).sum(dim=1).clamp_min(1)
-        return sum_B if self.reduction == "sum" else sum_B / counted_B
+        Raises:
+            RecordUnusable: one of them is not valid.
+        """
+        for record in records:
+            if reason := self.validate(record):
+                raise RecordUnusable(kind=KIND, reason=reason)
+        texts = [text for record in records for text in preference(record) or (record,)]
+        return padded([self.tokens(text) for text in texts], self.tokenizer.pad_token_id or 0)
 
     def n_tokens(self, record: Record) -> int:
         """Tokens of the record after cutting."""
-        return len(self.tokens(record)[0])
+        return sum(len(self.tokens(text).ids) for text in preference(record) or (record,))
+
+    def positions(self, record: Record) -> list[str]:
+        """The text of each token; none of a preference, whose two answers share their positions."""
+        if self.options.objective == "dpo":
+            return []
+        return [self.tokenizer.decode([token]) for token in self.tokens(record).ids]
+
+    # --- losses ---------------------------------------------------------------------------------------------
+
+    def losses(self, model: nn.Module, batch: TokenBatch) -> Tensor:
+        """(B,): cross-entropy of the supervised tokens, their mean or their sum; or the DPO loss of B pairs."""
+        if self.options.objective == "dpo":
+            return self._preference_losses(model, batch)
+        sum_B, counted_B = self._cross_entropy(model, batch)
+        return sum_B if self.options.reduction == "sum" else sum_B / counted_B.clamp_min(1)
+
+    def _preference_losses(self, model: nn.Module, batch: TokenBatch) -> Tensor:
+        example_L = torch.arange(len(batch.id_BT), device=batch.id_BT.device) // 2
+        margin_B = self._margin(model, batch, example_L)
+        with torch.no_grad():
+            start_B = margin_B if self._reference is None else self._margin(self._reference, batch, example_L)
+        return -F.logsigmoid(self.options.beta * (margin_B - start_B.detach()))
+
+    def _margin(self, model: nn.Module, batch: TokenBatch, example_L: Tensor) -> Tensor:
+        """The log-probability of the preferred answer minus that of the rejected one, (B,)."""
+        loss_BP = self._cross_entropy(model, batch, example_L)[0].view(-1, 2)
+        return loss_BP[:, 1] - loss_BP[:, 0]
+
+    def _cross_entropy(
+        self, model: nn.Module, batch: TokenBatch, example_L: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The sum over each row's supervised targets, and how many there are; ``example_L``: whose row it is."""
+        rows = torch.arange(len(batch.id_BT), device=batch.id_BT.device) if example_L is None else example_L
+        if self._mixture:  # its blocks see one row a token
+            rows = rows.repeat_interleave(batch.id_BT.shape[1])
+        named = example_L is not None or self._mixture
+        target_BT = batch.target_BT[:, 1:]
+        with examples_of_rows(rows) if named else nullcontext():
+            # All ones: transformers warns of padding where no mask is given.
+            logits = model(input_ids=batch.id_BT, attention_mask=torch.ones_like(batch.id_BT), use_cache=False).logits
+        loss_BT = F.cross_entropy(
+            at_least_float32(logits[:, :-1]).transpose(1, 2), target_BT, ignore_index=IGNORED, reduction="none"
+        )
+        return loss_BT.sum(dim=1), (target_BT != IGNORED).sum(dim=1)
 
 
-def _longs(rows: Sequence[Sequence[int]], width: int) -> Tensor:
-    return torch.tensor(rows, dtype=torch.long).reshape(len(rows), width)
+def _head(model: nn.Module) -> nn.Module | None:
+    head: nn.Module | None = getattr(model, "get_output_embeddings", lambda: None)()
+    return head
 
 
-def build(*, project: Path, max_tokens: int = 512, reduction: Literal["mean", "sum"] = "mean") -> CausalLM:
-    """The workload; longer examples are cut to ``max_tokens``."""
-    return CausalLM(max_tokens, reduction)
+def build(*, project: Path, **options: Any) -> CausalLM:
+    """The workload of a project; see ``Options``."""
+    return CausalLM(project, Options(**options))

@@ -7,11 +7,14 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from curator.errors import CheckpointCorrupt, CheckpointMissing, PickleRefused
+from curator.errors import AdapterBaseMissing, CheckpointCorrupt, CheckpointMissing, PickleRefused
 
 PICKLED = frozenset({".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".joblib"})
 ZIP = b"PK\x03\x04"
 PICKLE = b"\x80"
+ADAPTER = "adapter_config.json"
+"""What makes a folder a PEFT adapter."""
+BASE = "base model"
 LARGEST_HEADER = 100_000_000
 """The limit the safetensors format itself sets."""
 
@@ -25,6 +28,7 @@ def weights_at(checkpoint: Path) -> Path:
         CheckpointMissing: there is nothing there, or a folder without weights.
         PickleRefused: a pickle, by name or by its first bytes: loading one runs whatever code is inside.
         CheckpointCorrupt: a safetensors file that is cut off or has no header.
+        AdapterBaseMissing: an adapter without its base model.
     """
     if not checkpoint.exists():
         raise CheckpointMissing(path=checkpoint)
@@ -33,7 +37,24 @@ def weights_at(checkpoint: Path) -> Path:
         raise _nothing_safe(checkpoint)
     for file in files:
         _check(file)
+    if base := adapter_base(checkpoint):
+        weights_at(base)
     return checkpoint
+
+
+def adapter_base(folder: Path) -> Path | None:
+    """The base model's folder of an adapter; None of a whole model.
+
+    Raises:
+        AdapterBaseMissing: it is a name on a hub, or not there.
+    """
+    if not (folder / ADAPTER).exists():
+        return None
+    named = json.loads((folder / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path") or ""
+    base = Path(named) if Path(named).is_absolute() else folder / named
+    if not named or not base.is_dir():
+        raise AdapterBaseMissing(path=folder, base=named)
+    return base
 
 
 def _nothing_safe(folder: Path) -> PickleRefused | CheckpointMissing:
@@ -68,13 +89,14 @@ def digest(checkpoint: Path) -> str:
     """SHA-256 in hexadecimal: of a file's bytes; of a folder, over the sorted names and digests of its files.
 
     Hidden files and folders do not count: tools leave caches there. A name enters as POSIX path and a newline, so a
-    digest is the same on every machine.
+    digest is the same on every machine. An adapter's base model counts as one more file of its folder.
 
     Raises:
         CheckpointMissing: there is nothing at the path.
     """
     if checkpoint.is_dir():
-        lines = "".join(f"{name}\n{digest(file)}\n" for name, file in _files(checkpoint))
+        parts = [*_files(checkpoint), *((BASE, base) for base in [adapter_base(checkpoint)] if base)]
+        lines = "".join(f"{name}\n{digest(file)}\n" for name, file in parts)
         return hashlib.sha256(lines.encode()).hexdigest()
     if not checkpoint.exists():
         raise CheckpointMissing(path=checkpoint)

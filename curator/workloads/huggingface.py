@@ -1,38 +1,70 @@
-"""Local Hugging Face folders: safetensors only, no network, no code from the folder."""
+"""Local Hugging Face folders: safetensors only, no network, no code from the folder.
+
+A folder may be a PEFT adapter (LoRA, DoRA, rsLoRA): its base model is the local folder that its configuration names.
+"""
 
 from __future__ import annotations
 
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from curator.errors import CheckpointForeign, ExtraMissing
+from curator.workloads.checkpoints import adapter_base
+
+OFFLINE = {"local_files_only": True, "trust_remote_code": False}
+
+Weights = Literal["full", "adapter"]
+"""Whose gradients: of the full weights with the adapter merged into them, or of the adapter's own."""
 
 
-def pretrained(folder: Path, model_class: str, device: torch.device) -> tuple[Any, Any]:
-    """Model (float32, evaluation mode) and tokenizer of a folder.
+def pretrained(
+    folder: Path,
+    model_class: str,
+    device: torch.device,
+    *,
+    dtype: torch.dtype = torch.float32,
+    weights: Weights = "full",
+) -> tuple[Any, Any]:
+    """Model (evaluation mode) and tokenizer of a folder.
 
     Args:
-        folder: what ``save_pretrained`` wrote, with its tokenizer.
+        folder: what ``save_pretrained`` wrote: a model or an adapter, with its tokenizer.
         model_class: name of an Auto class of transformers.
         device: where the model goes.
+        dtype: of its weights.
+        weights: of an adapter, whether it is merged.
 
     Raises:
-        ExtraMissing: transformers is not installed.
+        ExtraMissing: transformers, or peft for an adapter, is not installed.
+        AdapterBaseMissing: the adapter's base model is not a local folder.
         CheckpointForeign: the folder cannot be read as such a model; one that needs ``trust_remote_code`` cannot.
     """
-    if find_spec("transformers") is None:
-        raise ExtraMissing(purpose="A Hugging Face folder", package="transformers", extra="lm")
-    transformers: Any = import_module("transformers")
-    offline = {"local_files_only": True, "trust_remote_code": False}
+    transformers = _library("transformers", "A Hugging Face folder")
+    base = adapter_base(folder)
+    tokenized = folder if base is None or (folder / "tokenizer_config.json").exists() else base
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **offline)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tokenized, **OFFLINE)
         model = getattr(transformers, model_class).from_pretrained(
-            folder, use_safetensors=True, dtype=torch.float32, **offline
+            base or folder, use_safetensors=True, dtype=dtype, **OFFLINE
         )
+        if base is not None:
+            model = _adapted(model, folder, weights)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointForeign(path=folder, kind=model_class, reason=error) from error
     return model.to(device).eval(), tokenizer
+
+
+def _adapted(model: Any, folder: Path, weights: Weights) -> Any:
+    peft = _library("peft", "A PEFT adapter")
+    adapted = peft.PeftModel.from_pretrained(model, folder, use_safetensors=True, local_files_only=True)
+    return adapted if weights == "adapter" else adapted.merge_and_unload()
+
+
+def _library(package: str, purpose: str) -> Any:
+    if find_spec(package) is None:
+        raise ExtraMissing(purpose=purpose, package=package, extra="lm")
+    return import_module(package)

@@ -177,6 +177,8 @@ class _Reader(Protocol):
 
     def batch(self, texts: Sequence[str], label_B: Sequence[int]) -> Any: ...
 
+    def positions(self, text: str) -> list[str]: ...
+
     def losses(self, model: nn.Module, batch: Any) -> Tensor: ...
 
 
@@ -187,6 +189,9 @@ class _Hashed:
 
     def batch(self, texts: Sequence[str], label_B: Sequence[int]) -> TextBatch:
         return bags(texts, label_B, self.buckets)
+
+    def positions(self, text: str) -> list[str]:
+        return []  # the model sees the mean of all words
 
     def losses(self, model: nn.Module, batch: TextBatch) -> Tensor:
         return F.cross_entropy(model(batch), batch.label_B, reduction="none")
@@ -206,6 +211,10 @@ class _Tokenized:
             list(texts), padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
         )
         return {**tokens, "label_B": torch.tensor(label_B, dtype=torch.long)}
+
+    def positions(self, text: str) -> list[str]:
+        ids = self.tokenizer(text, truncation=True, max_length=self.max_tokens)["input_ids"]
+        return [self.tokenizer.decode([token]) for token in ids]
 
     def losses(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         inputs = {name: tensor for name, tensor in batch.items() if name != "label_B"}
@@ -263,6 +272,10 @@ class TextClassification:
     def losses(self, model: nn.Module, batch: Any) -> Tensor:
         """Cross-entropy of the label, (B,)."""
         return self.reader.losses(model, batch)
+
+    def positions(self, record: Record) -> list[str]:
+        """The text of each token that a Hugging Face model sees; the built-in one sees no positions."""
+        return self.reader.positions(record["text"])
 
     def n_tokens(self, record: Record) -> int:
         """Words of the text, at least 1."""

@@ -49,3 +49,41 @@ AS $$
 BEGIN
     EXECUTE format('DROP TABLE IF EXISTS curator.%I', format('gradient_blocks_r%s', recipe));
 END $$;
+
+-- How much there is of each stage and state: differences, which upkeep sums up. A count of the ledger itself would take
+-- longer with every month; a row that is updated would make all workers wait for each other.
+CREATE FUNCTION curator.tally_work() RETURNS trigger
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = curator, pg_temp
+AS $$
+BEGIN
+    IF TG_OP = 'INSERT' THEN
+        INSERT INTO curator.work_tallies (stage, state, n) SELECT stage, state, count(*) FROM after GROUP BY 1, 2;
+    ELSIF TG_OP = 'DELETE' THEN
+        INSERT INTO curator.work_tallies (stage, state, n) SELECT stage, state, -count(*) FROM before GROUP BY 1, 2;
+    ELSE
+        INSERT INTO curator.work_tallies (stage, state, n)
+        SELECT stage, state, sum(d) FROM (SELECT stage, state, 1 AS d FROM after
+                                          UNION ALL SELECT stage, state, -1 FROM before) both_sides
+        GROUP BY 1, 2 HAVING sum(d) <> 0;
+    END IF;
+    RETURN NULL;
+END $$;
+
+CREATE TRIGGER work_tallied_in AFTER INSERT ON curator.work
+    REFERENCING NEW TABLE AS after FOR EACH STATEMENT EXECUTE FUNCTION curator.tally_work();
+CREATE TRIGGER work_tallied AFTER UPDATE ON curator.work
+    REFERENCING OLD TABLE AS before NEW TABLE AS after FOR EACH STATEMENT EXECUTE FUNCTION curator.tally_work();
+CREATE TRIGGER work_tallied_out AFTER DELETE ON curator.work
+    REFERENCING OLD TABLE AS before FOR EACH STATEMENT EXECUTE FUNCTION curator.tally_work();
+
+-- Most rows of the ledger change three times on the day they are made and never again: clean up early, in small steps.
+ALTER TABLE curator.work SET (autovacuum_vacuum_scale_factor = 0.01, autovacuum_vacuum_threshold = 5000,
+                              autovacuum_analyze_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 0);
+ALTER TABLE curator.work_tallies SET (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 2000);
+
+-- The .975 quantile of Student's t, by the Cornish-Fisher expansion: within .001 of it from 4 degrees of freedom on.
+CREATE FUNCTION curator.t975(df double precision) RETURNS double precision
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+AS $$
+    SELECT 1.959964 + 2.372271 / df + 2.822499 / df ^ 2 + 2.555850 / df ^ 3 + 1.589534 / df ^ 4
+$$;

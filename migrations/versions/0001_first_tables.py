@@ -74,6 +74,7 @@ def upgrade() -> None:
         sa.Column("job", sa.Text(), nullable=False),
         sa.Column("window", sa.BigInteger(), nullable=False, comment="the schedule's period, counted from the epoch"),
         sa.Column("owner", sa.Text(), nullable=False),
+        sa.Column("others", sa.Integer(), server_default="0", nullable=False, comment="who came second"),
         sa.Column("at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
         sa.PrimaryKeyConstraint("job", "window", name=op.f("jobs_pkey")),
         schema="curator",
@@ -127,7 +128,7 @@ def upgrade() -> None:
         sa.Column("owner", sa.Text(), nullable=True),
         sa.Column("leased_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("lease_until", sa.DateTime(timezone=True), nullable=True),
-        sa.Column("not_before", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.Column("not_before", sa.DateTime(timezone=True), server_default=sa.text("to_timestamp(0)"), nullable=False),
         sa.Column("offered_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
         sa.Column("last_error", sa.Text(), nullable=True),
         sa.CheckConstraint("state IN ('ready', 'leased', 'done', 'quarantined')", name=op.f("work_state_check")),
@@ -162,6 +163,30 @@ def upgrade() -> None:
         schema="curator",
         postgresql_where=sa.text("state IN ('ready', 'leased')"),
     )
+    op.create_index(
+        "work_oldest",
+        "work",
+        ["stage", "state", "offered_at"],
+        unique=False,
+        schema="curator",
+        postgresql_where=sa.text("state IN ('ready', 'leased')"),
+    )
+    op.create_index(
+        "work_troubled",
+        "work",
+        ["id"],
+        unique=False,
+        schema="curator",
+        postgresql_where=sa.text("last_error IS NOT NULL AND state IN ('ready', 'quarantined')"),
+    )
+    op.create_table(
+        "work_tallies",
+        sa.Column("stage", sa.Text(), nullable=False),
+        sa.Column("state", sa.Text(), nullable=False),
+        sa.Column("n", sa.BigInteger(), nullable=False),
+        schema="curator",
+        comment="Differences noted by triggers on work; their sum is how much there is of a stage and state.",
+    )
     op.create_table(
         "intakes",
         sa.Column("id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
@@ -190,15 +215,19 @@ def upgrade() -> None:
             "key", sa.LargeBinary(), nullable=False, comment="digest of everything that makes gradients comparable"
         ),
         sa.Column("checkpoint_id", sa.BigInteger(), nullable=False),
-        sa.Column("validation_set_id", sa.BigInteger(), nullable=False),
         sa.Column(
             "spec",
             postgresql.JSONB(astext_type=sa.Text()),
             nullable=False,
             comment="what was asked for; nothing filters on it",
         ),
+        sa.Column(
+            "fitted_on",
+            sa.ARRAY(sa.BigInteger()),
+            nullable=True,
+            comment="the validation sets whose directions' examples it was fitted on",
+        ),
         sa.Column("dimension", sa.Integer(), nullable=True),
-        sa.Column("blocks", sa.SmallInteger(), nullable=True),
         sa.Column(
             "temperature",
             sa.REAL(),
@@ -208,11 +237,8 @@ def upgrade() -> None:
         sa.Column("state", sa.Text(), server_default="fitting", nullable=False),
         sa.Column("in_use", sa.Boolean(), server_default=sa.text("false"), nullable=False),
         sa.Column("added_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
-        sa.CheckConstraint("state IN ('fitting', 'ready', 'retired')", name=op.f("recipes_state_check")),
+        sa.CheckConstraint("state IN ('fitting', 'ready')", name=op.f("recipes_state_check")),
         sa.ForeignKeyConstraint(["checkpoint_id"], ["curator.checkpoints.id"], name=op.f("recipes_checkpoint_id_fkey")),
-        sa.ForeignKeyConstraint(
-            ["validation_set_id"], ["curator.validation_sets.id"], name=op.f("recipes_validation_set_id_fkey")
-        ),
         sa.PrimaryKeyConstraint("id", name=op.f("recipes_pkey")),
         sa.UniqueConstraint("key", name=op.f("recipes_key_key")),
         schema="curator",
@@ -229,7 +255,9 @@ def upgrade() -> None:
         sa.Column("record", postgresql.JSON(astext_type=sa.Text()), nullable=False),
         sa.Column("slice", sa.Text(), nullable=False),
         sa.Column("role", sa.Text(), nullable=False),
-        sa.CheckConstraint("role IN ('direction', 'reference')", name=op.f("validation_examples_role_check")),
+        sa.CheckConstraint(
+            "role IN ('direction', 'reference', 'contrast')", name=op.f("validation_examples_role_check")
+        ),
         sa.ForeignKeyConstraint(
             ["validation_set_id"],
             ["curator.validation_sets.id"],
@@ -347,27 +375,6 @@ def upgrade() -> None:
         comment="Mean vectors and full-space directions as the worker needs them.",
     )
     op.create_table(
-        "judged_batches",
-        sa.Column("batch_id", sa.BigInteger(), nullable=False),
-        sa.Column("direction_set_id", sa.BigInteger(), nullable=False),
-        sa.Column("judged", sa.Integer(), nullable=False, comment="examples of the batch"),
-        sa.Column(
-            "pool", sa.Integer(), nullable=False, comment="examples the false discovery rate was controlled over"
-        ),
-        sa.Column("refs", sa.Integer(), nullable=False, comment="trusted references the p-values are ranks among"),
-        sa.Column("fdr", sa.REAL(), nullable=False),
-        sa.Column("flagged", sa.Integer(), nullable=False),
-        sa.Column("at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
-        sa.ForeignKeyConstraint(["batch_id"], ["curator.batches.id"], name=op.f("judged_batches_batch_id_fkey")),
-        sa.ForeignKeyConstraint(
-            ["direction_set_id"],
-            ["curator.direction_sets.id"],
-            name=op.f("judged_batches_direction_set_id_fkey"),
-        ),
-        sa.PrimaryKeyConstraint("batch_id", "direction_set_id", name=op.f("judged_batches_pkey")),
-        schema="curator",
-    )
-    op.create_table(
         "directions",
         sa.Column("id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
         sa.Column("direction_set_id", sa.BigInteger(), nullable=False),
@@ -375,6 +382,9 @@ def upgrade() -> None:
         sa.Column("slice", sa.Text(), nullable=False),
         sa.Column("ordinal", sa.SmallInteger(), nullable=False, comment="position in the arrays of scores, from 1"),
         sa.Column("n", sa.Integer(), nullable=False, comment="validation examples in the mean"),
+        sa.Column(
+            "contrast", sa.Integer(), server_default="0", nullable=False, comment="in the mean that is taken from it"
+        ),
         sa.ForeignKeyConstraint(
             ["direction_set_id"], ["curator.direction_sets.id"], name=op.f("directions_direction_set_id_fkey")
         ),
@@ -405,8 +415,7 @@ def upgrade() -> None:
             comment="json, not jsonb: jsonb refuses an escaped NUL",
         ),
         sa.Column("arrived_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
-        sa.ForeignKeyConstraint(["batch_id"], ["curator.batches.id"], name=op.f("examples_batch_id_fkey")),
-        sa.ForeignKeyConstraint(["source_id"], ["curator.sources.id"], name=op.f("examples_source_id_fkey")),
+        sa.Column("position", sa.BigInteger(), server_default="0", nullable=False, comment="where it was first met"),
         sa.PrimaryKeyConstraint("id", name=op.f("examples_pkey")),
         sa.UniqueConstraint("digest", name=op.f("examples_digest_key")),
         schema="curator",
@@ -428,6 +437,7 @@ def upgrade() -> None:
         sa.Column("normalised", sa.ARRAY(sa.REAL()), nullable=False),
         sa.Column("influence", sa.ARRAY(sa.REAL()), nullable=False),
         sa.Column("harm", sa.ARRAY(sa.REAL()), nullable=False),
+        sa.Column("self_influence", sa.REAL(), nullable=False),
         sa.ForeignKeyConstraint(
             ["direction_set_id"], ["curator.direction_sets.id"], name=op.f("reference_scores_direction_set_id_fkey")
         ),
@@ -478,6 +488,13 @@ def upgrade() -> None:
         sa.Column(
             "exact", sa.ARRAY(sa.REAL()), nullable=True, comment="un-compressed normalised influence on each of them"
         ),
+        sa.Column(
+            "embedding_similarity",
+            sa.ARRAY(sa.REAL()),
+            nullable=True,
+            comment="control: of the last hidden states, with each of them",
+        ),
+        sa.Column("bm25", sa.ARRAY(sa.REAL()), nullable=True, comment="control: of the words, for each of them"),
         sa.Column("computed_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
         sa.CheckConstraint("state IN ('ok', 'no_signal', 'nonfinite')", name=op.f("gradients_state_check")),
         sa.ForeignKeyConstraint(["example_id"], ["curator.examples.id"], name=op.f("gradients_example_id_fkey")),
@@ -486,6 +503,28 @@ def upgrade() -> None:
         schema="curator",
     )
     op.create_index(op.f("gradients_example_id_idx"), "gradients", ["example_id"], unique=False, schema="curator")
+    op.create_index(
+        op.f("gradients_computed_at_idx"),
+        "gradients",
+        ["computed_at"],
+        unique=False,
+        schema="curator",
+        postgresql_using="brin",
+    )
+    op.create_table(
+        "fidelities",
+        sa.Column("direction_set_id", sa.BigInteger(), nullable=False),
+        sa.Column("ordinal", sa.SmallInteger(), nullable=False),
+        sa.Column("day", sa.Date(), nullable=False, comment="of UTC"),
+        sa.Column("n", sa.Integer(), nullable=False),
+        sa.Column("spearman", sa.REAL(), nullable=False, comment="of compressed with exact normalised influence"),
+        sa.Column("measured_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["direction_set_id"], ["curator.direction_sets.id"], name=op.f("fidelities_direction_set_id_fkey")
+        ),
+        sa.PrimaryKeyConstraint("direction_set_id", "ordinal", "day", name=op.f("fidelities_pkey")),
+        schema="curator",
+    )
     op.create_table(
         "occurrences",
         sa.Column("example_id", sa.BigInteger(), nullable=False),
@@ -493,10 +532,9 @@ def upgrade() -> None:
         sa.Column("external_id", sa.Text(), server_default="", nullable=False),
         sa.Column("position", sa.BigInteger(), nullable=False, comment="where it was first met"),
         sa.Column("n", sa.BigInteger(), server_default="1", nullable=False),
-        sa.ForeignKeyConstraint(["example_id"], ["curator.examples.id"], name=op.f("occurrences_example_id_fkey")),
-        sa.ForeignKeyConstraint(["intake_id"], ["curator.intakes.id"], name=op.f("occurrences_intake_id_fkey")),
         sa.PrimaryKeyConstraint("example_id", "intake_id", "external_id", name=op.f("occurrences_pkey")),
         schema="curator",
+        comment="Arrivals of an example after its first, which is the example: most arrive once, and cost no row here.",
     )
     op.create_table(
         "quarantine",
@@ -531,9 +569,23 @@ def upgrade() -> None:
         sa.Column(
             "p_value", sa.ARRAY(sa.REAL()), nullable=False, comment="conformal: rank of the harm among the references"
         ),
+        sa.Column(
+            "normalised_stderr",
+            sa.ARRAY(sa.REAL()),
+            server_default="{}",
+            nullable=False,
+            comment="of normalised: over validation examples, and of the compression",
+        ),
+        sa.Column(
+            "neighbours",
+            sa.ARRAY(sa.REAL()),
+            server_default="{}",
+            nullable=False,
+            comment="mean cosine with the nearest trusted",
+        ),
         sa.Column("scored_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
         sa.CheckConstraint(
-            "array_position(influence, 'NaN') IS NULL AND array_position(stderr, 'NaN') IS NULL AND array_position(normalised, 'NaN') IS NULL",  # noqa: E501
+            "array_position(influence, 'NaN') IS NULL AND array_position(stderr, 'NaN') IS NULL AND array_position(normalised, 'NaN') IS NULL AND array_position(normalised_stderr, 'NaN') IS NULL",  # noqa: E501
             name=op.f("scores_no_nan_check"),
         ),
         sa.ForeignKeyConstraint(
@@ -563,6 +615,88 @@ def upgrade() -> None:
         schema="curator",
     )
     op.create_table(
+        "policy_sets",
+        sa.Column("id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
+        sa.Column("digest", sa.LargeBinary(), nullable=False),
+        sa.Column("policies", postgresql.JSONB(), nullable=False, comment="what the settings said, by name"),
+        sa.Column("in_use", sa.Boolean(), server_default=sa.text("true"), nullable=False),
+        sa.Column("at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.PrimaryKeyConstraint("id", name=op.f("policy_sets_pkey")),
+        schema="curator",
+        comment="What was judged by, each time it changed: going back to former policies is another row.",
+    )
+    op.create_index(
+        "policy_sets_one_in_use",
+        "policy_sets",
+        ["in_use"],
+        unique=True,
+        schema="curator",
+        postgresql_where=sa.text("in_use"),
+    )
+    op.create_table(
+        "judged_batches",
+        sa.Column("batch_id", sa.BigInteger(), nullable=False),
+        sa.Column("direction_set_id", sa.BigInteger(), nullable=False),
+        sa.Column("policy_set_id", sa.BigInteger(), nullable=False),
+        sa.Column("judged", sa.Integer(), nullable=False, comment="examples of the batch"),
+        sa.Column(
+            "pool", sa.Integer(), nullable=False, comment="examples the false discovery rate was controlled over"
+        ),
+        sa.Column("refs", sa.Integer(), nullable=False, comment="trusted references the p-values are ranks among"),
+        sa.Column("fdr", sa.REAL(), nullable=False),
+        sa.Column("flagged", sa.Integer(), nullable=False),
+        sa.Column("at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.ForeignKeyConstraint(["batch_id"], ["curator.batches.id"], name=op.f("judged_batches_batch_id_fkey")),
+        sa.ForeignKeyConstraint(
+            ["direction_set_id"],
+            ["curator.direction_sets.id"],
+            name=op.f("judged_batches_direction_set_id_fkey"),
+        ),
+        sa.ForeignKeyConstraint(
+            ["policy_set_id"], ["curator.policy_sets.id"], name=op.f("judged_batches_policy_set_id_fkey")
+        ),
+        sa.PrimaryKeyConstraint("batch_id", "direction_set_id", "policy_set_id", name=op.f("judged_batches_pkey")),
+        schema="curator",
+    )
+    op.create_table(
+        "stream_levels",
+        sa.Column("batch_id", sa.BigInteger(), nullable=False),
+        sa.Column("direction_set_id", sa.BigInteger(), nullable=False),
+        sa.Column("policy_set_id", sa.BigInteger(), nullable=False),
+        sa.Column("policy", sa.Text(), nullable=False),
+        sa.Column("stream", sa.Text(), nullable=False, comment="a source, or empty: all of them together"),
+        sa.Column(
+            "ordinal",
+            sa.Integer(),
+            nullable=False,
+            comment="of the batch in its stream, in the order of judging",
+        ),
+        sa.Column("n", sa.Integer(), nullable=False),
+        sa.Column("level", sa.Double(), nullable=False, comment="at which Benjamini-Hochberg runs over the batch"),
+        sa.Column("rejected", sa.Integer(), nullable=False),
+        sa.Column("augmented", sa.Integer(), nullable=False, comment="rejections if one more p-value were 0"),
+        sa.ForeignKeyConstraint(["batch_id"], ["curator.batches.id"], name=op.f("stream_levels_batch_id_fkey")),
+        sa.ForeignKeyConstraint(
+            ["direction_set_id"], ["curator.direction_sets.id"], name=op.f("stream_levels_direction_set_id_fkey")
+        ),
+        sa.ForeignKeyConstraint(
+            ["policy_set_id"], ["curator.policy_sets.id"], name=op.f("stream_levels_policy_set_id_fkey")
+        ),
+        sa.PrimaryKeyConstraint(
+            "batch_id", "direction_set_id", "policy_set_id", "policy", name=op.f("stream_levels_pkey")
+        ),
+        sa.UniqueConstraint(
+            "direction_set_id",
+            "policy_set_id",
+            "policy",
+            "stream",
+            "ordinal",
+            name=op.f("stream_levels_direction_set_id_policy_set_id_policy_stream_ordinal_key"),
+        ),
+        schema="curator",
+        comment="False discovery rate over the stream: what each batch took of it.",
+    )
+    op.create_table(
         "verdicts",
         sa.Column("id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
         sa.Column("example_id", sa.BigInteger(), nullable=False),
@@ -574,6 +708,8 @@ def upgrade() -> None:
         sa.Column("note", sa.Text(), nullable=True),
         sa.Column("actor", sa.Text(), nullable=False),
         sa.Column("policy", sa.Text(), nullable=False),
+        sa.Column("policy_version", sa.Text(), nullable=True, comment="digest of what the policy said"),
+        sa.Column("policy_set_id", sa.BigInteger(), nullable=True),
         sa.Column("recipe_id", sa.BigInteger(), nullable=True),
         sa.Column("direction_set_id", sa.BigInteger(), nullable=True),
         sa.Column("ordinal", sa.SmallInteger(), nullable=True, comment="the direction that decided"),
@@ -581,6 +717,11 @@ def upgrade() -> None:
         sa.Column("stderr", sa.REAL(), nullable=True),
         sa.Column("p_value", sa.REAL(), nullable=True),
         sa.Column("q_value", sa.REAL(), nullable=True),
+        sa.Column("stream_q", sa.REAL(), nullable=True, comment="q-value within the batch alone"),
+        sa.Column(
+            "stream_level", sa.REAL(), nullable=True, comment="the level that holds the rate over the whole stream"
+        ),
+        sa.Column("evidence", postgresql.JSONB(), nullable=True, comment="the scores, and p and q under each policy"),
         sa.Column("at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
         sa.CheckConstraint("review IN ('keep', 'drop', 'relabel', 'undo')", name=op.f("verdicts_review_check")),
         sa.CheckConstraint(
@@ -590,20 +731,15 @@ def upgrade() -> None:
             ["direction_set_id"], ["curator.direction_sets.id"], name=op.f("verdicts_direction_set_id_fkey")
         ),
         sa.ForeignKeyConstraint(["example_id"], ["curator.examples.id"], name=op.f("verdicts_example_id_fkey")),
+        sa.ForeignKeyConstraint(
+            ["policy_set_id"], ["curator.policy_sets.id"], name=op.f("verdicts_policy_set_id_fkey")
+        ),
         sa.ForeignKeyConstraint(["recipe_id"], ["curator.recipes.id"], name=op.f("verdicts_recipe_id_fkey")),
         sa.PrimaryKeyConstraint("id", name=op.f("verdicts_pkey")),
         schema="curator",
-        comment="Append-only. verdicts_once: a batch judged twice speaks once.",
+        comment="Append-only. A batch judged twice on the same footing speaks once.",
     )
     op.create_index(op.f("verdicts_example_id_idx"), "verdicts", ["example_id"], unique=False, schema="curator")
-    op.create_index(
-        "verdicts_once",
-        "verdicts",
-        ["example_id", "direction_set_id", "policy"],
-        unique=True,
-        schema="curator",
-        postgresql_where=sa.text("review IS NULL"),
-    )
     op.create_table(
         "verdicts_in_force",
         sa.Column("example_id", sa.BigInteger(), autoincrement=False, nullable=False),
@@ -620,6 +756,105 @@ def upgrade() -> None:
     )
     op.create_index(
         op.f("verdicts_in_force_verdict_idx"), "verdicts_in_force", ["verdict"], unique=False, schema="curator"
+    )
+    op.create_table(
+        "reviews",
+        sa.Column("verdict_id", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("example_id", sa.BigInteger(), nullable=False),
+        sa.Column("label", sa.Text(), nullable=True, comment="relabel: what the label should be"),
+        sa.Column("origin", sa.Text(), nullable=True, comment="the annotation elsewhere that it was imported from"),
+        sa.ForeignKeyConstraint(["example_id"], ["curator.examples.id"], name=op.f("reviews_example_id_fkey")),
+        sa.ForeignKeyConstraint(["verdict_id"], ["curator.verdicts.id"], name=op.f("reviews_verdict_id_fkey")),
+        sa.PrimaryKeyConstraint("verdict_id", name=op.f("reviews_pkey")),
+        sa.UniqueConstraint("example_id", "origin", name=op.f("reviews_example_id_origin_key")),
+        schema="curator",
+        comment="What a review brought besides its word.",
+    )
+    op.create_table(
+        "review_draws",
+        sa.Column("id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
+        sa.Column("seed", sa.BigInteger(), nullable=False),
+        sa.Column("flags", sa.BigInteger(), nullable=False, comment="how many flags it was drawn from"),
+        sa.Column("actor", sa.Text(), nullable=False),
+        sa.Column("at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.PrimaryKeyConstraint("id", name=op.f("review_draws_pkey")),
+        schema="curator",
+    )
+    op.create_table(
+        "review_draw_examples",
+        sa.Column("draw_id", sa.BigInteger(), nullable=False),
+        sa.Column("example_id", sa.BigInteger(), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["draw_id"], ["curator.review_draws.id"], name=op.f("review_draw_examples_draw_id_fkey")
+        ),
+        sa.ForeignKeyConstraint(
+            ["example_id"], ["curator.examples.id"], name=op.f("review_draw_examples_example_id_fkey")
+        ),
+        sa.PrimaryKeyConstraint("draw_id", "example_id", name=op.f("review_draw_examples_pkey")),
+        schema="curator",
+        comment="Flags drawn at random to be reviewed: only these give an unbiased precision.",
+    )
+    op.create_table(
+        "sketches",
+        sa.Column("id", sa.BigInteger(), sa.Identity(always=True), nullable=False),
+        sa.Column("example_id", sa.BigInteger(), nullable=False),
+        sa.Column(
+            "bands",
+            sa.ARRAY(sa.BigInteger()),
+            nullable=False,
+            comment="MinHash, a number a band; empty: it says nothing",
+        ),
+        sa.Column(
+            "of_id",
+            sa.BigInteger(),
+            nullable=True,
+            comment="the earlier example it is a near-duplicate of; NULL: it is a head",
+        ),
+        sa.Column(
+            "similarity", sa.REAL(), nullable=True, comment="share of the shingles of both that they have in common"
+        ),
+        sa.ForeignKeyConstraint(["example_id"], ["curator.examples.id"], name=op.f("sketches_example_id_fkey")),
+        sa.PrimaryKeyConstraint("id", name=op.f("sketches_pkey")),
+        sa.UniqueConstraint(
+            "example_id", name=op.f("sketches_example_id_key"), comment="Sketched twice, it is kept once."
+        ),
+        schema="curator",
+    )
+    op.create_index(
+        "sketches_of_heads",
+        "sketches",
+        ["bands"],
+        unique=False,
+        schema="curator",
+        postgresql_using="gin",
+        postgresql_where=sa.text("of_id IS NULL"),
+    )
+    op.create_table(
+        "leaks",
+        sa.Column("example_id", sa.BigInteger(), nullable=False),
+        sa.Column("validation_example_id", sa.BigInteger(), nullable=False),
+        sa.Column("similarity", sa.REAL(), nullable=False),
+        sa.ForeignKeyConstraint(["example_id"], ["curator.examples.id"], name=op.f("leaks_example_id_fkey")),
+        sa.ForeignKeyConstraint(
+            ["validation_example_id"],
+            ["curator.validation_examples.id"],
+            name=op.f("leaks_validation_example_id_fkey"),
+        ),
+        sa.PrimaryKeyConstraint("example_id", "validation_example_id", name=op.f("leaks_pkey")),
+        schema="curator",
+        comment="Examples that are like a validation example. One that is the same is found by its digest.",
+    )
+    op.create_table(
+        "leak_checks",
+        sa.Column("validation_set_id", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column(
+            "checked_to", sa.BigInteger(), nullable=False, comment="the last sketch that was held against the set"
+        ),
+        sa.ForeignKeyConstraint(
+            ["validation_set_id"], ["curator.validation_sets.id"], name=op.f("leak_checks_validation_set_id_fkey")
+        ),
+        sa.PrimaryKeyConstraint("validation_set_id", name=op.f("leak_checks_pkey")),
+        schema="curator",
     )
     for name in ("roles", "functions", "views"):
         run((SQL / f"0001_{name}.sql").read_text(encoding="utf-8"))
@@ -644,7 +879,8 @@ def downgrade() -> None:
                         WHERE schemaname = 'curator' AND tablename <> 'schema_version' LOOP
                 EXECUTE format('DROP TABLE IF EXISTS curator.%I CASCADE', item.tablename);
             END LOOP;
-            DROP FUNCTION IF EXISTS curator.offer_inbox, curator.make_partitions, curator.drop_partitions;
+            DROP FUNCTION IF EXISTS curator.offer_inbox, curator.make_partitions, curator.drop_partitions,
+                curator.t975, curator.tally_work;
         END $$
         """
     )

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from curator.influence.attribution import RecipeSpec, draw_masks
-from curator.influence.capture import KeptEntries, capture, find_layers
+from curator.influence.capture import capture, find_layers
+from curator.influence.kept import KeptEntries
 from tests.benchmarks.machine import described
 
 RESULTS = Path(__file__).parent / "results"

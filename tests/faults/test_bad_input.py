@@ -90,10 +90,12 @@ def test_a_pickle_is_no_checkpoint(curator, tmp_path: Path) -> None:
 
 def test_a_factory_that_raises_is_named_with_its_line(curator, project: Path, digits_files: digits.Files) -> None:
     (project / "digits_workload.py").write_text('def build(**options):\n    raise RuntimeError("no licence")\n')
-    assert curator("checkpoint", "add", "base", digits_files.checkpoint).returncode == 0
-    early = curator("validation", "add", "trusted", digits_files.validation)
-    assert early.returncode == 2, "said at once, while whoever wrote it is looking"
-    assert "no licence" in early.stderr
+    for early in (
+        curator("checkpoint", "add", "base", digits_files.checkpoint),
+        curator("validation", "add", "trusted", digits_files.validation),
+    ):
+        assert early.returncode == 2, "said at once, while whoever wrote it is looking"
+        assert "no licence" in early.stderr
     done = curator("drain")
     assert done.returncode == 2
     assert "digits_workload.py:2" in done.stderr
@@ -102,6 +104,34 @@ def test_a_factory_that_raises_is_named_with_its_line(curator, project: Path, di
     assert "Traceback" not in done.stderr
     waiting = curator("status")
     assert "no licence" in waiting.stdout + waiting.stderr, "status says why the work waits"
+
+
+@pytest.mark.parametrize(
+    ("asked", "code", "named"),
+    [
+        ('layers = ["encoder.*"]', "CUR-MOD-001", "encoder.*"),
+        ("kept = { first = 7 }", "CUR-NUM-001", "first"),
+    ],
+)
+def test_a_recipe_that_does_not_suit_the_model_is_refused_when_the_checkpoint_is_added(
+    curator, project: Path, digits_files: digits.Files, asked: str, code: str, named: str
+) -> None:
+    toml = (project / "curator.toml").read_text()
+    (project / "curator.toml").write_text(toml.replace("dimension = 960", asked))
+    done = curator("checkpoint", "add", "base", digits_files.checkpoint)
+    assert_refused(done, code)
+    assert named in done.stderr
+
+
+def test_a_loss_that_depends_on_the_batch_is_refused_when_trusted_data_is_added(
+    curator, project: Path, digits_files: digits.Files
+) -> None:
+    workload = project / "digits_workload.py"
+    workload.write_text(
+        workload.read_text().replace("x, y = batch", "x, y = batch[0] - batch[0].mean(dim=0), batch[1]")
+    )
+    assert curator("checkpoint", "add", "base", digits_files.checkpoint, "--no-check").returncode == 0
+    assert_refused(curator("validation", "add", "trusted", digits_files.validation), "CUR-WRK-010")
 
 
 def test_an_empty_validation_file_is_refused(curator, tmp_path: Path) -> None:
@@ -151,8 +181,11 @@ def test_what_was_mended_counts(curator, project: Path, digits_files: digits.Fil
     """Work that was asked for with a wrong factory is withdrawn once the right one is in curator.toml."""
     toml = (project / "curator.toml").read_text()
     (project / "curator.toml").write_text(toml.replace("digits_workload:build", "digits_workload:buidl"))
-    assert curator("checkpoint", "add", "base", digits_files.checkpoint).returncode == 0
-    assert curator("validation", "add", "trusted", digits_files.validation, "--no-check").returncode == 0
+    for what in (
+        ("checkpoint", "add", "base", digits_files.checkpoint),
+        ("validation", "add", "trusted", digits_files.validation),
+    ):
+        assert curator(*what, "--no-check").returncode == 0
     assert curator("drain").returncode == 2
     (project / "curator.toml").write_text(toml)
     assert curator("ingest", digits_files.arrivals).returncode == 0

@@ -47,6 +47,8 @@ from workers.celery import app
 
 app.conf.broker_transport_options = {"visibility_timeout": 1}
 app.conf.task_reject_on_worker_lost = True
+for queue in app.conf.task_queues:
+    queue.no_ack = False
 app.loader.import_default_modules()
 for task in app.tasks.values():
     task.acks_late = True
@@ -102,15 +104,13 @@ def test_a_record_that_kills_its_worker_is_quarantined_after_three_deaths_and_it
 
 @pytest.mark.timeout(300)
 def test_wrong_celery_settings_and_every_message_three_times_end_in_the_same_rows(
-    project: Path, digits_files: digits.Files
+    project: Path, digits_files: digits.Files, brought: chaos.Delivery, calm: chaos.Outcome
 ) -> None:
     """Late acknowledgement and a visibility timeout of a second deliver a turn's message over and over."""
-    brought = chaos.delivery(digits_files, n_files=3, n_rows=20, seed=7)
-    calm = chaos.quiet(digits.make_project(project.parent / "quiet", digits_files), digits_files, brought)
     (project / "wrong.py").write_text(WRONG)
     run = chaos.Chaos(project, digits_files, brought, calm, seed=7, faults=0)
     chaos.prepare(project, digits_files)
-    with chaos.Servers(project) as run.servers, run._workers() as run.pool:
+    with chaos.Servers(project) as run.servers, run._network(), run._workers() as run.pool:
         run.pool.commands = {
             name: [word if word != "workers" else "wrong" for word in command]
             for name, command in {

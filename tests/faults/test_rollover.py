@@ -163,6 +163,26 @@ def test_a_dropped_checkpoint_can_be_used_again(world: World) -> None:
     assert world.scored()["base", True] == before["base", True] == 100
 
 
+def test_going_back_to_a_checkpoint_finds_what_was_measured_there(world: World) -> None:
+    """Also when other data is trusted by then: the recipe keeps its curvature, the scores are new."""
+    world.next_checkpoint()
+    world.work()
+    trusted = list(jsonl.open_records(world.files.validation, world.settings.limits, any_shape=True))
+    with begin(world.engine) as connection:
+        recipes.add_validation(connection, world.settings, "another", "", trusted[:40])  # type: ignore[arg-type]
+        recipes.use_checkpoint(connection, world.settings, "base")
+    with read(world.engine) as connection:
+        known = connection.scalars(text("SELECT id FROM curator.recipes ORDER BY id")).all()
+        assert len(known) == 2
+        measured = "SELECT computed_at FROM curator.gradients WHERE recipe_id = :id ORDER BY example_id"
+        before = connection.scalars(text(measured), {"id": known[0]}).all()
+    world.work()
+    with read(world.engine) as connection:
+        assert connection.scalar(text("SELECT id FROM curator.recipes WHERE in_use")) == known[0]
+        assert connection.scalars(text(measured), {"id": known[0]}).all() == before
+    assert world.scored()["base", True] == 200, "a row an example and direction"
+
+
 def test_what_is_in_use_is_not_dropped(world: World) -> None:
     with begin(world.engine) as connection, pytest.raises(CheckpointInUse):
         recipes.drop_checkpoint(connection, "base")

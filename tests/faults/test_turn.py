@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,14 @@ import psycopg
 import pytest
 from sqlalchemy import Connection, Engine, text
 
-from curator.errors import DatabaseDown
-from curator.settings import Settings
-from curator.stages import examples, folders, turn
+from curator.errors import CheckpointMissing, DatabaseDown, DiskLow, WorkerKilled, WorkloadBroken
+from curator.settings import Retention, Settings
+from curator.stages import examples, folders, gradients, turn, upkeep
 from curator.stages.folders import Watcher
 from curator.stages.turn import Turn
 from curator.store import examples as arrived
 from curator.store import work
-from curator.store.engine import begin, database_errors, read
+from curator.store.engine import begin, database_errors, read, transact
 from curator.types import Counts, Lease, Stage
 
 
@@ -99,7 +101,7 @@ def test_a_lease_is_owed_while_the_database_is_away(
     mine = Turn(offered, settings)
     with monkeypatch.context() as away:
 
-        def no_answer(*_: object) -> int:
+        def no_answer(*_: object, **__: object) -> int:
             with database_errors(offered), offered.connect() as connection:
                 cut_off(connection)
             return 0
@@ -202,7 +204,7 @@ def test_a_file_whose_commit_failed_is_opened_again(engine: Engine, tmp_path: Pa
     (tmp_path / "vendor.jsonl").write_text('{"text": "x"}\n')
     watched = [(str(tmp_path), "")]
     folders.settled_files(watcher, watched)
-    time.sleep(folders.STILL_SECONDS + 0.1)
+    time.sleep(watcher.still_seconds + 0.1)
     found = folders.settled_files(watcher, watched)
 
     def open_and_fail() -> None:
@@ -215,8 +217,8 @@ def test_a_file_whose_commit_failed_is_opened_again(engine: Engine, tmp_path: Pa
     found = folders.settled_files(watcher, watched)
     with begin(engine) as connection:
         assert folders.open_files(connection, found) == 1
-    for folder, file, _, _ in found:
-        watcher.note(folder, file)
+    for item in found:
+        watcher.note(item.folder, item.file)
     assert folders.settled_files(watcher, watched) == []
 
 
@@ -257,6 +259,192 @@ def test_a_collision_is_tried_again_at_once(offered: Engine, settings: Settings)
     assert ledger(offered) == {("done", 0)}
 
 
+def test_a_claim_that_collides_is_made_again(offered: Engine, settings: Settings) -> None:
+    """So does whatever the edges do in one transaction: upkeep, a sweep, a file that is opened."""
+    collisions = iter([True, True])
+
+    def collide(connection: Connection) -> int:
+        if next(collisions, False):
+            connection.execute(text("DO $$ BEGIN RAISE EXCEPTION 'x' USING ERRCODE = 'serialization_failure'; END $$"))
+        return 7
+
+    assert transact(offered, collide) == 7
+
+
+def test_a_collision_without_end_is_an_error(offered: Engine) -> None:
+    def collide(connection: Connection) -> None:
+        connection.execute(text("DO $$ BEGIN RAISE EXCEPTION 'x' USING ERRCODE = 'deadlock_detected'; END $$"))
+
+    with pytest.raises(DatabaseDown, match="x"):
+        transact(offered, collide)
+
+
+def test_what_the_operator_has_to_mend_is_tried_ever_more_rarely(
+    offered: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each try may load a model. It is tried for ever, and at once when it has been mended."""
+    now = [1000.0]
+    monkeypatch.setattr(turn.time, "monotonic", lambda: now[0])
+    tried: list[float] = []
+    mended: list[bool] = []
+
+    def load() -> None:
+        tried.append(now[0])
+        if not mended:
+            raise CheckpointMissing(path="/gone")
+
+    mine, stage = Turn(offered, settings), FakeStage(load_does=load)
+    for _ in range(300):
+        with begin(offered) as connection:
+            connection.execute(text("UPDATE curator.work SET not_before = now()"))
+        mine.once(stage)
+        now[0] += 1.0
+    assert [later - earlier for earlier, later in itertools.pairwise(tried)][:6] == [2, 4, 8, 16, 30, 30]
+    mended.append(True)
+    now[0] += 30
+    with begin(offered) as connection:
+        connection.execute(text("UPDATE curator.work SET not_before = now()"))
+    assert mine.run(stage, 10.0) == Counts(done=4)
+    assert not mine.waits
+
+
+def test_a_heartbeat_survives_whatever_it_meets(
+    offered: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beats = threading.Semaphore(0)
+    errors = iter([RuntimeError("a bug"), DatabaseDown(url="", reason="")])
+
+    def beat(connection: Connection, owner: str, seconds: float) -> int:
+        beats.release()
+        if error := next(errors, None):
+            raise error
+        return 1
+
+    monkeypatch.setattr(work, "beat", beat)
+    with begin(offered) as connection:
+        lease = work.claim(connection, Stage.GRADIENTS, 4, 30.0)
+    assert lease is not None
+    with turn.heartbeat(offered, lease, 0.04):
+        assert all(beats.acquire(timeout=10) for _ in range(4))
+
+
+def test_intake_waits_for_room_on_the_disk(engine: Engine, settings: Settings, tmp_path: Path) -> None:
+    (tmp_path / "vendor.jsonl").write_text('{"text": "x"}\n')
+    with begin(engine) as connection:
+        examples.open_file(connection, tmp_path / "vendor.jsonl", "vendor", b"1")
+    full = replace(settings, limits=replace(settings.limits, disk_bytes=1 << 60))
+    with pytest.raises(DiskLow, match="nothing is taken in"):
+        Turn(engine, full).run(examples, 10)
+    assert ledger(engine) == {("ready", 0)}
+    assert Turn(engine, settings).run(examples, 10).done == 1
+
+
+def test_a_file_that_stops_its_workers_is_in_the_quarantine_and_read_on_when_delivered_again(
+    engine: Engine, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(examples, "CHUNK", 1000)
+    file = tmp_path / "vendor.jsonl"
+    file.write_text("".join(f'{{"text": "line {n}"}}\n' for n in range(1500)))
+    with begin(engine) as connection:
+        examples.open_file(connection, file, "vendor", b"1")
+    Turn(engine, settings).once(examples)
+    with begin(engine) as connection:
+        connection.execute(text("UPDATE curator.work SET attempts = 3, last_error = 'killed' WHERE stage = 'examples'"))
+        upkeep.run(connection, settings)
+        lines = connection.execute(text("SELECT position, code FROM curator.quarantine")).all()
+        assert lines == [(1001, WorkerKilled.code)]
+        assert examples.open_file(connection, file, "vendor", b"1").state == "damaged", "seen, not delivered"
+        assert examples.open_file(connection, file, "vendor", b"1", again=True).state == "reading"
+    assert Turn(engine, settings).run(examples, 10).done == 500
+    with read(engine) as connection:
+        assert connection.execute(text("SELECT state, accepted FROM curator.intakes")).all() == [("complete", 1500)]
+        assert connection.scalar(text("SELECT count(*) FROM curator.quarantine")) == 0
+
+
+def test_a_row_that_is_given_up_keeps_as_many_bytes_as_the_settings_say(engine: Engine, settings: Settings) -> None:
+    with begin(engine) as connection:
+        connection.execute(
+            text(
+                "INSERT INTO curator.inbox (source, record) VALUES ('sql', json_build_object('text', repeat('x', 999)))"
+            )
+        )
+        connection.execute(text("UPDATE curator.work SET attempts = 3, last_error = 'killed'"))
+        upkeep.run(connection, replace(settings, limits=replace(settings.limits, quarantine_bytes=10)))
+        assert connection.scalar(text("SELECT length(raw) FROM curator.quarantine")) == 10
+
+
+def test_raw_bytes_are_forgotten_after_their_days_and_the_reason_stays(engine: Engine, settings: Settings) -> None:
+    with begin(engine) as connection:
+        connection.execute(
+            text(
+                "INSERT INTO curator.quarantine (code, detail, raw, at)"
+                " SELECT 'C', days, 'x', now() - make_interval(days => days) FROM unnest(ARRAY[89, 91]) days"
+            )
+        )
+        for days, kept in ((0, 2), (90, 1)):
+            upkeep.run(connection, replace(settings, retention=Retention(quarantine_days=days)))
+            assert connection.scalar(text("SELECT count(raw) FROM curator.quarantine")) == kept
+        assert connection.scalar(text("SELECT count(*) FROM curator.quarantine")) == 2
+
+
+def test_a_big_file_is_digested_a_look_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its neighbours, and whatever else the worker has to do, do not wait for it."""
+    monkeypatch.setattr(folders, "BLOCK", 100)
+    monkeypatch.setattr(folders, "DIGEST_SECONDS", -1.0)
+    watcher, big = Watcher(), tmp_path / "big.jsonl"
+    big.write_bytes(bytes(1000))
+    watched = [(str(tmp_path), "")]
+    folders.settled_files(watcher, watched)
+    watcher.still_seconds = 0.0
+    assert folders.settled_files(watcher, watched) == []
+    end = time.monotonic()
+    found = [watcher.digest(str(tmp_path), big, end + 10 if n else end) for n in (0, 1)]
+    assert found == [None, hashlib.sha256(bytes(1000)).digest()]
+    reading = folders.Reading()
+    assert reading.go_on(big, end) is None
+    assert reading.at == 100
+    watcher.digest(str(tmp_path), big, 0.0)
+    big.unlink()
+    folders.settled_files(watcher, watched)
+    assert not watcher.readings
+
+
 def test_psycopg_names_the_error_of_a_server_that_is_read_only() -> None:
     """``store.engine`` relies on it."""
     assert psycopg.errors.ReadOnlySqlTransaction.sqlstate == "25006"
+
+
+@dataclass
+class Tools:
+    """A workload that fails on some records."""
+
+    trusted: list[dict[str, str]]
+    fails_on: set[str]
+    workload: object = None
+
+    def measure(self, records: list[dict[str, str]]) -> object:
+        if any(record["kind"] in self.fails_on for record in records):
+            raise ValueError("no gradient")
+        return records
+
+
+@pytest.mark.parametrize(
+    ("fails_on", "trusted", "their_fault"),
+    [
+        pytest.param({"bad"}, [{"kind": "good"}], True, id="trusted records still can be measured"),
+        pytest.param({"bad", "good"}, [{"kind": "good"}], False, id="nothing can be measured any more"),
+        pytest.param({"bad"}, [], False, id="there is nothing to try it on"),
+    ],
+)
+def test_a_delivery_of_which_nothing_can_be_measured_is_told_from_a_workload_that_is_broken(
+    fails_on: set[str], trusted: list[dict[str, str]], their_fault: bool
+) -> None:
+    """Else it would be tried for ever, and its batch never judged; or good records given up for a full device."""
+    lease = Lease("me", Stage.GRADIENTS, 1, tuple(range(20)), tuple(range(20)))
+    batch = gradients.Batch(lease, 1, None, {n: {"kind": "bad"} for n in range(20)})
+    tools: Any = Tools(trusted, fails_on)
+    if their_fault:
+        assert set(gradients.compute(tools, batch).broken) == set(range(20))
+    else:
+        with pytest.raises(WorkloadBroken):
+            gradients.compute(tools, batch)

@@ -47,7 +47,8 @@ def test_nothing_computes_with_a_connection_in_hand() -> None:
 
 def test_workers_hold_thin_tasks_and_little_else() -> None:
     names = {path.stem for path in modules("workers")}
-    assert names == {*Stage, "__init__", "base", "celery", "check", "drain", "upkeep"}
+    names_of_processes = {"check", "drain", "explain", "plan", "scheduler"}
+    assert names == {*Stage, *names_of_processes, "__init__", "base", "celery", "upkeep"}
 
 
 def test_a_task_fits_one_screen() -> None:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from curator.influence import naive
 from curator.influence.attribution import RecipeSpec, draw_masks
-from curator.influence.capture import KeptEntries, capture, find_layers
+from curator.influence.capture import capture, find_layers
+from curator.influence.kept import KeptEntries
 
 
 @dataclass(frozen=True)

@@ -53,11 +53,11 @@ def test_compressed_scores_equal_their_definitions(kind, mask, curvature, measur
     towards = a.directions({"all": [V]})
     scores = scoring.score(Z.unit_BK, Z.whitened_norm_B, towards, {"all": V.unit_BK})
 
-    v = kept_only(single_gradients(c, trusted, a.layers), a.masks)
-    z = kept_only(single_gradients(c, arrived, a.layers), a.masks)
+    v = kept_only(single_gradients(c, trusted, a.layers), a.fitted.masks)
+    z = kept_only(single_gradients(c, arrived, a.layers), a.fitted.masks)
     F = {
         name: naive.damped(naive.fisher([g[name] for g in v], curvature == "angular"), recipe.damping)
-        for name in a.masks
+        for name in a.fitted.masks
     }
     slopes = measurement_slope(c.losses(c.model, trusted).detach().numpy(), measurement, a.temperature)
     for b, mine in enumerate(z):
@@ -117,7 +117,7 @@ def test_a_model_kept_whole_scores_like_its_full_gradient():
     found = scoring.score(Z.unit_BK, Z.whitened_norm_B, a.directions({"all": [V]})).normalised_BS[:, 0]
     v = [{n: g.ravel() for n, g in G.items()} for G in single_gradients(c, trusted, a.layers)]
     z = [{n: g.ravel() for n, g in G.items()} for G in single_gradients(c, arrived, a.layers)]
-    F = {n: naive.damped(naive.fisher([g[n] for g in v], angular=True), 0.1) for n in a.masks}
+    F = {n: naive.damped(naive.fisher([g[n] for g in v], angular=True), 0.1) for n in a.fitted.masks}
     assert found.tolist() == pytest.approx([naive.normalised_influence(x, v, F) for x in z], abs=1e-5)
 
 
@@ -207,7 +207,7 @@ def test_a_state_brings_back_the_same_attributor():
     directions = a.exact_directions({"all": [trusted]})
     again = ExactDirections.of(directions.names, directions.tensors())
     left, right = a.measure(arrived, directions), b.measure(arrived, again)
-    assert a.masks["out"].kept == 5
+    assert a.fitted.masks["out"].kept == 5
     for name in ("unit_BK", "whitened_norm_B", "exact_BS", "calibrated_loss_B"):
         assert torch.equal(getattr(left, name), getattr(right, name)), name
     towards = a.directions({"all": [left]})
@@ -227,8 +227,10 @@ def test_masks_of_a_recipe_do_not_depend_on_the_data_or_the_device_of_the_draw()
     c = case("rows")
     a, b = fitted(c, spec(), c.batch(5, 1, 0)), fitted(c, spec(), c.batch(5, 1, 9))
     for name, mask in draw_masks(a.layers, spec()).items():
-        assert all(torch.equal(x, y) for x, y in zip(mask.coordinates(), a.masks[name].coordinates(), strict=True))
-        assert torch.equal(a.masks[name].rows, b.masks[name].rows)
+        assert all(
+            torch.equal(x, y) for x, y in zip(mask.coordinates(), a.fitted.masks[name].coordinates(), strict=True)
+        )
+        assert torch.equal(a.fitted.masks[name].rows, b.fitted.masks[name].rows)
 
 
 def test_leave_one_out_is_the_direction_without_the_example():

@@ -17,7 +17,9 @@ from curator.errors import (
 )
 from curator.influence import naive
 from curator.influence.attribution import RecipeSpec, draw_masks
-from curator.influence.capture import KeptEntries, capture, find_layers, ghost_inner, ghost_products
+from curator.influence.capture import capture, find_layers
+from curator.influence.ghost import ghost_inner, ghost_products
+from curator.influence.kept import KeptEntries
 from tests.numerics.small_models import case, one
 
 kinds = st.sampled_from(["rows", "positions"])

@@ -12,8 +12,8 @@ from torch import nn
 from curator.errors import BadRowIndex, ExamplesCoupled, LayerNotFound, LayerUnsupported, RowsUnknown
 from curator.influence import naive
 from curator.influence.capture import capture, examples_of_rows, find_layers, refuse_coupling
-from curator.influence.curvature import KroneckerSums
 from curator.influence.exact import ExactScores
+from curator.influence.kronecker import KroneckerSums
 from tests.numerics.layer_models import KINDS, built, kept, layers_of, measured, twin
 
 every_kind = pytest.mark.parametrize("kind", KINDS)

@@ -7,7 +7,8 @@ from torch.utils.checkpoint import checkpoint
 
 from curator.errors import CalledWithoutGradient, InputOverwritten
 from curator.influence.attribution import RecipeSpec, draw_masks
-from curator.influence.capture import KeptEntries, capture, examples_of_rows, find_layers
+from curator.influence.capture import capture, examples_of_rows, find_layers
+from curator.influence.kept import KeptEntries
 
 both_norms = pytest.mark.parametrize("norm", ["exact", "kept"])
 

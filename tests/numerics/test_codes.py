@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from curator.errors import CodeTooWide, NoCurvature, UnknownCompression
 from curator.influence import codes, naive
-from curator.influence.codes import FactoredGaussian, Gaussian, Pca, RankOne, Signs, Sjlt
+from curator.influence.codes import FactoredGaussian, Gaussian, Pca, PcaSjlt, RankOne, Signs, Sjlt
 
 SEEDS = 2000
 
@@ -128,10 +128,41 @@ def test_pca_refuses_more_numbers_than_entries_and_an_empty_sample():
         Pca.fit(lambda: [rows(0, 7)], 2)
 
 
+def test_pca_with_a_sketch_equals_its_parts_one_example_at_a_time():
+    x = rows(6, 20)
+    code = PcaSjlt.fit(lambda: [x], 10)
+    V, S = code.pca.components_KC.double().numpy(), code.rest.matrix_KC().double().numpy()
+    expected = [np.concatenate([V.T @ w, S.T @ (w - V @ (V.T @ w))]) for w in x.numpy()]
+    np.testing.assert_allclose(code.encode(x).numpy(), expected, atol=1e-6)
+    np.testing.assert_allclose((x.float() @ code.matrix_KC()).numpy(), expected, atol=1e-4)
+
+
+def test_pca_with_a_sketch_is_exact_on_its_sample_and_loses_no_length_outside():
+    """Unlike a PCA alone, to which data outside its sample's span is a shadow of itself."""
+    x, unlike = low_rank(40, 300, 4), rows(200, 300, seed=7)
+    both, alone = PcaSjlt.fit(lambda: [x], 100), Pca.fit(lambda: [x], 100)
+    assert both.pca.width == 4, "as many directions as the sample has; the rest is sketch"
+    y = both.encode(x)
+    torch.testing.assert_close(y @ y.T, x @ x.T, rtol=1e-4, atol=1e-3)
+    kept = {
+        name: float((code.encode(unlike).norm(dim=1) / unlike.norm(dim=1)).mean())
+        for name, code in (("both", both), ("alone", alone))
+    }
+    assert kept["both"] == pytest.approx(1, abs=0.05)
+    assert kept["alone"] < 0.7
+
+
+def test_pca_with_a_sketch_keeps_inner_products_on_average():
+    x, pair = low_rank(20, 60, 3), rows(2, 60, seed=5)
+    products = [float(torch.prod(PcaSjlt.fit(lambda: [x], 16, seed).encode(pair), dim=0).sum()) for seed in range(400)]
+    error = np.std(products) / np.sqrt(len(products))
+    assert np.mean(products) == pytest.approx(float(pair[0] @ pair[1]), abs=4 * error)
+
+
 def test_a_recipe_s_code_is_fitted_by_its_name():
     x = rows(9, 7)
     assert codes.fit_code("none", lambda: [x], 3, 0) is None
-    assert [codes.fit_code(kind, lambda: [x], 3, 0).width for kind in ("pca", "sjlt")] == [3, 3]
+    assert [codes.fit_code(kind, lambda: [x], 3, 0).width for kind in ("pca", "sjlt", "pca+sjlt")] == [3, 3, 3]
     with pytest.raises(UnknownCompression, match="none, sjlt, pca"):
         codes.fit_code("zip", lambda: [x], 3, 0)
     with pytest.raises(CodeTooWide, match="keeps 7"):
@@ -175,7 +206,7 @@ def test_rank_one_loses_nothing_of_an_example_with_one_position():
 
 def test_codes_survive_the_way_through_named_tensors():
     x = rows(3, 30).float()
-    for code in (Sjlt.draw("a", 30, 8), Pca.fit(lambda: [x], 3)):
+    for code in (Sjlt.draw("a", 30, 8), Pca.fit(lambda: [x], 3), PcaSjlt.fit(lambda: [x], 9)):
         assert torch.equal(codes.code_of(code.tensors()).encode(x), code.encode(x))
         assert codes.bytes_per_example(code) == 2 * code.width + 4
     gaussian = Gaussian("a", 30, 8)

@@ -12,6 +12,7 @@ VARIANTS = [
     {"budget": "energy"},
     {"importance": "rms", "budget": "energy", "mask": "neuron"},
     {"code": "pca", "code_dimension": 5},
+    {"code": "pca+sjlt", "code_dimension": 9},
     {"code": "sjlt", "code_dimension": 6, "importance": "rms"},
 ]
 
@@ -34,10 +35,20 @@ def test_a_fitted_recipe_is_restored_from_its_state(changes):
     assert torch.equal(a.with_losses(c.losses).measure(arrived).unit_BK, one.unit_BK)
 
 
-def test_a_code_as_wide_as_the_mask_scores_like_no_code():
+@pytest.mark.parametrize("numbers", [12, 13])
+def test_a_code_that_shortens_nothing_is_left_out(numbers):
+    """As where a small model has fewer entries than the default code has numbers."""
     c, _, plain, _ = fitted(dimension=12)
-    _, _, coded, _ = fitted(dimension=12, code="pca", code_dimension=12)
+    _, _, coded, _ = fitted(dimension=12, code="pca+sjlt", code_dimension=numbers)
     arrived = c.batch(5, 2, 9)
+    assert torch.equal(plain.measure(arrived).unit_BK, coded.measure(arrived).unit_BK)
+
+
+@pytest.mark.parametrize("code", [{"code": "pca", "code_dimension": 11}, {"code": "pca+sjlt", "code_dimension": 23}])
+def test_a_code_of_all_directions_of_the_trusted_data_scores_them_like_no_code(code):
+    _, _, plain, trusted = fitted()
+    _, _, coded, _ = fitted(**code)
+    arrived = trusted[0]
     w, y = (a.measure(arrived) for a in (plain, coded))
     torch.testing.assert_close(y.unit_BK @ y.unit_BK.T, w.unit_BK @ w.unit_BK.T, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(y.whitened_norm_B, w.whitened_norm_B, rtol=1e-4, atol=1e-5)
@@ -47,7 +58,7 @@ def test_a_recipe_s_code_is_checked_when_it_is_fitted_and_when_it_is_restored():
     with pytest.raises(UnknownCompression, match="zip"):
         fitted(code="zip")
     with pytest.raises(CodeTooWide):
-        fitted(code="pca", code_dimension=25)
+        fitted(code="pca")
     c, _, a, _ = fitted(code="pca", code_dimension=5)
     with pytest.raises(StateMismatch):
         Attributor.from_state(c.model, c.losses, RecipeSpec(dimension=24, code="pca", code_dimension=6), a.state())

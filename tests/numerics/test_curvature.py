@@ -11,14 +11,13 @@ from curator.influence import naive
 from curator.influence.curvature import (
     CURVATURE_KINDS,
     FisherSums,
-    KroneckerRoots,
-    KroneckerSums,
     LowRankRoot,
     adam_whitening,
     inverse_root,
     principal,
 )
 from curator.influence.dropout import draw
+from curator.influence.kronecker import KroneckerRoots, KroneckerSums
 
 SLICES = {"a": slice(0, 3), "b": slice(3, 7)}
 
@@ -149,7 +148,7 @@ def test_kronecker_roots_equal_the_explicit_kronecker_matrix():
 
 
 def test_a_wide_factor_keeps_its_diagonal(monkeypatch):
-    monkeypatch.setattr("curator.influence.curvature.WIDEST_FACTOR", 2)
+    monkeypatch.setattr("curator.influence.kronecker.WIDEST_FACTOR", 2)
     found = KroneckerSums()
     found(_Named, torch.randn(4, 1, 3), torch.randn(4, 1, 2))
     roots = found.factors(0.1)

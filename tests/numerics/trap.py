@@ -6,7 +6,7 @@ flipped; each score says how well it tells the flipped from the clean. Used by a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from curator.influence import scoring
 from curator.influence.attribution import Attributor, Measured, RecipeSpec
 from curator.influence.confidence import fit_temperature
-from curator.influence.curvature import KroneckerRoots
 from curator.influence.evaluate import auc
+from curator.influence.kronecker import KroneckerRoots
 
 FLIPPED = 0.106
 
@@ -97,10 +97,11 @@ def scored(model: nn.Module, data: Data, spec: RecipeSpec, fitted_on: Rows | Non
 def gradient_dot(model: nn.Module, data: Data) -> Tensor:
     """<mean validation gradient, gradient> in the full space: exact influence with the identity as curvature."""
     a = Attributor.fit(model, losses, batches(data.trusted), RecipeSpec(measurement="loss"))
-    a.roots = KroneckerRoots(
+    identity = KroneckerRoots(
         {layer.name: torch.ones(layer.n_in) for layer in a.layers},
         {layer.name: torch.ones(layer.n_out) for layer in a.layers},
     )
+    a = Attributor(model, losses, a.spec, replace(a.fitted, roots=identity))
     towards = a.exact_directions({"all": batches(data.trusted)})
     return Measured.join([a.measure(b, towards) for b in batches(data.arrivals)]).exact_influence_BS[:, 0]
 

@@ -112,7 +112,6 @@ class Deployment:
         """The service's exact command in its working directory."""
         program, *arguments = SERVICES[service]["command"]
         assert program == "python"
-        arguments = [part.replace("/tmp/beat", str(self.secret.with_name("beat"))) for part in arguments]
         log = self.secret.with_name(f"{service}.log")
         with log.open("wb") as output:
             child = subprocess.Popen(

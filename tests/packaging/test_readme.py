@@ -21,7 +21,7 @@ SHELL = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for
 DEMO = "python3 -m venv .venv && .venv/bin/pip install . && .venv/bin/curator demo"
 TEST = (
     "python3 -m venv .venv && .venv/bin/pip install --upgrade pip"
-    " && .venv/bin/pip install . --group test && .venv/bin/pytest"
+    " && .venv/bin/pip install . --group test && .venv/bin/pytest -n 2"
 )
 DECISIONS = sorted((ROOT / "docs" / "decisions").glob("*.md"))
 

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import Connection, Engine, text
 
-from curator.store import directions, scores, tensors, vectors, verdicts
+from curator.influence.parts import COLUMNS
+from curator.store import directions, recipes, scores, tensors, validation, vectors, verdicts
 from curator.store.engine import begin
 
 EVIL = "<script>alert(1)</script> \x1b[31mred\x1b[0m \u202egnp.exe =cmd()"
@@ -59,6 +60,9 @@ def populate(engine: Engine, *, examples: int = 600, trusted: int = 40, dimensio
         )
         reference_RS = reference_RK @ direction_SVK.mean(1).T
         _references(connection, set_id, reference_RS)
+        mean_SK = direction_SVK.mean(1).astype(np.float32)
+        means = {"mean/unit_SK": mean_SK, "mean/whitened_SK": 2 * mean_SK}
+        tensors.keep(connection, "direction_tensors", "direction_set_id", set_id, means)
         _arrivals(connection, examples, bad, random)
         normalised_BS = unit_BK @ direction_SVK.mean(1).T
         p_BS = (1 + (reference_RS[None] <= normalised_BS[:, None]).sum(1)) / (len(reference_RS) + 1)
@@ -90,10 +94,10 @@ def _half(x: Floats) -> Floats:
 
 
 def _footing(connection: Connection, dimension: int, trusted: int) -> tuple[int, int, list[int]]:
-    directions.add_checkpoint(connection, "base", "/models/base.safetensors", b"c" * 32)
-    directions.use_checkpoint(connection, "base")
+    recipes.add_checkpoint(connection, "base", "/models/base.safetensors", b"c" * 32)
+    recipes.use_checkpoint(connection, "base")
     rows = [
-        directions.NewValidationExample(
+        validation.NewValidationExample(
             hashlib.sha256(f"{name}{role}{i}".encode()).digest(),
             f"v-{name}-{role}-{i}",
             json.dumps({"text": f"{role} {i} of {name} <b>", "label": name}),
@@ -104,11 +108,19 @@ def _footing(connection: Connection, dimension: int, trusted: int) -> tuple[int,
         for role in ("direction", "reference")
         for i in range(trusted)
     ]
-    set_id = directions.add_validation_set(connection, "trusted", "topic", b"v" * 32, rows)
-    checkpoint = directions.checkpoint_in_use(connection)
+    set_id = validation.add_validation_set(connection, "trusted", "topic", b"v" * 32, rows)
+    checkpoint = recipes.checkpoint_in_use(connection)
     assert checkpoint
-    recipe_id = directions.use_recipe(connection, b"r" * 32, checkpoint.id, set_id, {"mask": "coordinate"})
-    directions.recipe_fitted(connection, recipe_id, dimension, 1, 1.2)
+    recipe_id = recipes.use_recipe(connection, b"r" * 32, checkpoint.id, {"mask": "coordinate"})
+    recipes.recipe_fitted(connection, recipe_id, [set_id], dimension, 1.2)
+    columns = {"first": [0, dimension // 4], "second": [dimension // 4, dimension]}
+    tensors.keep(
+        connection,
+        "curvatures",
+        "recipe_id",
+        recipe_id,
+        {f"{COLUMNS}{name}": np.array(ends) for name, ends in columns.items()},
+    )
     direction_set = connection.scalar(
         text(
             "INSERT INTO curator.direction_sets (recipe_id, key, validation_set_ids)"
@@ -117,11 +129,11 @@ def _footing(connection: Connection, dimension: int, trusted: int) -> tuple[int,
         {"recipe": recipe_id, "key": b"d" * 32, "sets": [set_id]},
     )
     assert isinstance(direction_set, int)
-    directions.record_directions(connection, direction_set, [(set_id, name, trusted) for name in SLICES])
+    directions.record_directions(connection, direction_set, [(set_id, name, trusted, 0) for name in SLICES])
     directions.use_directions(connection, direction_set)
     scales = {"harm/centre": CENTRE_SC, "harm/spread": SPREAD_SC}
     tensors.keep(connection, "direction_tensors", "direction_set_id", direction_set, scales)
-    ids = [v.id for v in directions.validation_examples(connection, [set_id]) if v.role == "direction"]
+    ids = [v.id for v in validation.validation_examples(connection, [set_id]) if v.role == "direction"]
     return recipe_id, direction_set, ids
 
 
@@ -130,7 +142,13 @@ def _references(connection: Connection, set_id: int, reference_RS: Floats) -> No
         text("SELECT id FROM curator.validation_examples WHERE role = 'reference' ORDER BY id")
     ).all()
     rows = [
-        {"id": number, "normalised": row.tolist(), "influence": row.tolist(), "harm": ((1 - row) / 2).tolist()}
+        {
+            "id": number,
+            "normalised": row.tolist(),
+            "influence": row.tolist(),
+            "harm": ((1 - row) / 2).tolist(),
+            "self_influence": 1.0,
+        }
         for number, row in zip(ids, reference_RS.astype(float), strict=True)
     ]
     directions.record_references(connection, set_id, rows)
@@ -173,12 +191,7 @@ def _arrivals(connection: Connection, examples: int, bad: NDArray[np.bool_], ran
         ),
         rows,
     )
-    run(
-        text(
-            "INSERT INTO curator.occurrences (example_id, intake_id, external_id, position)"
-            " SELECT id, source_id, external_id, id FROM curator.examples"
-        )
-    )
+    run(text("UPDATE curator.examples SET position = id"))
 
 
 def _gradients(
@@ -221,8 +234,10 @@ def _scores(connection: Connection, recipe_id: int, set_id: int, normalised_BS: 
             "influence": [float(x) * 3 for x in n],
             "stderr": [0.01] * len(n),
             "normalised": [float(x) for x in n],
+            "normalised_stderr": [0.01] * len(n),
             "percentile": [float(x) for x in p],
             "self_influence": 1.0,
+            "neighbours": [float(x) for x in n],
             "harm": [float(1 - x) / 2 for x in n],
             "p_value": [float(x) for x in p],
         }
@@ -267,8 +282,9 @@ def _verdicts(
 
 
 def _judged(connection: Connection, set_id: int) -> None:
+    policies = verdicts.use_policies(connection, b"p", "{}")
     for batch_id in (1, 2, 3):
-        verdicts.note_judged(connection, batch_id, set_id, judged=1, pool=1, refs=80, fdr=0.1, flagged=1)
+        verdicts.note_judged(connection, batch_id, set_id, policies, judged=1, pool=1, refs=80, fdr=0.1, flagged=1)
 
 
 def _leftovers(connection: Connection) -> None:

@@ -42,8 +42,8 @@ def add_recipe(connection: Connection) -> None:
     connection.execute(text("UPDATE curator.recipes SET in_use = false"))
     recipe = connection.scalar(
         text(
-            "INSERT INTO curator.recipes (key, checkpoint_id, validation_set_id, spec, dimension, state, in_use)"
-            " SELECT count(*)::text::bytea, 1, 1, '{}', 8, 'ready', true FROM curator.recipes RETURNING id"
+            "INSERT INTO curator.recipes (key, checkpoint_id, spec, dimension, state, in_use)"
+            " SELECT count(*)::text::bytea, 1, '{}', 8, 'ready', true FROM curator.recipes RETURNING id"
         )
     )
     add_directions(connection, recipe)
@@ -73,6 +73,12 @@ def add_directions(connection: Connection, recipe: int) -> None:
             " SELECT :r, count(*)::text::bytea, '{1}', 'ready', true FROM curator.direction_sets"
         ),
         {"r": recipe},
+    )
+    connection.execute(
+        text(
+            "INSERT INTO curator.directions (direction_set_id, validation_set_id, slice, ordinal, n)"
+            " SELECT max(id), 1, 'all', 1, 1 FROM curator.direction_sets"
+        )
     )
 
 
@@ -197,7 +203,10 @@ def test_an_example_that_is_given_up_leaves_its_batch_to_be_judged(arrived: Engi
     with begin(arrived) as connection:
         connection.execute(text("DELETE FROM curator.scores WHERE example_id = 3"))
         connection.execute(
-            text("UPDATE curator.work SET state = 'ready', attempts = 3 WHERE stage = 'scores' AND subject = 3")
+            text(
+                "UPDATE curator.work SET state = 'ready', attempts = 3, last_error = 'it died'"
+                " WHERE stage = 'scores' AND subject = 3"
+            )
         )
         upkeep.run(connection, settings)
     judge(arrived, settings)

@@ -7,11 +7,13 @@ import re
 from pathlib import Path
 
 import numpy as np
+import psycopg
 import pytest
 from sqlalchemy import text
 
 from curator.embedded.locks import EXCLUSIVE, FileLock
 from curator.store.engine import begin, make_engine
+from tests.conftest import open_folder
 from tests.store.conftest import Curator
 from tests.store.read_world import CENTRE_SC, EVIL_SOURCE, SPREAD_SC, World
 
@@ -85,7 +87,8 @@ def test_why_shows_shares_that_sum_to_the_normalised_influence(curator: Curator,
     [row] = curator.rows("why", "ext-8", "--pulls", "4")
     assert row["example_id"] == 9
     for s, driven in enumerate(row["driven_by"]):
-        shown = sum(pull["pull"] for pull in driven["down"] + driven["up"]) + driven["rest"]
+        sides = driven["down"], driven["up"]
+        shown = sum(pull["pull"] for side in sides for pull in side["named"]) + sum(side["rest"] for side in sides)
         assert shown == pytest.approx(world.normalised_BS[8, s], abs=2e-3)
         assert shown == pytest.approx(row["scores"][s]["normalised_influence"], abs=2e-3)
     assert {"loss", "loss_percentile", "gradient_norm", "gradient_norm_percentile"} <= set(row["controls"])
@@ -94,7 +97,7 @@ def test_why_shows_shares_that_sum_to_the_normalised_influence(curator: Curator,
 
 def test_why_for_people_names_the_verdict_and_the_controls(curator: Curator) -> None:
     shown = curator("why", "1").stdout
-    for word in ("harmful", "What drove slice science", "gradient_norm", "other validation examples", "Decisions"):
+    for word in ("harmful", "What drove slice science", "gradient_norm", "35 others that pull down", "Decisions"):
         assert word in shown
 
 
@@ -341,6 +344,33 @@ def test_sql_answers_over_the_public_views(curator: Curator) -> None:
         "sql", "SELECT source, sum(flagged) AS f FROM source_influence GROUP BY 1 ORDER BY 2 DESC LIMIT 1"
     )
     assert rows[0]["source"] == "vendor-b"
+
+
+@pytest.mark.parametrize(
+    ("form", "shown"), [((), "a\tb\n"), (("--csv",), "a,b\n"), (("--json",), "[]\n"), (("--jsonl",), "")]
+)
+def test_an_empty_answer_still_names_its_columns(curator: Curator, form: tuple[str, ...], shown: str) -> None:
+    assert curator("sql", "SELECT 1 AS a, 2 AS b WHERE false", *form).stdout == shown
+
+
+def test_the_address_is_one_that_libpq_takes_and_has_no_password(curator: Curator) -> None:
+    shown = curator("db", "url").stdout.strip()
+    with psycopg.connect(shown) as connection:
+        assert connection.execute("SELECT count(*) FROM curator.examples").fetchone() == (600,)
+    secret = Curator(curator.project, "postgresql+psycopg://me:secret@db.example:5433/curator?sslmode=require")
+    assert secret("db", "url").stdout == "postgresql://me@db.example:5433/curator?sslmode=require\n"
+
+
+def test_the_address_of_an_embedded_server_that_does_not_run_starts_nothing() -> None:
+    with open_folder() as folder:
+        (folder / "curator.toml").touch()
+        never = Curator(folder, "")("db", "url")
+        assert (never.exit_code, never.stdout) == (3, "")
+        assert "curator up --detach" in never.stderr
+        (folder / ".curator").mkdir()
+        once = Curator(folder, "")("db", "url")
+        assert (once.exit_code, once.stdout.startswith("postgresql://")) == (3, True)
+        assert not (folder / ".curator" / "postgres").exists()
 
 
 def test_sql_reads_a_query_from_stdin_and_keeps_columns_of_one_name(curator: Curator) -> None:

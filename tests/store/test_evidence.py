@@ -5,7 +5,7 @@ from sqlalchemy import Connection, Engine
 from curator.errors import AmbiguousExample, UnknownExample
 from curator.store import evidence, reads, vectors
 from curator.store.engine import begin, read
-from curator.views import examples
+from curator.views import examples, pulls
 from tests.store.read_world import SLICES, World, populate
 
 HALF = 2e-3  # products of halves, summed in single precision
@@ -27,11 +27,46 @@ def test_a_pull_is_the_cosine_with_one_validation_example_over_their_number(
     assert [row.pull for row in rows[:40]] == pytest.approx(sorted(cosines[0]), abs=HALF)
 
 
-def test_what_is_named_and_the_rest_add_up(connection: Connection) -> None:
-    for driven in examples.why(connection, 1, pulls=3).driven_by:
-        named = sum(pull.pull for pull in (*driven.down, *driven.up))
-        assert named + driven.rest == pytest.approx(driven.total)
-        assert len(driven.down) + len(driven.up) + driven.rest_n == driven.n == 40
+@pytest.mark.parametrize("example_id", [1, 2, 9, 600])
+def test_every_way_to_divide_a_score_adds_up_to_it(connection: Connection, example_id: int) -> None:
+    for driven in examples.why(connection, example_id, pulls=3).driven_by:
+        for side in (driven.down, driven.up):
+            assert sum(pull.pull for pull in side.named) + side.rest == pytest.approx(side.total)
+            assert sum(pull.share for pull in side.named) == pytest.approx(side.named_share)
+        assert driven.down.n + driven.up.n == driven.n == 40
+        assert driven.down.total <= 0 <= driven.up.total
+        assert driven.down.total + driven.up.total == pytest.approx(driven.total)
+        assert [layer.layer for layer in driven.by_layer] in (["first", "second"], ["second", "first"])
+        assert sum(layer.pull for layer in driven.by_layer) == pytest.approx(driven.total, abs=HALF)
+        assert sum(layer.share for layer in driven.by_layer) == pytest.approx(1)
+
+
+def test_a_layer_pulls_by_its_own_entries(connection: Connection, world: World) -> None:
+    found = {name: pull_S for name, _, pull_S in pulls.layer_pulls(connection, 1, 1, 5)}
+    product_SK = world.direction_SVK.mean(1) * world.unit_BK[4]
+    assert found["first"] == pytest.approx(product_SK[:, :8].sum(1), abs=HALF)
+    assert found["second"] == pytest.approx(product_SK[:, 8:].sum(1), abs=HALF)
+
+
+def test_a_code_that_mixes_the_layers_names_none(engine: Engine) -> None:
+    populate(engine, examples=20)
+    with begin(engine) as connection:
+        connection.exec_driver_sql("DELETE FROM curator.curvatures")
+    with read(engine) as connection:
+        assert [driven.by_layer for driven in examples.why(connection, 1).driven_by] == [(), ()]
+
+
+def test_labels_of_the_validation_examples_divide_the_same_sum(engine: Engine) -> None:
+    populate(engine, examples=20)
+    with begin(engine) as connection:
+        set_record = "UPDATE curator.validation_examples SET record ="
+        connection.exec_driver_sql(f"{set_record} json_build_object('label', 'odd') WHERE mod(id, 2) = 1")
+        # The six characters of an escaped NUL: `->>` refuses the whole record.
+        connection.exec_driver_sql(set_record + """ '{"label": "x", "text": "\\u0000"}' WHERE id = 4""")
+    with read(engine) as connection:
+        driven = examples.why(connection, 1).driven_by[0]
+    assert {(each.label, each.n) for each in driven.by_label} == {("odd", 20), ("science", 19), (None, 1)}
+    assert sum(each.pull for each in driven.by_label) == pytest.approx(driven.total)
 
 
 def test_neighbours_are_the_nearest_of_all(connection: Connection, world: World) -> None:
@@ -66,6 +101,7 @@ def test_controls_are_percentiles_among_the_arrivals(connection: Connection, wor
     assert row is not None
     assert row.loss_percentile == pytest.approx(row.gradient_norm_percentile)
     assert 0.5 < row.loss_percentile < 1
+    assert (row.length, row.length_percentile) == (113, 599 / 600)
 
 
 def test_an_example_is_found_by_number_and_by_its_own_id(connection: Connection) -> None:

@@ -64,7 +64,7 @@ def test_two_processes_take_in_one_source(engine: Engine, settings: Settings) ->
     for thread in threads:
         thread.join()
     Turn(engine, settings).run(examples, 30)
-    assert counts(engine) == (3000, 3000, 0, 0)
+    assert counts(engine) == (3 * examples.CHUNK, 3 * examples.CHUNK, 0, 0)
 
 
 def test_a_file_that_comes_on_is_forgiven_its_deaths(engine: Engine, settings: Settings, tmp_path: Path) -> None:
@@ -87,11 +87,7 @@ def watched(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_file_that_cannot_be_read_does_not_hold_up_its_neighbours(
-    watched: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(folders, "STILL_SECONDS", 0.0)
-
+def test_a_file_that_cannot_be_read_does_not_hold_up_its_neighbours(watched: Path) -> None:
     class Losing(folders.Watcher):
         """A file goes after it was seen and before it is read."""
 
@@ -101,17 +97,14 @@ def test_a_file_that_cannot_be_read_does_not_hold_up_its_neighbours(
                 (watched / "a.jsonl").unlink()
             return seen
 
-    watcher, places = Losing(), [(str(watched / "none"), ""), (str(watched), "")]
+    watcher, places = Losing(still_seconds=0.0), [(str(watched / "none"), ""), (str(watched), "")]
     assert folders.settled_files(watcher, places) == []
-    assert [file.name for _, file, _, _ in folders.settled_files(watcher, places)] == ["b.jsonl"]
+    assert [found.file.name for found in folders.settled_files(watcher, places)] == ["b.jsonl"]
 
 
-def test_a_file_is_known_only_once_it_is_committed(
-    engine: Engine, watched: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_is_known_only_once_it_is_committed(engine: Engine, watched: Path) -> None:
     """Else a database that went away at that moment would leave it unread until the daemon starts again."""
-    monkeypatch.setattr(folders, "STILL_SECONDS", 0.0)
-    watcher, place = folders.Watcher(), [(str(watched), "")]
+    watcher, place = folders.Watcher(still_seconds=0.0), [(str(watched), "")]
     folders.settled_files(watcher, place)
     found = folders.settled_files(watcher, place)
     with engine.connect() as connection:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from alembic.script import ScriptDirectory
 from sqlalchemy import Engine, text
 
 from curator.errors import SchemaBehind
@@ -81,3 +82,7 @@ def test_the_worker_cannot_change_a_verdict(engine: Engine) -> None:
         connection.execute(text("SET ROLE curator_worker"))
         with pytest.raises(Exception, match="permission denied"):
             connection.execute(text("UPDATE curator.verdicts SET reason = 'rewritten'"))
+
+
+def test_the_number_of_the_last_script_is_the_head_that_alembic_finds() -> None:
+    assert migrate.needed_revision() == ScriptDirectory(str(migrate.scripts())).get_current_head()

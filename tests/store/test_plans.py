@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 from sqlalchemy import Connection, Engine, event, text
 
-from curator.store import work
+from curator.store import evidence, reads, work
 from curator.store.engine import begin
 from curator.types import Stage
+from tests.store.read_world import populate
 
 READY_BEFORE, DONE = 2_000, 20_000
 
@@ -47,6 +49,60 @@ def test_whoever_asks_what_waits_reads_a_row_a_stage(ledger: Engine) -> None:
     with begin(ledger) as connection:
         assert work.claimable(connection) == [Stage.GRADIENTS, Stage.SCORES]
     assert rows_read(ledger, work.claimable) <= 2 * len(Stage)
+
+
+def test_status_reads_no_finished_work(ledger: Engine) -> None:
+    """However many months of it there are: what has ended is known without a count."""
+
+    def status(connection: Connection) -> None:
+        reads.pipeline(connection)
+        reads.abandoned(connection)
+        reads.held(connection)
+        work.progress(connection)
+        work.blocked(connection)
+        work.pending(connection)
+
+    with begin(ledger) as connection:
+        work.sum_up(connection)
+        found = {(row.stage, row.state): row.n for row in reads.pipeline(connection)}
+    assert found["scores", "done"] == DONE
+    assert found["gradients", "ready"] == READY_BEFORE
+    assert rows_read(ledger, status) < 100
+    assert rows_passed_over(ledger, status) < 100
+
+
+def test_upkeep_and_watchdog_read_what_is_in_trouble_and_no_more(ledger: Engine) -> None:
+    def looks(connection: Connection) -> None:
+        work.mend_clock(connection, 30)
+        work.reclaim(connection)
+        work.worn_out(connection, 3)
+        work.standing(connection)
+
+    assert rows_read(ledger, looks) <= 2 * len(Stage)
+    assert rows_passed_over(ledger, looks) == 0
+
+
+def test_why_reads_one_vector_by_its_key_and_no_other(engine: Engine) -> None:
+    world = populate(engine, examples=3_000, trusted=20)
+    with begin(engine) as connection:
+        connection.exec_driver_sql("ANALYZE")
+    query = partial(
+        evidence.pulls, recipe_id=world.recipe_id, direction_set_id=world.direction_set_id, example_id=2_000
+    )
+    assert f"gradient_blocks_r{world.recipe_id}_b0_pkey" in scans_of(engine, query)
+    assert rows_read(engine, query) < 500
+
+
+def test_neighbours_are_found_in_one_pass_without_sorting_vectors(engine: Engine) -> None:
+    """A join on examples made the planner sort whole vectors: 400 MB on the disk for 100,000 examples."""
+    world = populate(engine, examples=3_000, trusted=4)
+    with begin(engine) as connection:
+        connection.exec_driver_sql("ANALYZE")
+    query = partial(evidence.neighbours, recipe_id=world.recipe_id, example_id=2_000, limit=5)
+    read_at = [node for node in nodes(engine, query) if node.get("Relation Name", "").startswith("gradient_blocks")]
+    assert sum(node["Actual Rows"] > 1 for node in read_at) == 1
+    sorts = [node for node in nodes(engine, query) if node["Node Type"] == "Sort"]
+    assert all(node["Plan Width"] < 100 or node["Actual Rows"] <= 5 for node in sorts)
 
 
 def scans_of(engine: Engine, query: Callable[[Connection], object]) -> list[str]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sklearn.metrics import roc_auc_score
 from sqlalchemy import Connection, text
 
 from curator.store import figures
@@ -74,17 +75,17 @@ def test_sources_stand_beside_the_trusted_references(connection: Connection, bod
     found = report(connection)
     for each in found.slices:
         assert each.baseline.n == 40
-        own = [row for row in found.sources if row["slice"] == each.slice]
+        own = [row for row in found.sources if row.slice == each.slice]
         assert each.baseline.mean is not None
         for row in own:
-            assert row["beside_trusted"] == pytest.approx(row["mean_influence"] - each.baseline.mean, abs=1e-6)
+            assert row.beside_trusted == pytest.approx(row.mean_influence - each.baseline.mean, abs=1e-6)
     assert body.count("<title>trusted references</title>") == len(found.slices)
     assert body.count("<td>trusted references</td>") == len(found.slices)
 
 
 def test_one_example_has_no_interval(connection: Connection, body: str) -> None:
-    rows = [row for row in report(connection).sources if row["source"] == EVIL_SOURCE]
-    assert [(row["n"], row["ci_low"], row["ci_high"]) for row in rows] == [(1, None, None)] * 2
+    rows = [row for row in report(connection).sources if row.value == EVIL_SOURCE]
+    assert [(row.n, row.ci_low, row.ci_high, row.q_value) for row in rows] == [(1, None, None, None)] * 2
     assert "None" not in body
 
 
@@ -120,8 +121,9 @@ def test_a_hostile_record_is_text(body: str) -> None:
 
 
 def test_controls_stand_beside_the_flags(body: str, world: World) -> None:
-    assert f"of {len(world.flagged)} flags" in body
-    assert "highest loss" in body
+    assert f"the {len(world.flagged)} flags in force" in body
+    for control in ("harm (curator)", "loss", "random"):
+        assert f'<td class="name">{control}</td>' in body
     assert "mean gradient norm" in body
 
 
@@ -169,7 +171,14 @@ def test_bins_hold_every_example(connection: Connection, world: World) -> None:
 def test_what_loss_alone_would_have_found(connection: Connection, world: World) -> None:
     loss_B = np.array(connection.scalars(text("SELECT loss FROM curator.gradients ORDER BY example_id")).all())
     highest = set((np.argsort(-loss_B)[: len(world.flagged)] + 1).tolist())
-    assert figures.overlap(connection).by_loss == len(highest & set(world.flagged))
+    found = {row.control: row for row in figures.controls(connection)}
+    assert found["loss"].found == len(highest & set(world.flagged))
+    flagged_B = np.isin(np.arange(1, 601), world.flagged)
+    assert found["loss"].auc_flags == pytest.approx(roc_auc_score(flagged_B, loss_B))
+    worst_B = -world.normalised_BS.min(1)
+    assert found["influence, lowest"].auc_flags == pytest.approx(roc_auc_score(flagged_B, worst_B), abs=1e-4)
+    assert found["random"].auc_flags == pytest.approx(0.5, abs=0.1)
+    assert "BM25, lowest" not in found
 
 
 def test_a_page_of_nothing_is_still_a_page(new_curator: Curator, tmp_path: Path) -> None:
@@ -181,10 +190,24 @@ def test_a_page_of_nothing_is_still_a_page(new_curator: Curator, tmp_path: Path)
     assert Page(out.read_text()).open == []
 
 
+def test_reviewers_say_which_control_is_right(curator: Curator, world: World) -> None:
+    """Each flag is upheld or cleared by its loss: loss alone is then always right."""
+    losses = {row["example_id"]: row["loss"] for row in curator.rows("flagged", "--limit", "0")}
+    ordered = sorted(losses, key=lambda number: losses[number])[:8]
+    for number in ordered[:4]:
+        curator("review", f"id:{number}", "--keep")
+    for number in ordered[4:]:
+        curator("review", f"id:{number}", "--drop")
+    with read(make_engine(curator.url, pooled=False)) as connection:
+        found = {row.control: row for row in figures.controls(connection)}
+    assert (found["loss"].upheld, found["loss"].cleared, found["loss"].auc_reviews) == (4, 4, 1.0)
+    assert found["random"].auc_reviews < 1
+
+
 def test_the_worst_source_comes_first(connection: Connection) -> None:
     found = report(connection)
-    assert found.sources[0]["source"] == EVIL_SOURCE
-    assert {row["source"] for row in found.sources} == {EVIL_SOURCE, "vendor-a", "vendor-b"}
+    assert found.sources[0].value == EVIL_SOURCE
+    assert {row.value for row in found.sources} == {EVIL_SOURCE, "vendor-a", "vendor-b"}
 
 
 def test_a_report_that_cannot_be_written_leaves_the_former_one(

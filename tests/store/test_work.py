@@ -175,6 +175,102 @@ def test_scheduled_work_runs_once_in_its_window(engine: Engine) -> None:
     assert first == [True, False, False]
 
 
+def shift(engine: Engine, hours: int) -> None:
+    """As if the server's clock had been put back by so many hours (forward, if negative)."""
+    columns = ("not_before", "offered_at", "leased_at", "lease_until")
+    moved = ", ".join(f"{name} = {name} + make_interval(hours => :hours)" for name in columns)
+    with begin(engine) as connection:
+        connection.execute(text(f"UPDATE curator.work SET {moved}"), {"hours": hours})
+        connection.execute(
+            text('UPDATE curator.jobs SET "window" = "window" + :hours * 60, at = at + make_interval(hours => :hours)'),
+            {"hours": hours},
+        )
+
+
+def test_a_clock_put_back_keeps_no_work_waiting(engine: Engine) -> None:
+    """Not what was offered, not what failed, not what a dead worker holds, and no scheduled job."""
+    offer(engine, range(3))
+    failed = claim(engine, 1)
+    held = claim(engine, 1)
+    assert failed is not None
+    assert held is not None
+    with begin(engine) as connection:
+        work.fail(connection, failed, "it did not work")
+        assert work.take_window(connection, "upkeep", 60.0, "one")
+    shift(engine, 5)
+    assert claim(engine, 1, LEASE) is not None, "offered before the jump"
+    assert claim(engine, 1, LEASE) is not None, "failed before the jump"
+    with begin(engine) as connection:
+        assert work.mend_clock(connection, LEASE) == 1
+        assert work.mend_clock(connection, LEASE) == 0
+        assert work.take_window(connection, "upkeep", 60.0, "one")
+        assert not work.take_window(connection, "upkeep", 60.0, "two")
+    expire(engine)
+    assert reclaim(engine) == 3
+
+
+def test_a_clock_put_forward_costs_a_repeated_batch_at_most(engine: Engine) -> None:
+    offer(engine, range(3))
+    lease = claim(engine, 3)
+    assert lease is not None
+    shift(engine, -5)
+    assert reclaim(engine) == 3
+    with begin(engine) as connection:
+        assert work.finish(connection, lease) == frozenset(), "the fence"
+        assert work.take_window(connection, "upkeep", 60.0, "one")
+    again = claim(engine, 3)
+    assert again is not None
+    with begin(engine) as connection:
+        assert len(work.finish(connection, again)) == len(again)
+
+
+def tallies(engine: Engine) -> dict[str, int]:
+    with begin(engine) as connection:
+        rows = connection.execute(text("SELECT state, n FROM curator.pipeline_status"))
+        return {row.state: row.n for row in rows}
+
+
+def test_what_is_counted_is_what_there_is(engine: Engine) -> None:
+    """After each kind of statement on the ledger, and whoever sums up when."""
+    offer(engine, range(40))
+    assert tallies(engine) == states(engine) == {"ready": 40}
+    first, second = claim(engine, 10), claim(engine, 10)
+    assert first is not None
+    assert second is not None
+    assert tallies(engine) == states(engine) == {"ready": 20, "leased": 20}
+    with begin(engine) as connection:
+        work.sum_up(connection)
+        work.finish(connection, first)
+        work.beat(connection, second.owner, LEASE)
+        work.fail(connection, second, "it did not work")
+        work.sum_up(connection)
+    assert tallies(engine) == states(engine) == {"ready": 30, "done": 10}
+    with begin(engine) as connection:
+        work.close_quarantined(connection, second.work_ids[:3])
+        work.offer_again(connection, Stage.GRADIENTS, first.subjects[:2], recipe_id=1)
+        connection.execute(text("DELETE FROM curator.work WHERE subject > 30"))
+    assert tallies(engine) == states(engine)
+    with begin(engine) as connection:
+        work.sum_up(connection)
+        rows = connection.execute(text("SELECT count(*) FROM curator.work_tallies")).scalar()
+    assert rows == len(tallies(engine))
+
+
+def test_a_count_that_is_rolled_back_was_never_made(engine: Engine) -> None:
+    offer(engine, range(5))
+    with engine.connect() as connection:
+        work.offer(connection, Stage.GRADIENTS, [100, 101], recipe_id=1)
+        connection.rollback()
+    assert tallies(engine) == {"ready": 5}
+
+
+def test_the_second_scheduler_is_counted(engine: Engine) -> None:
+    with begin(engine) as connection:
+        for owner in ("one", "two", "three"):
+            work.take_window(connection, "upkeep", 3600, owner)
+        assert connection.execute(text("SELECT owner, others FROM curator.jobs")).all() == [("one", 2)]
+
+
 def test_the_inbox_rings_by_itself(engine: Engine) -> None:
     """A statement-level trigger: one insert into the ledger however many rows arrive."""
     with begin(engine) as connection:

@@ -17,7 +17,8 @@ from curator.settings import Settings, load
 from curator.sources import jsonl
 from curator.stages import directions, examples, gradients, recipes, scores, upkeep, verdicts, yardstick
 from curator.stages.turn import Turn
-from curator.store import directions as store
+from curator.store import directions as directions_store
+from curator.store import recipes as recipes_store
 from curator.store import vectors
 from curator.store.engine import begin, make_engine, read
 from curator.types import Counts, Record, Review, Verdict
@@ -35,7 +36,7 @@ def walk(engine: Engine, settings: Settings, files: digits.Files) -> None:
         trusted = list(jsonl.open_records(files.validation, settings.limits, any_shape=True))
         assert all(isinstance(item, Record) for item in trusted)
         slices = recipes.add_validation(connection, settings, "trusted", "", trusted)  # type: ignore[arg-type]
-    assert slices == {"all": (200, 200)}, "half gives the direction, half are references for p-values"
+    assert slices == {"all": (200, 200, 0)}, "half gives the direction, half are references for p-values"
 
     # 2. A file arrives. Nothing is computed yet: an intake is opened, and the ledger has one piece of work.
     with begin(engine) as connection:
@@ -167,16 +168,16 @@ def test_influence_is_the_mean_over_the_validation_examples_that_its_error_is_of
 ) -> None:
     """The stored mean direction and the examples read back give the same influence, so the spread is its own."""
     with read(walked[0]) as connection:
-        recipe = store.recipe_in_use(connection)
+        recipe = recipes_store.recipe_in_use(connection)
         assert recipe is not None
-        set_id = store.directions_in_use(connection, recipe.id)
+        set_id = directions_store.directions_in_use(connection, recipe.id)
         assert set_id is not None
         stick = yardstick.load(connection, recipe, set_id)
         ids = list(connection.scalars(text("SELECT id FROM curator.examples ORDER BY id LIMIT 50")))
         unit_BK = torch.from_numpy(vectors.read(connection, recipe.id, ids, recipe.dimension))
     ones = torch.ones(len(ids))
     scored = stick.score(unit_BK, ones, ones)
-    for s, whitened_VK in enumerate(stick.whitened_VK):
-        mean_B = (unit_BK @ whitened_VK.T).mean(dim=1)
+    for s, (unit_VK, norm_V) in enumerate(stick.behind):
+        mean_B = (unit_BK @ (unit_VK * norm_V[:, None]).T).mean(dim=1)
         largest = float(scored.influence_BS[:, s].abs().max())
         torch.testing.assert_close(mean_B, scored.influence_BS[:, s], rtol=0, atol=0.01 * largest)

@@ -221,6 +221,26 @@ def test_an_unknown_setting_is_refused_with_a_suggestion(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
+    ("toml", "named"),
+    [
+        ('[gradients]\ncode = "zip"', "one of 'none', 'pca+sjlt', 'pca', 'sjlt'"),
+        ('[gradients]\nimportance = "high"', "one of 'none', 'rms'"),
+        ("[gradients]\nkept = 3", "a table"),
+        ('[gradients]\nkept = { first = "all" }', "a table of whole numbers above 0"),
+        ("[gradients]\ndimension = 100\nkept = { first = 60, second = 50 }", "it adds up to 110"),
+        ('[gradients]\ncode = "pca"\ndimension = 100\ncode_dimension = 101', "at most gradients.dimension = 100"),
+        ('[scores]\nexact_curvature = "shampoo"', "one of 'kfac', 'ekfac'"),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_refused_before_anything_runs(tmp_path: Path, toml: str, named: str) -> None:
+    (tmp_path / "curator.toml").write_text(toml)
+    result = run("--project", str(tmp_path), "config", "show")
+    assert result.exit_code == 2
+    assert "CUR-CFG-003" in result.stderr
+    assert named in result.stderr
+
+
+@pytest.mark.parametrize(
     ("name", "meant"),
     [
         ("CURATOR_GRADIENTS_BACH", "CURATOR_GRADIENTS_BATCH"),

@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from curator.views import plots
-from curator.views.report import uniformity, wilson
+from curator.views.groups import Group
+from curator.views.report import uniformity
 
 
 def ranks(values: NDArray[np.float64], references: int) -> list[tuple[float, int]]:
@@ -45,15 +46,6 @@ def test_nothing_can_be_said_of_a_few() -> None:
     assert uniformity([(0.9, 5)], 10).holds
 
 
-@given(st.integers(0, 100), st.integers(0, 100))
-def test_wilson_holds_the_share_and_stays_in_range(k: int, more: int) -> None:
-    n = k + more
-    low, high = wilson(k, n)
-    assert 0 <= low <= high <= 1
-    if n:
-        assert low - 1e-12 <= k / n <= high + 1e-12
-
-
 @given(
     st.floats(-1e6, 1e6, allow_nan=False),
     st.floats(1e-6, 1e6, allow_nan=False),
@@ -79,9 +71,14 @@ def test_a_plot_of_nothing_is_drawn() -> None:
     assert plots.forest([]).rows == ()
 
 
+def group(**known: object) -> Group:
+    facts = dict.fromkeys(Group.__dataclass_fields__) | {"value": "a", "n": 9, "flagged_share": 0.0} | known
+    return Group(**facts)
+
+
 def test_all_words_of_a_forest_are_on_the_canvas() -> None:
-    row = {"source": "s" * 40, "mean_influence": -3.0, "ci_low": None, "ci_high": None, "n": 9_999_999}
-    drawn = plots.forest([{**row, "flagged_share": 1.0}, {**row, "ci_low": -9.0, "ci_high": 2.0, "flagged_share": 0.5}])
+    long = {"value": "s" * 40, "mean_influence": -3.0, "n": 9_999_999}
+    drawn = plots.forest([group(**long, flagged_share=1.0), group(**long, ci_low=-9.0, ci_high=2.0, flagged_share=0.5)])
     letter = 6.7  # of a font of 12 px, on average
     for each in drawn.rows:
         assert len(each.label) * letter <= plots.NAME
@@ -90,8 +87,7 @@ def test_all_words_of_a_forest_are_on_the_canvas() -> None:
 
 
 def test_the_mean_of_trusted_references_is_on_the_canvas() -> None:
-    row = {"source": "a", "mean_influence": 0.1, "ci_low": 0.0, "ci_high": 0.2, "n": 9, "flagged_share": 0.0}
-    drawn = plots.forest([row], trusted=5.0)
+    drawn = plots.forest([group(mean_influence=0.1, ci_low=0.0, ci_high=0.2)], trusted=5.0)
     assert drawn.trusted is not None
     assert plots.NAME < drawn.zero < drawn.rows[0].middle < drawn.trusted < plots.WIDTH - plots.NOTE
 

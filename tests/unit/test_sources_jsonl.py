@@ -14,6 +14,7 @@ from hashlib import sha256
 from itertools import accumulate
 
 import pytest
+import zstandard
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
@@ -245,6 +246,49 @@ def test_expansion_has_an_absolute_cap():
         list(inflate([packed], 200, "a", most=9_999))
 
 
+# --- zstd ---------------------------------------------------------------------------------------------------
+
+
+def zstd(content, **options):
+    return zstandard.ZstdCompressor(write_checksum=True, **options).compress(content)
+
+
+@pytest.mark.parametrize("after", [0, 7, 40])
+def test_zstd_is_read_as_plain_lines_are(write, after):
+    content = zstd(GOOD[:700]) + zstd(GOOD[700:])
+    assert list(open_records(write(content), LIMITS, after)) == read(GOOD)[after:]
+
+
+@pytest.mark.parametrize("cut", [1, 5, 40])
+def test_a_truncated_zstd_stream_ends_at_the_point_of_damage(cut):
+    content = zstd(GOOD * 50)
+    taken, error = until_error(stream_records([content[:-cut]], LIMITS))
+    assert isinstance(error, Damaged)
+    assert taken == read(GOOD * 50)[: len(taken)]
+
+
+def test_a_flipped_bit_in_zstd_is_found_by_its_checksum():
+    content = bytearray(zstd(GOOD))
+    content[-1] ^= 1
+    assert isinstance(until_error(stream_records([bytes(content)], LIMITS))[1], Damaged)
+
+
+def test_a_zstd_bomb_is_stopped_in_bounded_memory(write):
+    path = write(zstd(b'{"text":"a"}\n') + zstd(b"\0" * (256 << 20)))
+    tracemalloc.start()
+    found, error = until_error(open_records(path, replace(LIMITS, record_bytes=1_000_000)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert lines_of(found) == [(1, True)]
+    assert isinstance(error, Bomb)
+    assert peak < 24_000_000
+
+
+def test_an_archive_in_zstd_is_refused():
+    with pytest.raises(NestedArchive):
+        read(zstd(gzip.compress(GOOD)))
+
+
 def tar_of(content):
     return content[:257].ljust(257, b"\0") + b"ustar" + content
 
@@ -390,7 +434,7 @@ def test_a_mutated_file_loses_no_good_line_and_gives_no_broken_one(moves):
     for position, line in enumerate(content.split(b"\n"), 1):
         item = found.pop(position, None)
         if line in known:
-            assert item == replace(known[line], position=position)
+            assert item == known[line]._replace(position=position)
         elif isinstance(item, Record):
             assert is_sound(item)
             assert line.decode()

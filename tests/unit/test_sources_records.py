@@ -1,18 +1,20 @@
 """A line is a record or a refusal with its code; the same content is the same example however it was written."""
 
+import datetime
 import inspect
 import json
 import unicodedata
 from dataclasses import replace
+from decimal import Decimal
 from hashlib import sha256
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from curator import errors
 from curator.settings import Limits
-from curator.sources.records import NAME_MOST, SHAPES, parse_record, shape_of
+from curator.sources.records import NAME_MOST, SHAPES, parse_record, parse_strictly, shape_of, take_row
 from curator.types import Record, Refusal
 
 LIMITS = Limits()
@@ -138,7 +140,8 @@ def test_what_is_not_json_is_refused(value):
 
 @pytest.mark.parametrize("value", [v for line in VALID.split("\n") for v in line.split("|") if v])
 def test_what_is_json_is_accepted(value):
-    assert json.loads(accepted(b'{"x":' + value.encode() + b"}", any_shape=True).content)["x"] == json.loads(value)
+    found = accepted(b'{"x":' + value.encode() + b',"y":0}', any_shape=True)
+    assert json.loads(found.record)["x"] == json.loads(value)
 
 
 def test_a_refusal_keeps_where_why_and_a_part_of_the_bytes():
@@ -176,7 +179,7 @@ def test_a_nesting_limit_beyond_python_is_a_refusal_not_a_crash():
 def test_every_code_of_a_record_is_explained():
     leaves = [leaf for leaf in vars(errors).values() if inspect.isclass(leaf) and leaf.__dict__.get("code")]
     ours = [leaf for leaf in leaves if leaf.code.startswith(("CUR-TXT", "CUR-FIL"))]
-    assert len({leaf.code for leaf in ours}) == len(ours) == 18
+    assert len({leaf.code for leaf in ours}) == len(ours) == 26
     for leaf in ours:
         assert issubclass(leaf, errors.DataError)
         assert leaf.hint
@@ -334,11 +337,113 @@ def test_canonical_is_idempotent_and_says_the_same(record, escaped, indent):
     names = {key: value for key, value in record.items() if key not in {"id", "source", "meta"}}
     found = accepted(json.dumps(names, ensure_ascii=escaped, indent=indent).encode())
     again = accepted(found.content.encode())
-    assert (again.content, again.digest, again.record) == (found.content, found.digest, found.record)
+    assert (again.content, again.digest) == (found.content, found.digest)
     assert found.content.isascii()
-    assert json.loads(found.content) == nfc(names)
+    assert json.loads(found.record) == nfc(names)
 
 
 @given(st.binary(max_size=200))
 def test_no_bytes_crash_it(raw):
     assert isinstance(read(raw, any_shape=True), Record | Refusal)
+
+
+# --- the two readers ----------------------------------------------------------------------------------------
+
+lines = st.one_of(
+    st.builds(lambda value, escaped: json.dumps(value, ensure_ascii=escaped).encode("utf-8", "surrogatepass"),
+              st.dictionaries(st.text() | st.sampled_from(["id", "source", "meta", "text"]), values, max_size=5),
+              st.booleans()),
+    st.lists(st.sampled_from(['{"a":', '"a"', '"\\u0022"', "1", "1e5", "-0", "12345678901234567890", "null", ",", "}",
+                              ":", "[", "]", "e\u0301", '"\\u0000"', '"\\\\u0022"', '"\x7f"', '{"text":"a",', " "]),
+             max_size=9).map(lambda parts: "".join(parts).encode()),
+)  # fmt: skip
+
+
+@given(lines, st.booleans())
+@settings(max_examples=400)
+def test_the_quick_reader_gives_what_the_strict_one_gives(raw, any_shape):
+    assert parse_record(raw, 1, LIMITS, any_shape) == parse_strictly(raw, 1, LIMITS, any_shape)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'{"text":"\\u0022\\u0022","b":1,"b":2}',  # two escaped quotes stand in for the two that were lost
+        b'{"text":"a","x":-0}',
+        b'{"text":"a","x":18446744073709551615}',
+        b'{"text":"a","x":18446744073709551616}',
+        b'{"text":"a","x":[{"y":1e22}]}',
+        '{"text":"n\\n\u0301 e\u0301"}'.encode(),
+        b'{"text":"\x7f","id":"\x7f"}',
+        b'{"text":"a","id":1.50}',
+        b'{"text":"a","x":null,"y":{"z":null,"w":[null,{"v":null}]}}',
+        b'{"text":"a","meta":{"score":0.5}}',
+    ],
+)
+def test_the_readers_agree_where_they_could_differ(raw):
+    found = parse_record(raw, 1, LIMITS)
+    assert isinstance(found, Record)
+    assert found == parse_strictly(raw, 1, LIMITS)
+
+
+def test_a_plain_record_is_read_quickly(monkeypatch):
+    monkeypatch.setattr("curator.sources.records._parse", None)
+    assert accepted('{"id":"1","messages":[{"role":"user","content":"caf\u00e9"}],"n":3,"ok":true}'.encode())
+
+
+@pytest.mark.parametrize("other", [b'{"text":"a","x":null}', b'{"x":null,"text":"a","y":{"z":null}}'])
+def test_a_null_is_absence(other):
+    """A table's row cannot tell the two apart: `curator export` as Parquet and back is the same example."""
+    plain = b'{"text":"a","y":{}}' if b'"y"' in other else b'{"text":"a"}'
+    found = accepted(other)
+    assert found.digest == accepted(plain).digest
+    assert json.loads(found.record) == json.loads(other)
+
+
+# --- rows of tables, and fields under other names -----------------------------------------------------------
+
+
+def test_a_row_is_the_record_its_json_is():
+    row = {"text": "caf\u00e9", "label": 1, "id": None, "messages": None}
+    assert take_row(row, 1, LIMITS).digest == accepted('{"label":1,"text":"caf\u00e9"}'.encode()).digest
+
+
+@pytest.mark.parametrize(
+    ("row", "code"),
+    [
+        ({"text": "a", "x": float("nan")}, "CUR-TXT-005"),
+        ({"text": "a", "x": b"raw"}, "CUR-TXT-012"),
+        ({"text": "a" * 101}, "CUR-TXT-008"),
+        ({"text": None}, "CUR-TXT-009"),
+        ({"words": "a"}, "CUR-TXT-010"),
+    ],
+)
+def test_a_row_is_refused_for_what_a_line_would_be(row, code):
+    found = take_row(row, 7, replace(LIMITS, record_bytes=100))
+    assert isinstance(found, Refusal)
+    assert (found.position, found.code) == (7, code)
+    assert found.raw
+
+
+def test_moments_and_decimals_have_a_form():
+    row = {"text": "a", "at": datetime.datetime(2026, 1, 2, 3), "on": datetime.date(2026, 1, 2), "sum": Decimal("1.50")}
+    assert json.loads(take_row(row, 1, LIMITS).content) == {
+        "text": "a", "at": "2026-01-02T03:00:00", "on": "2026-01-02", "sum": "1.50",
+    }  # fmt: skip
+
+
+FIELDS = {"text": "body.plain", "label": "class", "id": "key"}
+
+
+def test_fields_under_other_names_make_a_record():
+    raw = b'{"body":{"plain":"a","html":"<p>"},"class":1,"key":"k7","folder":"in","source":"s"}'
+    found = parse_record(raw, 1, LIMITS, fields=FIELDS)
+    assert json.loads(found.content) == {"label": 1, "text": "a"}
+    assert (found.external_id, found.source) == ("k7", "s")
+    assert json.loads(found.record)["meta"] == {"folder": "in"}
+    assert found.digest == accepted(b'{"text":"a","label":1}').digest
+
+
+def test_a_record_without_any_of_the_fields_stays_as_it_is():
+    raw = b'{"text":"a","label":1}'
+    assert parse_record(raw, 1, LIMITS, fields={"text": "body"}) == accepted(raw)

@@ -1,14 +1,28 @@
 """Causal language models: which tokens count, loss per example, padding, and a tiny model measured end to end."""
 
+import shutil
+
 import pytest
 import torch
 
-from curator.errors import BadWorkloadOption, CheckpointForeign, NotLoaded, RecordUnusable
+from curator.errors import (
+    AdapterBaseMissing,
+    BadWorkloadOption,
+    CheckpointForeign,
+    NotLoaded,
+    RecordUnusable,
+    TemplateDiffers,
+)
 from curator.influence.attribution import Attributor, RecipeSpec, Signal
-from curator.workloads import base, registry
-from curator.workloads.causal_lm import IGNORED, CausalLM, chat_segments, conversation, plain_segments
+from curator.workloads import base, checkpoints, registry
+from curator.workloads.causal_lm import CausalLM, Options
+from curator.workloads.tokens import IGNORED, tokenized
+from curator.workloads.turns import chat_segments, conversation, last_only, plain_segments, preference
 
 transformers = pytest.importorskip("transformers")
+
+# peft asks transformers for it
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
 CPU = torch.device("cpu")
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "a", "b", "c", "d", "user", "assistant", ":"]
@@ -24,10 +38,12 @@ def folder(tmp_path_factory):
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
+    from tokenizers.processors import TemplateProcessing
 
     path = tmp_path_factory.mktemp("gpt")
     words = Tokenizer(WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = WhitespaceSplit()
+    words.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
@@ -50,14 +66,29 @@ def workload(folder):
 
 
 def supervised(workload, record):
-    ids, targets = workload.tokens(record)
-    assert all(t in (i, IGNORED) for i, t in zip(ids, targets, strict=True))
-    return [WORDS[i] for i in ids], [WORDS[t] for t in targets if t != IGNORED]
+    found = workload.tokens(record)
+    assert all(t in (i, IGNORED) for i, t in zip(found.ids, found.targets, strict=True))
+    return [WORDS[i] for i in found.ids], [WORDS[t] for t in found.targets if t != IGNORED]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"text": "a b c"},
+        {"prompt": "a b ", "completion": "c d"},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+    ],
+)
+def test_every_position_that_the_model_sees_has_its_text(workload, record):
+    [batch] = [base.batch_of(workload, [record], CPU)]
+    names = base.positions_of(workload, record)
+    assert len(names) == batch.id_BT.shape[1]
+    assert names == [WORDS[i] for i in batch.id_BT[0].tolist()]
 
 
 def test_every_token_of_a_text_and_only_the_completion_of_a_prompt_count(workload):
     assert supervised(workload, {"text": "a b"}) == (["<s>", "a", "b", "</s>"], ["a", "b", "</s>"])
-    whole, counted = supervised(workload, {"prompt": "a b", "completion": "c d"})
+    whole, counted = supervised(workload, {"prompt": "a b ", "completion": "c d"})
     assert (whole, counted) == (["<s>", "a", "b", "c", "d", "</s>"], ["c", "d", "</s>"])
     whole, counted = supervised(workload, {"instruction": "a", "input": "b", "output": "c"})
     assert (whole, counted) == (["<s>", "a", "b", "c", "</s>"], ["c", "</s>"])
@@ -118,9 +149,9 @@ def test_a_text_has_no_turns():
 
 RECORDS = [
     {"text": "a b c d"},
-    {"prompt": "a", "completion": "b"},
+    {"prompt": "a ", "completion": "b"},
     {"text": "d c"},
-    {"prompt": "a b c a b c a b c a b c a b c a b c", "completion": "d"},
+    {"prompt": "a b c a b c a b c a b c a b c a b c ", "completion": "d"},
 ]
 
 
@@ -128,14 +159,14 @@ def test_the_loss_is_the_mean_or_the_sum_over_supervised_tokens(workload, folder
     model = workload.model
     batch = base.batch_of(workload, RECORDS[:3], CPU)
     mean_B = base.losses_of(workload)(model, batch)
-    summed = CausalLM(16, "sum")
+    summed = CausalLM(folder, Options(max_tokens=16, reduction="sum"))
     summed.load(folder, CPU)
     sum_B = summed.losses(model, batch)
     torch.testing.assert_close(sum_B / mean_B, torch.tensor([5.0, 2.0, 3.0]))
     alone = [float(workload.losses(model, base.batch_of(workload, [r], CPU))[0].detach()) for r in RECORDS[:3]]
     assert mean_B.tolist() == pytest.approx(alone, rel=1e-5)
     with pytest.raises(BadWorkloadOption, match="median"):
-        CausalLM(16, "median")
+        Options(reduction="median")
 
 
 @pytest.mark.parametrize("mask", ["neuron", "coordinate"])
@@ -170,3 +201,160 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "nobody-knows"}')
     with pytest.raises(CheckpointForeign):
         base.load_model(CausalLM(), tmp_path, CPU)
+
+
+# --- what a trainer does ----------------------------------------------------------------------------------------
+
+
+def test_a_token_that_runs_into_the_completion_is_supervised(workload):
+    """'c' and 'd' are two tokens apart from each other and one unknown word together."""
+    found = tokenized([("a c", False), ("d", True)], workload.tokenizer, special=True, limit=16)
+    assert [WORDS[i] for i in found.ids] == ["<s>", "a", "<unk>"]
+    assert found.targets[:2] == [IGNORED, IGNORED]
+    assert found.targets[2] != IGNORED
+
+
+def test_what_was_cut_is_counted(workload):
+    found = tokenized([("a b c d", True)], workload.tokenizer, special=True, limit=3)
+    assert ([WORDS[i] for i in found.ids], found.cut) == (["<s>", "a", "b"], 2)
+
+
+def test_the_loss_may_be_on_everything(workload, folder):
+    whole = CausalLM(folder, Options(loss_on="all"))
+    whole.load(folder, CPU)
+    record = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    assert supervised(whole, record)[1] == supervised(whole, record)[0]
+    assert supervised(workload, record)[1] == ["b", "</s>"]
+    assert whole.validate({"prompt": "a", "completion": ""}) is None
+
+
+def test_a_tokenizer_without_offsets_is_given_the_pieces(workload):
+    class Slow:
+        is_fast = False
+
+        def __call__(self, text, add_special_tokens):
+            return {"input_ids": [len(word) for word in text.split()]}
+
+    found = tokenized([("a bb", False), ("ccc", True)], Slow(), special=True, limit=16)
+    assert (found.ids, found.targets) == ([1, 2, 3], [IGNORED, IGNORED, 3])
+
+
+def test_another_template_than_the_checkpoints_is_refused_with_both_digests(folder, tmp_path):
+    (tmp_path / "mine.jinja").write_text(TEMPLATE.replace(":", ">"))
+    (tmp_path / "same.jinja").write_text(TEMPLATE)
+    with pytest.raises(TemplateDiffers, match=r"[0-9a-f]{12}.*[0-9a-f]{12}"):
+        CausalLM(tmp_path, Options(chat_template="mine.jinja")).load(folder, CPU)
+    CausalLM(tmp_path, Options(chat_template="same.jinja")).load(folder, CPU)
+
+
+@pytest.mark.parametrize(
+    ("record", "answers"),
+    [
+        ({"prompt": "a ", "chosen": "b", "rejected": "c"}, (["b"], ["c"])),
+        ({"chosen": "b", "rejected": "c"}, (["b"], ["c"])),
+        (
+            {
+                "chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+                "rejected": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "c"}],
+            },
+            (["b", "</s>"], ["c", "</s>"]),
+        ),
+        (
+            {
+                "prompt": [{"role": "user", "content": "a"}],
+                "chosen": [{"role": "assistant", "content": "b"}],
+                "rejected": [{"role": "assistant", "content": "c"}],
+            },
+            (["b", "</s>"], ["c", "</s>"]),
+        ),
+    ],
+)
+def test_a_preference_is_two_answers_to_one_prompt(folder, record, answers):
+    workload = CausalLM(folder, Options(objective="dpo"))
+    workload.load(folder, CPU)
+    assert workload.validate(record) is None
+    found = [supervised(workload, part)[1] for part in preference(record)]
+    assert (
+        tuple(f if f[-1] != "</s>" or a[-1] == "</s>" else f[:-1] for f, a in zip(found, answers, strict=True))
+        == answers
+    )
+    assert workload.collate([record, record]).id_BT.shape[0] == 4
+
+
+def test_a_pair_needs_its_objective_and_the_objective_its_pairs(workload, folder):
+    assert 'objective = "dpo"' in workload.validate({"chosen": "a", "rejected": "b"})
+    other = CausalLM(folder, Options(objective="dpo"))
+    other.load(folder, CPU)
+    assert "no preference pair" in other.validate({"text": "a"})
+
+
+def test_only_the_last_answer_of_a_preference_counts():
+    assert last_only([("a", True), ("b", False), ("c", True)]) == [("a", False), ("b", False), ("c", True)]
+    assert last_only([("a", False)]) == [("a", False)]
+
+
+# --- adapters ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[{}, {"use_rslora": True}, {"use_dora": True}], ids=["lora", "rslora", "dora"])
+def adapter(folder, tmp_path, request):
+    """An adapter of the model, far from its start, saved as PEFT does."""
+    peft = pytest.importorskip("peft")
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        config = peft.LoraConfig(
+            r=2, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False, **request.param
+        )
+        peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(folder), config).save_pretrained(
+            tmp_path / "adapter"
+        )
+    return tmp_path / "adapter"
+
+
+def test_an_adapters_gradients_are_of_its_matrices_or_of_the_merged_weights(folder, adapter):
+    full, own = (CausalLM(folder, Options(weights=weights)) for weights in ("full", "adapter"))
+    merged, adapted = (base.load_model(workload, adapter, CPU) for workload in (full, own))
+    assert len(full.layers(merged)) == 8
+    assert {name.rsplit(".", 2)[1] for name in own.layers(adapted)} == {"lora_A", "lora_B"}
+    assert len(own.layers(adapted)) == 4
+    batch = full.collate(RECORDS)
+    torch.testing.assert_close(full.losses(merged, batch), own.losses(adapted, batch), rtol=1e-4, atol=1e-5)
+    plain = base.load_model(full, folder, CPU)
+    assert (full.losses(plain, batch) - full.losses(merged, batch)).abs().max() > 1e-3
+
+
+def test_an_adapter_is_its_base_too(folder, adapter, tmp_path):
+    before = checkpoints.digest(adapter)
+    copy = tmp_path / "base"
+    shutil.copytree(folder, copy)
+    config = adapter / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(folder), str(copy)))
+    other = checkpoints.digest(adapter)
+    (copy / "config.json").write_text((copy / "config.json").read_text() + " ")
+    assert len({before, other, checkpoints.digest(adapter)}) == 3
+
+
+def test_an_adapter_without_its_base_is_refused(folder, adapter):
+    config = adapter / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(folder), "someone/on-a-hub"))
+    with pytest.raises(AdapterBaseMissing, match="someone/on-a-hub"):
+        base.load_model(CausalLM(), adapter, CPU)
+
+
+def test_a_whole_model_has_no_adapter_to_measure(workload, folder):
+    with pytest.raises(BadWorkloadOption, match="no LoRA"):
+        CausalLM(folder, Options(weights="adapter")).layers(workload.model)
+
+
+def test_bfloat16_weights_give_float32_vectors_near_those_of_float32(workload, folder):
+    half = CausalLM(folder, Options(dtype="bfloat16"))
+    model = base.load_model(half, folder, CPU)
+    assert next(model.parameters()).dtype == torch.bfloat16
+    spec = RecipeSpec(layers=half.layers(model), dimension=96, exact=False)
+    found = [
+        Attributor.fit(m, base.losses_of(w), [w.collate(RECORDS[:3])], spec).measure(w.collate(RECORDS[:3]))
+        for w, m in ((half, model), (workload, workload.model))
+    ]
+    assert found[0].unit_BK.dtype == torch.float32
+    torch.testing.assert_close(found[0].loss_B, found[1].loss_B, rtol=2e-2, atol=0)  # 8 bits of mantissa
+    assert torch.nn.functional.cosine_similarity(found[0].unit_BK, found[1].unit_BK).min() > 0.9

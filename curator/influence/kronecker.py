@@ -1,0 +1,135 @@
+"""Kronecker factors of full layers: KFAC for layers with shared weights (arXiv:1503.05671; expand, arXiv:2311.00636).
+
+Angular like the Fisher of the kept entries, by default, and damped relative to each factor's own trace
+(``curator.influence.curvature``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from curator.influence.capture import Layer
+from curator.influence.curvature import inverse_root, plus, times, under
+from curator.influence.ghost import ghost_inner, weighted_inner
+
+WIDEST_FACTOR = 8192
+"""A Kronecker factor wider than this keeps its diagonal only: 8192^2 float64 is already half a gigabyte."""
+
+LARGEST_CHUNK = 1 << 24
+"""Elements of a float64 copy made at once while sums are accumulated."""
+
+
+@dataclass
+class KroneckerSums:
+    """Reader: sums of a a^T and d d^T over all positions, float64.
+
+    F is modelled as A (x) S with A = mean over positions of a a^T, S = sum over positions of d d^T an example.
+    ``angular`` divides an example's d by the length of its gradient in the layer first, as the Fisher does. An example
+    whose values are not finite is left out.
+    """
+
+    angular: bool = True
+
+    examples: dict[str, int] = field(default_factory=dict)
+    positions: dict[str, int] = field(default_factory=dict)
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+
+    def __call__(self, layer: Layer, a_BTI: Tensor, d_BTO: Tensor) -> None:
+        """Add a batch of one layer."""
+        finite_B = a_BTI.isfinite().all(dim=(1, 2)) & d_BTO.isfinite().all(dim=(1, 2))
+        a_BTI, d_BTO = a_BTI[finite_B], d_BTO[finite_B].double()
+        if self.angular:
+            length_B = ghost_inner(a_BTI.double(), d_BTO).sqrt()
+            d_BTO = d_BTO / torch.where(length_B > 0, length_B, 1.0)[:, None, None]
+        name = layer.name
+        self.examples[name] = self.examples.get(name, 0) + len(a_BTI)
+        self.positions[name] = self.positions.get(name, 0) + a_BTI.shape[0] * a_BTI.shape[1]
+        self.inputs[name] = plus(self.inputs.get(name), _second_moment(a_BTI.flatten(0, 1)))
+        self.outputs[name] = plus(self.outputs.get(name), _second_moment(d_BTO.flatten(0, 1)))
+
+    def merge(self, other: KroneckerSums) -> KroneckerSums:
+        """The sums over both samples."""
+        names = [*self.inputs, *(n for n in other.inputs if n not in self.inputs)]
+        return KroneckerSums(
+            self.angular,
+            {n: self.examples.get(n, 0) + other.examples.get(n, 0) for n in names},
+            {n: self.positions.get(n, 0) + other.positions.get(n, 0) for n in names},
+            {n: plus(self.inputs.get(n), other.inputs.get(n)) for n in names},
+            {n: plus(self.outputs.get(n), other.outputs.get(n)) for n in names},
+        )
+
+    def factors(self, damping: float) -> KroneckerRoots:
+        """A^-1/2 and S^-1/2 of each layer, each damped relative to its own trace.
+
+        The square root of the damping, which would put the Fisher block's damping on the identity of the product, also
+        puts it on the cross terms, and measured worse everywhere (AUC lower by .003-.013 at .1).
+        """
+        return KroneckerRoots(
+            {n: inverse_root(A / max(self.positions[n], 1), damping).float() for n, A in self.inputs.items()},
+            {n: inverse_root(S / max(self.examples[n], 1), damping).float() for n, S in self.outputs.items()},
+        )
+
+
+@dataclass(frozen=True)
+class KroneckerRoots:
+    """A^-1/2 (I, I) and S^-1/2 (O, O) by layer; a vector is a diagonal.
+
+    Or, with ``corrections`` R (O, I), their eigenvectors: then W = R o (Q_S^T G Q_A) (``curator.influence.ekfac``).
+    """
+
+    inputs: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor]
+    corrections: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def whiten(self, layer: Layer, a_BTI: Tensor, d_BTO: Tensor) -> tuple[Tensor, Tensor]:
+        """A^-1/2 a and S^-1/2 d: the factors of the whitened full gradient."""
+        A, S = self.inputs[layer.name], self.outputs[layer.name]
+        return times(a_BTI, A), times(d_BTO, S)
+
+    def square_B(self, layer: Layer, a_BTI: Tensor, d_BTO: Tensor) -> Tensor:
+        """|W|^2 of each example, (B,), from the factors that ``whiten`` gives."""
+        if (R_OI := self.corrections.get(layer.name)) is None:
+            return ghost_inner(a_BTI, d_BTO)
+        return weighted_inner(a_BTI, d_BTO, R_OI)
+
+    def corrected(self, layer: Layer, U: Tensor) -> Tensor:
+        """R o U: makes <U, W> a product with the rotated gradient, and a sum of rotated gradients one of W."""
+        return U * self.corrections[layer.name].to(U.dtype) if layer.name in self.corrections else U
+
+    def to(self, device: torch.device) -> KroneckerRoots:
+        """The same matrices on ``device``."""
+        return KroneckerRoots(
+            {n: t.to(device) for n, t in self.inputs.items()},
+            {n: t.to(device) for n, t in self.outputs.items()},
+            {n: t.to(device) for n, t in self.corrections.items()},
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As named tensors."""
+        named = {"in": self.inputs, "out": self.outputs, "correction": self.corrections}
+        return {f"{part}/{n}": t for part, by_layer in named.items() for n, t in by_layer.items()}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> KroneckerRoots:
+        """Back from ``tensors``."""
+        return cls(*(under(part, tensors) for part in ("in/", "out/", "correction/")))
+
+
+def _second_moment(x_NI: Tensor) -> Tensor:
+    """Sum of x x^T in float64, or its diagonal where the matrix would not fit; in chunks of bounded size."""
+    width = x_NI.shape[1]
+    total = torch.zeros((width,) if width > WIDEST_FACTOR else (width, width), dtype=torch.float64, device=x_NI.device)
+    for chunk in _chunks(x_NI):
+        x = chunk.double()
+        total += x.square().sum(dim=0) if total.ndim == 1 else x.T @ x
+    return total
+
+
+def _chunks(x_NI: Tensor) -> Sequence[Tensor]:
+    rows = max(LARGEST_CHUNK // max(x_NI.shape[1], 1), 1)
+    return torch.split(x_NI, rows) if len(x_NI) else []

@@ -1,0 +1,84 @@
+"""Exact directions of low rank: the naive projection, within the error they state, and exact where nothing is cut."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from curator.influence import naive
+from curator.influence.attribution import Attributor, RecipeSpec
+from curator.influence.exact import ExactScores, LowRankDirections, directions_of
+from tests.numerics.small_models import case
+
+
+def fitted(kind, seed=0, **changes):
+    c = case(kind)
+    trusted = [c.batch(4, 2, seed), c.batch(3, 2, seed + 1), c.batch(5, 2, seed + 2)]
+    a = Attributor.fit(c.model, c.losses, trusted, RecipeSpec(dimension=24, **changes))
+    return c, a, {f"s{n}": [batch] for n, batch in enumerate(trusted)}
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    kind=st.sampled_from(["rows", "positions"]),
+    curvature=st.sampled_from(["kfac", "ekfac"]),
+    rank=st.integers(1, 4),
+    count=st.integers(0, 3),
+    seed=st.integers(0, 99),
+)
+def test_scores_of_low_rank_stay_within_the_error_that_is_stated(kind, curvature, rank, count, seed):
+    c, a, slices = fitted(kind, seed, exact_curvature=curvature)
+    arrived, whole = c.batch(count, 2, seed + 500), a.exact_directions(slices)
+    cut = LowRankDirections.fit(whole, a.fitted.roots, rank)
+    exact, approximate = a.measure(arrived, whole), a.measure(arrived, directions_of(cut.names, cut.tensors()))
+    length = ExactScores(a.fitted.roots)
+    a._pass(arrived, length)
+    slack = 1e-5 * (1 + float(cut.whitened_error_S.max()))
+    off = (approximate.exact_BS - exact.exact_BS).abs()
+    assert (off <= cut.unit_error_S + slack).all()
+    off = (approximate.exact_influence_BS - exact.exact_influence_BS).abs()
+    assert (off <= (cut.whitened_error_S + slack) * length.norm_B()[:, None] + 1e-5).all()
+
+
+@pytest.mark.parametrize("curvature", ["kfac", "ekfac"])
+def test_the_cut_is_the_projection_onto_the_leading_rows_and_columns(curvature):
+    _, a, slices = fitted("positions", exact_curvature=curvature)
+    whole = a.exact_directions(slices)
+    cut = LowRankDirections.fit(whole, a.fitted.roots, 2)
+    corrections = a.fitted.roots.corrections
+    U = [
+        {
+            n: u[s].double().numpy() * (corrections[n].double().numpy() if corrections else 1)
+            for n, u in by_layer.items()
+        }
+        for by_layer in (whole.unit_SOI, whole.whitened_SOI)
+        for s in range(3)
+    ]
+    expected = naive.low_rank(U, 2)
+    for m, (before, after) in enumerate(zip(U, expected, strict=True)):
+        for n in before:
+            found = cut.left_OR[n].double() @ cut.core[n][m].double() @ cut.right_IR[n].double().T
+            np.testing.assert_allclose(found, after[n], atol=1e-5 * naive.norm(before))
+        lost = naive.norm({n: after[n] - before[n] for n in before})
+        errors = [*cut.unit_error_S.tolist(), *cut.whitened_error_S.tolist()]
+        assert errors[m] == pytest.approx(lost, rel=1e-6)
+
+
+def test_a_rank_that_cuts_nothing_loses_nothing():
+    c, a, slices = fitted("rows", exact_rank=99)
+    cut = a.exact_directions(slices)
+    assert isinstance(cut, LowRankDirections)
+    assert float(cut.unit_error_S.max()) < 1e-9
+    whole = Attributor(c.model, c.losses, RecipeSpec(dimension=24), a.fitted).exact_directions(slices)
+    arrived = c.batch(4, 1, 9)
+    np.testing.assert_allclose(a.measure(arrived, cut).exact_BS, a.measure(arrived, whole).exact_BS, atol=1e-6)
+
+
+def test_a_cut_keeps_less_and_a_higher_rank_loses_less():
+    _, a, slices = fitted("positions")
+    whole = a.exact_directions(slices)
+    cuts = [LowRankDirections.fit(whole, a.fitted.roots, rank) for rank in (1, 2, 3, 4)]
+    numbers = [sum(t.numel() for t in found.tensors().values()) for found in (cuts[0], whole)]
+    assert numbers[0] < numbers[1]
+    errors = [float(cut.unit_error_S.square().sum()) for cut in cuts]
+    assert errors == sorted(errors, reverse=True)

@@ -1,0 +1,45 @@
+"""`curator plan`: what files would cost, before anything is stored."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import digits
+
+
+@pytest.fixture
+def curator(project: Path, database_url: str):
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "curator", "--project", str(project), *map(str, arguments)],
+            env={**os.environ, "CURATOR_DATABASE_URL": database_url},
+            capture_output=True,
+            text=True,
+            timeout=100,
+            cwd=project,
+        )
+
+    return run
+
+
+def test_a_plan_is_of_a_sample_and_stores_nothing(curator, digits_files: digits.Files) -> None:
+    assert "CUR-CKP-014" in curator("plan", digits_files.arrivals).stderr
+    assert curator("checkpoint", "add", "base", digits_files.checkpoint, "--no-check").returncode == 0
+    done = curator("plan", digits_files.arrivals, "--json")
+    assert done.returncode == 0, done.stderr
+    rows = {row["quantity"]: row for row in json.loads(done.stdout)}
+    assert rows["examples"]["all"] == rows["tokens"]["all"] == 997
+    # A forward pass is 2 FLOP a weight, the pass back as much for all layers but the first, which nothing stands
+    # before; norms and the whitening of 1984 entries come on top, by a root of rank 64 at most (the sample).
+    weights = 64 * 128, 128 * 128, 128 * 10
+    floor = 2 * sum(weights) + 2 * sum(weights[1:])
+    assert floor <= rows["operations"]["one_example"] < floor + 4 * 64 * 1984 + 2 * floor
+    assert rows["vectors"]["one_example"] == pytest.approx(2 * 960 * 1.05 / 1e6, rel=1e-2)
+    assert rows["time"]["one_example"] > 0
+    assert rows["database"]["all"] == pytest.approx(997 * rows["database"]["one_example"], rel=1e-2)
+    (count,) = json.loads(curator("sql", "SELECT count(*) AS n FROM pipeline_status", "--json").stdout)
+    assert count["n"] == 0

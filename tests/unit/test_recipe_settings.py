@@ -1,0 +1,56 @@
+"""Settings become recipes: every setting that gives a vector its meaning is frozen into the recipe's key."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+
+from curator.influence.attribution import RecipeSpec
+from curator.influence.codes import CODE_KINDS
+from curator.influence.dropout import MASK_KINDS
+from curator.settings import Gradients, Scores, Settings
+from curator.stages import recipes
+
+PLAIN = Settings(project=Path("/nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("gradients.mask", "neuron"),
+        ("gradients.dimension", 960),
+        ("gradients.kept", {"first": 7}),
+        ("gradients.importance", "rms"),
+        ("gradients.budget", "energy"),
+        ("gradients.code", "sjlt"),
+        ("gradients.layers", ("first",)),
+        ("gradients.seed", 1),
+        ("gradients.exact", False),
+        ("gradients.exact_norm", False),
+        ("scores.damping", 1.0),
+        ("scores.measurement", "loss"),
+        ("scores.exact_curvature", "ekfac"),
+    ],
+)
+def test_what_changes_the_meaning_of_a_vector_changes_its_recipe(key: str, value: Any) -> None:
+    section, name = key.split(".")
+    changed = replace(PLAIN, **{section: replace(getattr(PLAIN, section), **{name: value})})
+    before, after = recipes.spec(PLAIN), recipes.spec(changed)
+    assert after != before
+    assert RecipeSpec.from_dict(after["gradients"]) != RecipeSpec.from_dict(before["gradients"])
+
+
+@pytest.mark.parametrize(("key", "value"), [("batch", 3), ("device", "cpu")])
+def test_how_it_is_computed_does_not(key: str, value: Any) -> None:
+    changed = replace(PLAIN, gradients=replace(PLAIN.gradients, **{key: value}))
+    assert recipes.spec(changed) == recipes.spec(PLAIN)
+
+
+def test_settings_offer_what_the_engine_knows() -> None:
+    hints = get_type_hints(Gradients)
+    assert set(get_args(hints["code"])) == set(CODE_KINDS)
+    assert set(get_args(hints["mask"])) == set(MASK_KINDS)
+    assert set(get_args(get_type_hints(Scores)["exact_curvature"])) == {"kfac", "ekfac"}

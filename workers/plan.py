@@ -1,0 +1,91 @@
+"""``python -m workers.plan FILE...``: what measuring these files would cost, as JSON on stdout.
+
+``curator plan`` runs this in a process of its own, because it needs torch and runs the user's code.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from curator import settings
+from curator.errors import CuratorError, NoCheckpoint, NothingAccepted
+from curator.runtime import Runtime
+from curator.settings import Settings
+from curator.sources import jsonl
+from curator.stages import cost, instrument
+from curator.stages.recipes import spec
+from curator.store import recipes
+from curator.store.engine import read
+from curator.store.recipes import Recipe
+from curator.types import Record
+from curator.workloads import base
+
+SAMPLE = 64
+
+
+def main() -> int:
+    """Exit code 0 with the plan, or that of the error."""
+    runtime = Runtime(settings.load(), application="curator plan")
+    try:
+        sys.stdout.write(json.dumps(plan(runtime, [Path(name) for name in sys.argv[1:]])) + "\n")
+        return 0
+    except CuratorError as error:
+        sys.stderr.write(f"error {error.code}: {error}\nfix: {error.fix}\n")
+        return error.exit_code
+    finally:
+        runtime.close()
+
+
+def plan(runtime: Runtime, files: Sequence[Path]) -> dict[str, Any]:
+    """The cost of an example, and how many there are.
+
+    Raises:
+        NothingAccepted: no record of the files can be used.
+        NoCheckpoint: there is nothing to measure with.
+        CuratorError: whatever stands in the way of measuring, with its fix.
+    """
+    with read(runtime.engine) as connection:
+        recipe = recipes.recipe_in_use(connection)
+        checkpoint = recipes.checkpoint_in_use(connection)
+        if checkpoint is None:
+            raise NoCheckpoint
+        if recipe is None:
+            asked = Recipe(0, checkpoint, spec(runtime.settings), 0, 1.0, "fitting", in_use=False)
+            tools = instrument.unfitted(runtime.settings, asked)
+        else:
+            tools = instrument.load(connection, runtime.settings, recipe.id, None)
+    found, picked = sampled(runtime.settings, files)
+    read_in = [json.loads(record.record) for record in picked]
+    usable = [record for record in read_in if base.reason_against(tools.workload, record) is None]
+    if not usable:
+        raise NothingAccepted(path=", ".join(map(str, files)))
+    size = sum(len(record.record) for record in picked) / len(picked)
+    each = cost.of_sample(tools, usable, size)
+    return {**asdict(each), "bytes": each.bytes, "examples": found}
+
+
+def sampled(settings: Settings, files: Sequence[Path]) -> tuple[int, list[Record]]:
+    """How many records the files hold, and some of them, drawn evenly (Vitter's reservoir, algorithm R)."""
+    lots = random.Random(0)  # noqa: S311 - a sample, not a secret
+    found = 0
+    picked: list[Record] = []
+    for file in files:
+        for record in jsonl.open_records(file, settings.limits, any_shape=settings.workload.kind == "torch"):
+            if not isinstance(record, Record):
+                continue
+            found += 1
+            if len(picked) < SAMPLE:
+                picked.append(record)
+            elif (place := lots.randrange(found)) < SAMPLE:
+                picked[place] = record
+    return found, picked
+
+
+if __name__ == "__main__":
+    sys.exit(main())
