@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from tests.benchmarks.machine import described
-from tests.benchmarks.quality_recipes import DEFAULT
+from tests.benchmarks.quality_recipes import PCA_CODE
 
 COLOURS = ("#1b6ca8", "#c0392b", "#27803b", "#8e44ad", "#d68910", "#555555", "#0e8f8f", "#a05a2c", "#e377c2")
 PLOTTED = (
-    DEFAULT,
+    PCA_CODE,
     "wide mask, whitened, PCA, signs",
     "wide mask, whitened, SJLT",
     "coordinate mask",
@@ -25,7 +25,7 @@ PLOTTED = (
     "EK-FAC, then its largest entries",
 )
 RIVALS = ("coordinate mask", "neuron mask", "peer: LoGra", "peer: mask, SJLT, curvature (GraSS)")
-WHOLE = ("un-compressed, F^-1/2", "un-compressed, EK-FAC")
+WHOLE = ("un-compressed, F^-1/2", "un-compressed, EK-FAC", "un-compressed, K-FAC")
 WIDTH, HEIGHT, LEFT, TOP = 380, 260, 46, 30
 SMALLEST, LARGEST = 256, 32768
 GOAL = {"transformer": 32768}
@@ -93,7 +93,7 @@ def goal(model: str, stage: str, s: Found) -> str:
     """One scene."""
     rows, size = rows_of(s), GOAL.get(model, 4096)
     whole = max([x for name in WHOLE if (x := lds(rows, name, 0)) == x], default=math.nan)
-    mine, neuron = lds(rows, DEFAULT, size) / whole, lds(rows, "neuron mask", size) / whole
+    mine, neuron = lds(rows, PCA_CODE, size) / whole, lds(rows, "neuron mask", size) / whole
     met = "" if math.isnan(mine) else "yes" if mine >= 0.95 else "NO"
     beaten = "; ".join(f"{name.removeprefix('peer: ')}: {_against(rows, name)}" for name in RIVALS if name in rows)
     shares = f"{_cell(mine)} at {size / 1024:g} KB | {_cell(neuron)}"
@@ -105,7 +105,7 @@ def _cell(value: float) -> str:
 
 
 def _against(rows: dict[str, dict[int, Found]], name: str) -> str:
-    lost = [size for size in sorted(rows[name]) if not lds(rows, DEFAULT, size) > lds(rows, name, size)]
+    lost = [size for size in sorted(rows[name]) if not lds(rows, PCA_CODE, size) > lds(rows, name, size)]
     return "yes" if not lost else "not at " + ", ".join(f"{size / 1024:g}" for size in lost) + " KB"
 
 
@@ -116,7 +116,7 @@ def seeds(scenes: list[Scene]) -> str:
         every = sorted({row["seed"] for row in s["rows"]})
         if len(every) < 2:
             continue
-        names = [*WHOLE, DEFAULT, *RIVALS]
+        names = [*WHOLE, PCA_CODE, *RIVALS]
         sizes = sorted({row["size"] for row in s["rows"] if row["seed"] == every[-1] and row["size"]})
         lines += [f"| {model}, {stage}: seeds {every} | " + " | ".join(f"{x / 1024:g} KB" for x in sizes) + " |"]
         lines += ["|---" * (len(sizes) + 1) + "|"]
@@ -140,10 +140,12 @@ def _over(values: list[float]) -> str:
 def page_of(model: str, stage: str, s: Found) -> str:
     """One scene."""
     about, rows = s["about"]["0"], rows_of(s)
-    sizes = sorted({size for by_size in rows.values() for size in by_size if size})
+    sizes = sorted({size for by_size in rows.values() for size in by_size if size}) or [1024]
     agree = f"; two initialisations agree on what a subset does by {about['agreement']:.2f}"
     head = f"## {model}, {stage}\n\nAccuracy {about['accuracy']:.3f}, temperature {about['temperature']:.2f}"
     parts = [head + (agree if about["agreement"] == about["agreement"] else "") + ".\n"]
+    if s.get("grid"):
+        parts.append(f"Dampings of this scene are from a {s['grid']} grid: .1, 1 and 10, chosen at 1 KB.\n")
     for kind in ("normalised", "influence"):
         parts += [table(rows, sizes, kind), ""]
     if s["removal"]:

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from curator.influence.codes import FactoredGaussian, Gaussian, RankOne, Signs, Sjlt
+from curator.influence.codes import FactoredGaussian, Gaussian, Pca, PcaSjlt, RankOne, Signs, Sjlt
 from curator.influence.dropout import LayerMask, budgets, draw
 from curator.influence.scoring import unit
-from tests.benchmarks.quality_spectrum import Blocks, Gradients, components
+from tests.benchmarks.quality_spectrum import SMALLEST, Blocks, Gradients, components
 
 ByLayer = Mapping[str, Tensor]
 
@@ -171,17 +171,41 @@ def pca(found: Blocks, rows: Gradients, damping: float, size: int, seed: int) ->
     return {p: x[:, : numbers(size)] for p, x in y.items()}
 
 
-_LAST: dict[tuple[int, float], dict[str, Tensor]] = {}
-"""Components are the same at every size."""
+_LAST: dict[tuple[int, float, str], dict[str, Tensor]] = {}
+"""Components are the same at every size, and so are whitened rows."""
+
+
+def _once(found: Blocks, damping: float, what: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    if _LAST and next(iter(_LAST))[0] != id(found):
+        _LAST.clear()
+    key = (id(found), damping, what)
+    if key not in _LAST:
+        _LAST[key] = make()
+    return _LAST[key]
 
 
 def _components(found: Blocks, damping: float) -> dict[str, Tensor]:
-    key = (id(found), damping)
-    if key not in _LAST:
-        if _LAST and next(iter(_LAST))[0] != id(found):
-            _LAST.clear()
-        _LAST[key] = components(found, damping)
-    return _LAST[key]
+    return _once(found, damping, "components", lambda: components(found, damping))
+
+
+def pca_and_sjlt(found: Blocks, rows: Gradients, damping: float, size: int, seed: int) -> dict[str, Tensor] | None:
+    """Half of the numbers components, half a sketch of what lies outside of them: ``code = "pca+sjlt"``."""
+    wide = _once(found, damping, "rows", lambda: _wide_rows(found, rows, damping))
+    entries, width = wide["queries"].shape[1], numbers(size)
+    if width > entries:
+        return None
+    known = Pca(wide["components"][:, : width // 2])
+    code = PcaSjlt(known, Sjlt.draw(f"{seed}/rest", entries, width - known.width))
+    return {p: code.encode(w) for p, w in wide.items() if p in rows}
+
+
+def _wide_rows(found: Blocks, rows: Gradients, damping: float) -> dict[str, Tensor]:
+    """Every part's whitened rows, and the components of the sample's, (K, n), largest first."""
+    sample = unit(whitened(found, rows, "sample", damping))[0]
+    values, u = torch.linalg.eigh(sample @ sample.T)
+    some = values.flip(0) > values[-1] * SMALLEST
+    basis = sample.T @ (u.flip(1)[:, some] / values.flip(0)[some].sqrt())
+    return {p: whitened(found, rows, p, damping) for p in rows if p != "sample"} | {"components": basis}
 
 
 def signs(found: Blocks, rows: Gradients, damping: float, size: int, seed: int) -> dict[str, Tensor]:
@@ -226,7 +250,7 @@ def precondition_first(found: Blocks, g: Gradients, damping: float, size: int, s
 
 # --- the table ----------------------------------------------------------------------------------------------
 
-DEFAULT = "wide mask, whitened, PCA"
+PCA_CODE = "wide mask, whitened, PCA"
 MASKED = (
     Masked("coordinate mask", masked("coordinate")),
     Masked("neuron mask", masked("neuron")),
@@ -238,12 +262,14 @@ MASKED = (
     Masked("peer: mask, SJLT, curvature (GraSS)", mask_then_sjlt),
     Masked("peer: Gaussian projection", gaussian, most=512),  # a dense matrix for more takes minutes
 )
+_WIDE_EVEN = masked("coordinate", kept=WIDE)
 CODED = (
-    Coded(DEFAULT, masked("coordinate", kept=WIDE), pca),
+    Coded(PCA_CODE, _WIDE_EVEN, pca),
+    Coded("wide mask, whitened, PCA + SJLT", _WIDE_EVEN, pca_and_sjlt),
     Coded("wide neuron mask, whitened, PCA", masked("neuron", kept=WIDE), pca),
     Coded("wide mask by RMS and energy, whitened, PCA", masked("coordinate", True, True, WIDE), pca),
     Coded("mask of 2,048, whitened, PCA", masked("coordinate", kept=2048), pca),
     Coded("mask of 32,768, whitened, PCA", masked("coordinate", kept=32768), pca),
-    Coded("wide mask, whitened, PCA, signs", masked("coordinate", kept=WIDE), signs),
-    Coded("wide mask, whitened, SJLT", masked("coordinate", kept=WIDE), sjlt),
+    Coded("wide mask, whitened, PCA, signs", _WIDE_EVEN, signs),
+    Coded("wide mask, whitened, SJLT", _WIDE_EVEN, sjlt),
 )

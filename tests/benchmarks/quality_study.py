@@ -31,20 +31,30 @@ from curator.influence.retraining import outcomes, retrain
 from tests.benchmarks import quality, quality_page
 from tests.benchmarks.quality import SETTINGS, STAGES, Scene
 from tests.benchmarks.quality_eigen import Eigen
-from tests.benchmarks.quality_recipes import CODED, DEFAULT, MASKED, Coded, Masked, precondition_first
+from tests.benchmarks.quality_recipes import CODED, MASKED, PCA_CODE, Coded, Masked, numbers, precondition_first
 from tests.benchmarks.quality_spectrum import Blocks, cosines
 
 RESULTS = Path(__file__).parent / "results"
 FOUND = RESULTS / "quality_per_byte.json"
 SIZES = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 CODE_SIZES = (256, 512, 1024, 2048, 4096)  # the sample of 1,500 has no more than 1,500 components
-HEADLINE = {DEFAULT, "coordinate mask", "neuron mask", "peer: LoGra", "peer: mask, SJLT, curvature (GraSS)"}
+HEADLINE = {
+    "wide mask, whitened, PCA + SJLT",
+    PCA_CODE,
+    "EK-FAC, then its largest entries, PCA",
+    "EK-FAC, then its largest entries",
+    "coordinate mask",
+    "neuron mask",
+    "peer: LoGra",
+    "peer: mask, SJLT, curvature (GraSS)",
+}
 HEADLINE_SIZES = (512, 1024, 4096)
 EIGEN = {
     "EK-FAC, then its largest entries": "largest",
     "EK-FAC, then a mask by RMS": "sampled",
     "EK-FAC, then a mask": "even",
 }
+EIGEN_CODE = "EK-FAC, then its largest entries, PCA"
 DAMPINGS = (0.01, 0.1, 1.0, 10.0, 100.0)
 LIMITS = (1e-5, 1e6)
 KINDS = ("influence", "normalised")
@@ -73,6 +83,10 @@ class Judge:
         if "eigen" not in self.seen:
             self.seen["eigen"] = Eigen.of(self.scene)
         return self.seen["eigen"]
+
+    def turned(self, gain: Callable[[Eigen, float], dict[str, Tensor]]) -> Scores:
+        """Un-compressed scores under a curvature that is diagonal in the eigenbasis."""
+        return lambda c, part: self.scores(self.eigen.scores(part, gain(self.eigen, c)))
 
     @property
     def tuning(self) -> int:
@@ -151,7 +165,8 @@ def references(judge: Judge) -> Iterator[tuple[str, Callable[[], Found]]]:
         "un-compressed, F^-1/2",
         lambda: judge.row(lambda c, part: judge.uncompressed(exact.ridges(c), part), None),
     )
-    yield "un-compressed, EK-FAC", lambda: judge.row(lambda c, part: judge.scores(judge.eigen.scores(part, c)), None)
+    yield "un-compressed, EK-FAC", lambda: judge.row(judge.turned(lambda e, c: e.gain(c)), None)
+    yield "un-compressed, K-FAC", lambda: judge.row(judge.turned(lambda e, c: e.factored_gain(c)), None)
     yield from ((name, lambda score=score: control(judge, score)) for name, score in similarities(judge).items())
     if judge.scene.data.bad is not None:
         lost = judge.scene.losses["arrivals"]
@@ -201,7 +216,7 @@ def _wide(judge: Judge, recipe: Coded, mask_seed: int) -> tuple[Any, Blocks]:
     """The wide mask is the same at every size and under every code."""
     key = (recipe.rows, mask_seed)
     if key not in judge.seen:
-        judge.seen = {"eigen": judge.seen["eigen"]} if "eigen" in judge.seen else {}
+        judge.seen = {name: kept for name, kept in judge.seen.items() if str(name).startswith("eigen")}
         rows = recipe.rows(judge.scene.gradients, 0, mask_seed)
         judge.seen[key] = rows, Blocks.fit(rows)
     return judge.seen[key]
@@ -230,6 +245,22 @@ def eigen_row(judge: Judge, kind: str, size: int, mask_seed: int) -> Found:
         return judge.scores(cosines(judge.eigen.masked(c, size, mask_seed, kind), part))
 
     return judge.row(scores, None)
+
+
+def eigen_coded_row(judge: Judge, size: int, mask_seed: int) -> Found:
+    """At the damping that is best for EK-FAC un-compressed, on the queries that choose dampings."""
+    if "eigen damping" not in judge.seen:
+        figure = tried(lambda c: judge.lds(judge.turned(lambda e, d: e.gain(d))(c, "scored")[1]))
+        judge.seen["eigen damping"] = max(figure, key=figure.get)
+        sample = judge.scene.gradients["sample"]
+        judge.seen["eigen code"] = judge.eigen.coded(sample, judge.seen["eigen damping"], mask_seed)
+    found = judge.seen["eigen code"]
+    y = {p: x[:, : numbers(size)] for p, x in found.items()}
+    judge.dampings = dict.fromkeys(KINDS, judge.seen["eigen damping"])
+    try:
+        return judge.row(lambda _, part: judge.scores(cosines(y, part)), None)
+    finally:
+        judge.dampings = None
 
 
 # --- removal ------------------------------------------------------------------------------------------------
@@ -303,6 +334,7 @@ def steps(judge: Judge, seed: int) -> Iterator[tuple[str, int, Callable[[], Foun
     rows = [
         *((r.name, size, lambda r=r, s=size: coded_row(judge, r, s, seed)) for r in CODED for size in CODE_SIZES),
         *((r.name, s, lambda r=r, s=s: masked_row(judge, r, s, seed)) for s in sizes for r in MASKED if s <= r.most),
+        *((EIGEN_CODE, s, lambda s=s: eigen_coded_row(judge, s, seed)) for s in CODE_SIZES),
         *((n, s, lambda k=k, s=s: eigen_row(judge, k, s, seed)) for n, k in EIGEN.items() for s in sizes),
         *(("full-space F^-1/2, then mask", s, lambda s=s: first_row(judge, s, seed)) for s in (1024, 4096)),
     ]

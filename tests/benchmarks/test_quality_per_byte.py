@@ -17,7 +17,7 @@ from curator.influence.codes import Pca
 from curator.influence.retraining import Training
 from curator.influence.scoring import unit
 from tests.benchmarks import quality, quality_page, quality_study
-from tests.benchmarks.quality_recipes import DEFAULT, whitened
+from tests.benchmarks.quality_recipes import PCA_CODE, whitened
 from tests.benchmarks.quality_spectrum import Blocks, components, cosines
 
 LAYERS = {"few entries": (4, 5), "more entries than examples": (12, 11)}
@@ -120,6 +120,6 @@ def test_a_study_goes_on_where_it_ended_and_its_page_has_every_recipe(tmp_path, 
     found = json.loads(path.read_text())["MLP"]["overconfident"]
     quality_page.write(tmp_path, quality_study.__doc__)
     page = (tmp_path / "quality_per_byte.md").read_text()
-    assert {row["recipe"] for row in found["rows"]} > {DEFAULT, "un-compressed, EK-FAC", "peer: LoGra", "plain loss"}
+    assert {row["recipe"] for row in found["rows"]} > {PCA_CODE, "un-compressed, EK-FAC", "peer: LoGra", "plain loss"}
     assert all(f"| {row['recipe']} |" in page for row in found["rows"])
     assert (tmp_path / "quality_per_byte.svg").read_text().count("<polyline") == 2 + len(quality_page.PLOTTED)

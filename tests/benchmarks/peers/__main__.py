@@ -1,8 +1,9 @@
 """The same LDS task through the published peers, each in an environment of its own, made and deleted here.
 
-python -m tests.benchmarks.peers [--peer bergson] [--model MLP] [--stage overconfident] [--minutes 5]
+python -m tests.benchmarks.peers [--peer "traker 0.3.2"] [--model MLP] [--stage overconfident] [--keep DIR]
 
-Needs a package index and about 2 GB of temporary space. Scores of every mode are judged by the same subsets and
+Needs a package index and about 2 GB of temporary space; with --keep, environments are made in that folder, or found
+there, and stay. Scores of every mode are judged by the same subsets and
 queries as curator's; results/peers.json and peers.md. What fails is reported with its last line.
 """
 
@@ -48,7 +49,8 @@ PEERS = {
     "dattri 0.3.0": Peer("dattri_", ("dattri==0.3.0",)),
     "dattri-llm 0.1.0": Peer("dattri_llm_", ("dattri-llm[transformers]==0.1.0", "dattri==0.3.0")),
     "kronfluence 1.0.1": Peer("kronfluence_", ("kronfluence==1.0.1",)),
-    "logix-ai 0.1.1": Peer("logix_", ("logix-ai==0.1.1",), options=("--ignore-requires-python",)),
+    # Told to ignore what Pythons a package asks for, pip would take a numpy that this Python cannot build.
+    "logix-ai 0.1.1": Peer("logix_", ("logix-ai==0.1.1", "numpy==2.4.6"), options=("--ignore-requires-python",)),
     "traker 0.3.2": Peer("traker_", ("traker==0.3.2",)),
 }
 
@@ -62,29 +64,32 @@ def export(scene: quality.Scene, path: Path) -> None:
 
 
 def installed(peer: Peer, folder: Path) -> Path:
-    """An environment with the peer in it; its interpreter."""
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    """An environment with the peer in it, unless it is there; its interpreter."""
     python = folder / "bin" / "python"
-    pip = [python, "-m", "pip", "-q", "--disable-pip-version-check"]
+    if python.exists():
+        return python
+    making = folder.with_name(folder.name + ".part")
+    shutil.rmtree(making, ignore_errors=True)
+    subprocess.run([sys.executable, "-m", "venv", making], check=True)
+    pip = [making / "bin" / "python", "-m", "pip", "-q", "--disable-pip-version-check"]
     # One command: a package that asks for torchvision would otherwise bring another torch.
     wanted = ["install", "--no-compile", *peer.options, TORCH, *peer.packages]
     subprocess.run([*pip, *wanted], check=True, capture_output=True, text=True)
     if peer.removed:
         subprocess.run([*pip, "uninstall", "-y", *peer.removed], check=True, capture_output=True, text=True)
+    making.rename(folder)
     return python
 
 
-def attempt(peer: Peer, scenes: list[quality.Scene], minutes: float) -> list[dict[str, Any]]:
+def attempt(peer: Peer, scenes: list[quality.Scene], minutes: float, keep: Path | None) -> list[dict[str, Any]]:
     """Each job through one peer: the modes that were written, and how the driver ended."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         try:
-            python = installed(peer, folder / "environment")
+            python = installed(peer, (keep or folder) / peer.driver)
         except subprocess.CalledProcessError as error:
             return [{"ended": _last(error.stderr), "modes": {}} for _ in scenes]
-        found = [_driven(peer, python, scene, folder / f"{i}", minutes) for i, scene in enumerate(scenes)]
-        shutil.rmtree(folder / "environment")
-    return found
+        return [_driven(peer, python, scene, folder / f"{i}", minutes) for i, scene in enumerate(scenes)]
 
 
 def _driven(peer: Peer, python: Path, scene: quality.Scene, folder: Path, minutes: float) -> dict[str, Any]:
@@ -158,6 +163,7 @@ def main() -> None:
     parser.add_argument("--model", action="append", choices=["MLP", "transformer"])
     parser.add_argument("--stage", action="append", choices=quality.STAGES)
     parser.add_argument("--minutes", type=float, default=5, help="for one peer and job")
+    parser.add_argument("--keep", type=Path, help="where environments stay")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     path = RESULTS / "peers.json"
@@ -166,7 +172,7 @@ def main() -> None:
         quality.scene(model, quality.STAGES.index(stage), gradients_too=False) for model in models for stage in stages
     ]
     for name in asked.peer or ["curator", *PEERS]:
-        runs = curator_.runs(scenes) if name == "curator" else attempt(PEERS[name], scenes, asked.minutes)
+        runs = curator_.runs(scenes) if name == "curator" else attempt(PEERS[name], scenes, asked.minutes, asked.keep)
         found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         for scene, run in zip(scenes, runs, strict=True):
             found.setdefault(f"{scene.name}, {quality.STAGES[scene.stage]}", {})[name] = run
