@@ -115,6 +115,9 @@ class Scores:
     exact_curvature: Literal["kfac", "ekfac"] = field(
         default="kfac", metadata={"doc": "of exact scores; ekfac: one more pass over the trusted data"}
     )
+    exact_rank: int = field(
+        default=0, metadata={"doc": "rows and columns a layer of exact directions, for many slices; 0: all"}
+    )
     measurement: Literal["auto", "margin", "calibrated", "loss"] = field(
         default="auto",
         metadata={"doc": "what un-normalised influence is on; auto: margin of a classifier, loss of a language model"},
@@ -478,6 +481,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("gradients.dimension", 8, 1_000_000),
     ("gradients.code_dimension", 1, 100_000),
     ("gradients.batch", 1, 100_000),
+    ("scores.exact_rank", 0, 100_000),
     ("scores.damping", 1e-6, 1e6),
     ("scores.references", 0.05, 0.95),
     ("verdicts.fdr", 1e-4, 0.5),

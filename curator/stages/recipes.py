@@ -164,6 +164,7 @@ def spec(settings: Settings) -> dict[str, Any]:
             "exact": asked.exact,
             "exact_norm": asked.exact_norm,
             "exact_curvature": settings.scores.exact_curvature,
+            "exact_rank": settings.scores.exact_rank,
         },
     }
 

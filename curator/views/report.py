@@ -245,8 +245,8 @@ def _of_footing(footing: Row[Any], leaked: int) -> Iterator[str]:
         yield f"The directions could not be computed: {footing.detail}"
     if leaked:
         yield (
-            f"{leaked} arrivals are also in a validation set: their influence is that of an answer on itself, and what "
-            "is measured on that set is too good."
+            f"{leaked} arrivals are also, or nearly, in a validation set: their influence is that of an answer "
+            "on itself, and what is measured on that set is too good."
         )
 
 

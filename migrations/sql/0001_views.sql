@@ -295,7 +295,7 @@ FROM (SELECT example_id, validation_example_id, similarity FROM curator.leaks
       WHERE NOT EXISTS (SELECT FROM curator.leaks k WHERE k.example_id = x.id AND k.validation_example_id = y.id)) l
 JOIN curator.examples e ON e.id = l.example_id
 JOIN curator.sources s ON s.id = e.source_id
-JOIN curator.validation_examples t ON t.id = l.validation_example_id
+JOIN curator.validation_examples t ON t.id = l.validation_example_id AND t.role <> 'contrast'
 JOIN curator.validation_sets v ON v.id = t.validation_set_id AND v.in_use;
 
 COMMENT ON VIEW curator.validation_leaks IS
@@ -327,6 +327,28 @@ LEFT JOIN LATERAL (
 COMMENT ON VIEW curator.quarantined_records IS 'One row for each record refused, or given up after it stopped its workers.';
 COMMENT ON COLUMN curator.quarantined_records.position IS 'line or row in its file, from 1; of an example given up, where it was first met';
 
+-- Of a checkpoint that was measured under several settings, the latest counts. Whitened lengths of two checkpoints have no
+-- common unit, so cosines are averaged.
+CREATE VIEW curator.ensemble_influence AS
+SELECT e.id AS example_id, nullif(e.external_id, '') AS external_id, src.name AS source,
+       v.name AS validation_set, d.slice, count(*) AS checkpoints,
+       avg(s.normalised[d.ordinal])::real AS normalised_influence,
+       (stddev_samp(s.normalised[d.ordinal]) / sqrt(count(*)))::real AS stderr
+FROM curator.scores s
+JOIN curator.recipes r ON r.id = s.recipe_id
+ AND r.id = (SELECT max(o.id) FROM curator.recipes o WHERE o.checkpoint_id = r.checkpoint_id AND o.state = 'ready')
+JOIN curator.directions d ON d.direction_set_id = s.direction_set_id
+JOIN curator.validation_sets v ON v.id = d.validation_set_id AND v.in_use
+JOIN curator.examples e ON e.id = s.example_id
+JOIN curator.sources src ON src.id = e.source_id
+GROUP BY e.id, src.name, v.id, d.slice;
+
+COMMENT ON VIEW curator.ensemble_influence IS
+'One row for each example and slice in use: the mean over all checkpoints that the example was scored at and that were not dropped.';
+COMMENT ON COLUMN curator.ensemble_influence.checkpoints IS 'how many that is: arrivals since a change of checkpoint have fewer';
+COMMENT ON COLUMN curator.ensemble_influence.normalised_influence IS 'mean of influence_scores.normalised_influence over them';
+COMMENT ON COLUMN curator.ensemble_influence.stderr IS 'of that mean, over checkpoints; NULL of one';
+
 CREATE VIEW curator.recipe_fidelity AS
 SELECT c.name AS checkpoint, r.id AS recipe, v.name AS validation_set, d.slice, f.day, f.n, f.spearman,
        r.in_use AND x.in_use AS in_use, f.measured_at
@@ -355,7 +377,7 @@ BEGIN
     GRANT USAGE ON SCHEMA curator TO curator_analyst, curator_worker;
     FOREACH name IN ARRAY ARRAY['influence_scores', 'flagged_examples', 'valuable_examples', 'verdict_history', 'near_duplicates', 'validation_leaks',
                                 'source_influence', 'pipeline_status', 'quarantined_records', 'flag_precision',
-                                'recipe_fidelity'] LOOP
+                                'recipe_fidelity', 'ensemble_influence'] LOOP
         EXECUTE format('GRANT SELECT ON curator.%I TO curator_analyst, curator_worker', name);
     END LOOP;
     GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA curator TO curator_worker;

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from sqlalchemy import Engine, text
 
 from curator.errors import CheckpointInUse, NoSuchCheckpoint
+from curator.influence.mixtures import ensemble
 from curator.settings import Settings
 from curator.sources import jsonl
 from curator.stages import directions, examples, gradients, recipes, scores, upkeep, verdicts
@@ -181,6 +182,46 @@ def test_going_back_to_a_checkpoint_finds_what_was_measured_there(world: World) 
         assert connection.scalar(text("SELECT id FROM curator.recipes WHERE in_use")) == known[0]
         assert connection.scalars(text(measured), {"id": known[0]}).all() == before
     assert world.scored()["base", True] == 200, "a row an example and direction"
+
+
+def test_an_ensemble_is_the_mean_over_the_checkpoints_an_example_was_scored_at(world: World) -> None:
+    world.next_checkpoint()
+    world.work()
+    world.arrive("second.jsonl", 100, 120)
+    world.work()
+    with read(world.engine) as connection:
+        single = "SELECT example_id, checkpoint, normalised_influence AS x FROM curator.influence_scores"
+        found = {(row.example_id, row.checkpoint): row.x for row in connection.execute(text(single))}
+        rows = connection.execute(text("SELECT * FROM curator.ensemble_influence ORDER BY example_id")).all()
+    numbers = [row.example_id for row in rows]
+    scores = [[[found.get((number, name), 0.0)] for number in numbers] for name in ("base", "next")]
+    known = [[(number, name) in found for number in numbers] for name in ("base", "next")]
+    expected = ensemble(scores, known)
+    assert [row.checkpoints for row in rows] == expected.members_B.tolist() == [2] * 100 + [1] * 20
+    assert [row.normalised_influence for row in rows] == pytest.approx(expected.normalised_BS[:, 0].tolist(), abs=1e-6)
+    assert [row.stderr for row in rows[:100]] == pytest.approx(expected.stderr_BS[:100, 0].tolist(), abs=1e-6)
+    assert {row.stderr for row in rows[100:]} == {None}
+
+
+def test_a_validation_set_that_comes_back_into_use_judges_again(world: World) -> None:
+    """What was judged on another set meanwhile is judged as it was before: former verdicts do not count as spoken."""
+
+    def verdicts_now() -> dict[int, str]:
+        with read(world.engine) as connection:
+            rows = connection.execute(text("SELECT example_id, verdict FROM curator.verdicts_in_force"))
+            return {row.example_id: row.verdict for row in rows if row.verdict != "neutral"}
+
+    before = verdicts_now()
+    assert "harmful" in before.values()
+    few = list(jsonl.open_records(world.files.validation, world.settings.limits, any_shape=True))[:8]
+    with begin(world.engine) as connection:
+        recipes.add_validation(connection, world.settings, "trusted", "", few)  # type: ignore[arg-type]
+    world.work()
+    assert "harmful" not in verdicts_now().values(), "four references are too few to flag anything"
+    with begin(world.engine) as connection:
+        recipes.use_validation(connection, world.settings, "trusted", 1)
+    world.work()
+    assert verdicts_now() == before
 
 
 def test_what_is_in_use_is_not_dropped(world: World) -> None:

@@ -33,6 +33,7 @@ PLAIN = Settings(project=Path("/nowhere"))
         ("scores.damping", 1.0),
         ("scores.measurement", "loss"),
         ("scores.exact_curvature", "ekfac"),
+        ("scores.exact_rank", 4),
     ],
 )
 def test_what_changes_the_meaning_of_a_vector_changes_its_recipe(key: str, value: Any) -> None:
