@@ -1,8 +1,9 @@
-"""Run the quality study, as much of it as fits into the minutes given; what was found stays, and a later run goes on.
+"""Quality per byte: what each recipe's stored vectors say of retraining, at equal size.
 
 python -m tests.benchmarks.quality_study [--minutes M] [--model MLP] [--stage overconfident] [--seed 0]
 
-Each recipe of each scene at each size is one result in results/quality_per_byte.json, written as it ends.
+Each recipe of each scene at each size is one result in results/quality_per_byte.json, written as it ends: a run does as
+much as begins within its minutes, and a later one goes on.
 """
 
 from __future__ import annotations
@@ -39,7 +40,6 @@ FOUND = RESULTS / "quality_per_byte.json"
 SIZES = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 CODE_SIZES = (256, 512, 1024, 2048, 4096)  # the sample of 1,500 has no more than 1,500 components
 HEADLINE = {
-    "wide mask, whitened, PCA + SJLT",
     PCA_CODE,
     "EK-FAC, then its largest entries, PCA",
     "EK-FAC, then its largest entries",

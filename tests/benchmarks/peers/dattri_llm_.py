@@ -36,6 +36,15 @@ def lost(model, batch):
     return job.losses(model, (batch["x"], batch["y"])).mean()
 
 
+def by_row(merged):
+    """Rows with one content have one score there, their sum; here each has its own."""
+    found = {}
+    first = [found.setdefault((x.numpy().tobytes(), y.numpy().tobytes()), len(found)) for x, y in job.scored]
+    if len(merged) == len(first):
+        return merged
+    return merged[first] / torch.bincount(torch.tensor(first))[first][:, None]
+
+
 def run(mode, kind, numbers=0, projection=None, **options):
     with tempfile.TemporaryDirectory() as folder:
         arguments = AttributionArguments(
@@ -46,7 +55,7 @@ def run(mode, kind, numbers=0, projection=None, **options):
             linear_io=[f"^{name}$".replace(".", r"\.") for name in LINEAR], projection_kwargs=projection
         )
         score = attributor.attribute(Named(job.scored, 0), Named(job.queries, 10**6), hook_config=hooks, **options)
-        job.write(mode, score.agnostic_matrix()[1].cpu(), numbers)
+        job.write(mode, by_row(score.agnostic_matrix()[1].cpu()), numbers)
 
 
 for damping in (0.1, 1.0):
