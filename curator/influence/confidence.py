@@ -116,6 +116,11 @@ def smallest_share(references: int, level: float) -> float:
     return 1 / (level * (references + 1))
 
 
+def references_needed(level: float) -> int:
+    """The fewest references with which a batch that looks worse than all of them is flagged at ``level``."""
+    return max(1, math.ceil(round(1 / level, 9)) - 1)
+
+
 def standard_error(values_BN: ArrayLike) -> Floats:
     """Standard error of the mean along the last axis; NaN for fewer than two values."""
     values = np.asarray(values_BN, dtype=np.float64)

@@ -252,11 +252,12 @@ def _of_footing(footing: Row[Any], leaked: int) -> Iterator[str]:
 
 def _of_slices(slices: Sequence[Slice]) -> Iterator[str]:
     for each in slices:
-        yield from _of_p_values(each.slice, each.uniformity)
+        yield from of_p_values(each.slice, each.uniformity)
         yield from _of_agreement(each.slice, each.agreement)
 
 
-def _of_p_values(name: str, found: Uniformity) -> Iterator[str]:
+def of_p_values(name: str, found: Uniformity) -> Iterator[str]:
+    """What the p-values of a slice warn of."""
     if not found.holds:
         yield (
             f"Slice {name}: the p-values of the bulk are not uniform (distance {found.distance:.2f}, limit "

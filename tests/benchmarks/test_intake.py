@@ -12,7 +12,6 @@ import json
 import os
 import random
 import re
-import resource
 import statistics
 import struct
 import subprocess
@@ -36,7 +35,7 @@ from tests.benchmarks.machine import described
 from tests.conftest import open_folder
 
 RECORDS, REPEATS = 40_000, 5
-BIG_BYTES = 3 << 30
+BIG_BYTES = 1 << 30
 MEGABYTES_MOST = 500
 RESULTS = Path(__file__).parent / "results" / "intake.md"
 
@@ -149,7 +148,7 @@ def _speed(found: dict[str, list[float]], size: int) -> str:
             *rows,
             "",
             f"Taken in over the limit, round by round: {statistics.median(ratios):.2f}"
-            f" ({ratios[0]:.2f} to {ratios[-1]:.2f}). The goal is .7"
+            f" ({ratios[0]:.2f} to {ratios[-1]:.2f}), on cores shared with other work. The goal is .7"
             + (": reached." if statistics.median(ratios) >= 0.7 else ": **not reached**."),
         ]
     )
@@ -170,16 +169,30 @@ def test_a_large_file_takes_little_memory(durable: Engine, mail: Path, place: Pa
     began = time.monotonic()
     command = [sys.executable, "-m", "curator", "--project", str(place), "ingest", str(big)]
     environment = {**os.environ, "CURATOR_DATABASE_URL": durable.url.render_as_string(hide_password=False)}
-    subprocess.run(command, env=environment, check=True, timeout=1_500)
+    process, peak = subprocess.Popen(command, env=environment), 0
+    while process.poll() is None:
+        peak = max(peak, _peak_megabytes(process.pid))
+        time.sleep(0.2)
+    assert process.returncode == 0
     seconds = time.monotonic() - began
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024
     size = big.stat().st_size
     _write(
         "memory",
         f"A file of {size / 1e9:.1f} GB ({size // len(block) * RECORDS:,} records, {RECORDS:,} of them different)"
-        f" through `curator ingest`: {seconds:.0f} s, at most {peak} MB of memory; {MEGABYTES_MOST} MB are allowed.",
+        f" through `curator ingest`: {seconds:.0f} s, at most {peak} MB in the command's process; {MEGABYTES_MOST} MB"
+        " are allowed. It holds two chunks, whatever the size of the file; 10 GB were not run, and lines repeat.",
     )
     assert peak < MEGABYTES_MOST
+
+
+def _peak_megabytes(pid: int) -> int:
+    """The most a process has had in memory so far; getrusage would count what its parent had when it forked."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    return int(found[1]) // 1024 if found else 0
 
 
 def _write(part: str, body: str) -> None:
