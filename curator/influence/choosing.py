@@ -32,7 +32,7 @@ _CHUNK = 4_096
 _SMALLEST = 1e-9
 
 
-def trust(p_B: ArrayLike) -> Floats:
+def trust(p_B: ArrayLike, references: int) -> Floats:
     """The probability that an arrival is no worse than trusted data, (B,).
 
     The local false discovery rate of its p-value, pi0 / f(p): pi0 is the share of p-values above one half, doubled
@@ -40,13 +40,18 @@ def trust(p_B: ArrayLike) -> Floats:
     their distribution function (Grenander 1956, the maximum likelihood of a density that does not rise). Where nothing
     arrives that is worse than trusted data it is about 1 for all, and a fixed threshold on p would throw away the
     examples there is most to learn from.
+
+    The ``references`` that p-values are ranks among are a sample: of data like them, a share x of all p-values lies
+    below x only give or take sqrt(x (1 - x) / references). What lies below in excess counts from twice that on.
     """
     p = np.asarray(p_B, np.float64)
     if not len(p):
         return p
     share = min(1.0, 2 * (1 + float((p > 0.5).sum())) / len(p))
     x = np.unique(np.concatenate([[0.0], p]))
-    corner = _majorant(x, np.searchsorted(np.sort(p), x, side="right") / len(p) * (x > 0))
+    below = np.searchsorted(np.sort(p), x, side="right") / len(p) * (x > 0)
+    doubt = 2 * np.sqrt(x * (1 - x) / max(references, 1))
+    corner = _majorant(x, np.clip(np.minimum(below, np.maximum(x, below - doubt)), 0, 1))
     density = np.diff(corner[1]) / np.diff(corner[0])
     return np.asarray(np.minimum(1.0, share / density[np.searchsorted(corner[0], p, side="left") - 1]))
 

@@ -120,7 +120,7 @@ def claim(connection: Connection) -> Pool:
     rows = selections.scored(connection, footing.recipe_id, footing.direction_set_id)
     # The flagged ones count here: without them the p-values that are left would look better than they are.
     p_B = np.array([min(1.0, min(row.p_value) * len(row.p_value)) for row in rows])
-    trust_B = np.where([row.kept for row in rows], 1.0, choosing.trust(p_B))
+    trust_B = np.where([row.kept for row in rows], 1.0, choosing.trust(p_B, footing.trusted))
     mine = [n for n, row in enumerate(rows) if row.candidate]
     if not mine:
         raise NothingScored

@@ -111,25 +111,35 @@ def test_a_sketch_misses_no_copy() -> None:
 
 def test_where_all_are_like_trusted_data_all_are_trusted() -> None:
     p = np.random.default_rng(0).integers(1, 201, 4000) / 200
-    assert np.mean(choosing.trust(p) > 0.8) > 0.95
+    assert np.mean(choosing.trust(p, 200) > 0.8) > 0.95
 
 
 def test_trust_is_the_share_of_the_good_among_those_who_look_the_same() -> None:
     rng = np.random.default_rng(1)
     bad = rng.random(20_000) < 0.5
     p = np.where(bad, rng.beta(0.3, 4, bad.size), rng.random(bad.size))
-    trust = choosing.trust(np.ceil(p * 500) / 500)
+    trust = choosing.trust(np.ceil(p * 500) / 500, 10**6)
     for low, high in ((0.0, 0.2), (0.2, 0.5), (0.5, 0.8), (0.8, 1.01)):
         some = (trust >= low) & (trust < high)
         assert np.mean(~bad[some]) == pytest.approx(trust[some].mean(), abs=0.06)
 
 
+def test_a_clean_pool_is_trusted_by_few_references() -> None:
+    doubted = []
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        references, arrivals = np.sort(rng.random(50)), rng.random(3000)
+        p = (1 + np.searchsorted(references, arrivals)) / 51
+        doubted.append(np.mean(choosing.trust(p, 50) < 0.5))
+    assert np.mean(doubted) < 0.02
+
+
 def test_trust_rises_with_p_and_is_a_probability() -> None:
     p = np.sort(np.random.default_rng(2).beta(0.5, 2, 500))
-    trust = choosing.trust(p)
+    trust = choosing.trust(p, 100)
     assert (np.diff(trust) >= 0).all()
     assert ((trust > 0) & (trust <= 1)).all()
-    assert choosing.trust([]).size == 0
+    assert choosing.trust([], 5).size == 0
 
 
 # --- the promise ------------------------------------------------------------------------------------------------
