@@ -644,7 +644,7 @@ class UnknownSelection(UsageError):
     """There is no selection {name}."""
 
     code = "CUR-SEL-003"
-    hint = "`curator select --budget N` makes one; `curator valuable` shows the names of those there are."
+    hint = "`curator select --budget N` makes one; `curator selections list` shows those there are."
 
 
 class NoSuchSource(UsageError):

@@ -54,12 +54,16 @@ def ingest(here: Invocation, files: tuple[str, ...], source: str, dry_run: bool,
         counts = _read_all(opened, [intake.id for intake in intakes])
         arrivals.clear_spool(opened)
         leaks = _leaks(opened, [intake.id for intake in intakes])
+        runs = opened.daemon_runs
     show([_shown(row, row.file in before) for row in counts], form)
     if refused := sum(row.refused for row in counts if row.file not in before):
         what = "1 record was" if refused == 1 else f"{refused} records were"
         say(f"{what} refused: curator quarantine list")
     if leaks:
-        say(f"warning: {leaks} of the records are also in a validation set in use; their influence says nothing")
+        what = "1 record is" if leaks == 1 else f"{leaks} records are"
+        say(f"warning: {what} also in a validation set in use, where influence says nothing: curator.validation_leaks")
+    if not runs and any(row.accepted for row in counts):
+        say("next: curator drain, or curator up: the daemon is not running")
     if [problem for row in counts for problem in _said(row, row.file in before)]:
         raise click.exceptions.Exit(EXIT_FINDINGS)
 

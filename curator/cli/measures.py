@@ -134,6 +134,8 @@ def add_validation(here: Invocation, name: str, file: Path, field: str, contrast
             _try(settings, "the validation set")
     if waiting:
         say("next: curator checkpoint add NAME PATH")
+    else:
+        say("next: curator ingest FILE, or curator watch FOLDER")
 
 
 def _describe(name: str, slices: Mapping[str, Roles], fdr: float) -> None:

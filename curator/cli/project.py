@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,8 @@ def init(here: Invocation, directory: Path | None, kind: str) -> None:
         raise ProjectExists(path=target) from None
     except OSError as error:
         raise CannotWrite(path=target, reason=error.strerror) from None
-    say(f"wrote {target}\nnext: curator checkpoint add NAME PATH, curator validation add NAME FILE, curator up")
+    there = "" if target.parent.resolve() == Path.cwd() else f"cd {shlex.quote(str(target.parent))}, "
+    say(f"wrote {target}\nnext: {there}curator checkpoint add NAME PATH, curator validation add NAME FILE, curator up")
 
 
 def template(kind: str) -> str:

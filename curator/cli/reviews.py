@@ -10,8 +10,14 @@ from curator.cli.invocation import Invocation, pass_invocation, whoami
 from curator.cli.output import Form, rows_options, say, show
 
 EXIT_FINDINGS = 1
-_limit = click.option("--limit", type=click.IntRange(1), default=20, show_default=True, help="Examples at most.")
+TOP = 20
+_limit = click.option("--limit", type=click.IntRange(1), help=f"Examples at most.  [default: {TOP}; of a draw all]")
 _draw = click.option("--draw", type=int, help="Only the examples of this draw that nobody has reviewed.")
+
+
+def _most(limit: int | None, draw: int | None) -> int | None:
+    """A draw is judged whole: its precision is of those that somebody happened to see, otherwise."""
+    return limit or (TOP if draw is None else None)
 
 
 @click.group()
@@ -28,7 +34,7 @@ def reviews() -> None:
 @_draw
 @rows_options
 @pass_invocation
-def queue(here: Invocation, limit: int, draw: int | None, form: Form) -> None:
+def queue(here: Invocation, limit: int | None, draw: int | None, form: Form) -> None:
     """List unreviewed examples by what a look at them is expected to gain.
 
     gain = doubt x stake. doubt is the estimated chance that the verdict in force is wrong: of a flag the local false
@@ -38,7 +44,7 @@ def queue(here: Invocation, limit: int, draw: int | None, form: Form) -> None:
     from curator.views import reviews as view
 
     with here.reading() as connection:
-        show(view.queue(connection, limit, draw), form)
+        show(view.queue(connection, _most(limit, draw), draw), form)
 
 
 @reviews.command()
@@ -55,6 +61,9 @@ def sample(here: Invocation, n: int, seed: int, actor: str | None, form: Form) -
         made = stage.draw(connection, n, seed=seed, actor=actor or whoami())
     show(({"draw": made.draw, "example_id": number} for number in made.examples), form)
     say(f"draw {made.draw}: {len(made.examples)} of {made.flags} flags; review all of them, the hard ones too")
+    say(
+        f"next: curator reviews queue --draw {made.draw}, or curator reviews export --draw {made.draw} --out tasks.json"
+    )
 
 
 @reviews.command()
@@ -76,7 +85,7 @@ def precision(here: Invocation, form: Form) -> None:
 @_limit
 @_draw
 @pass_invocation
-def export(here: Invocation, out: Path, limit: int, draw: int | None) -> None:
+def export(here: Invocation, out: Path, limit: int | None, draw: int | None) -> None:
     """Write the queue as tasks of Label Studio, and beside them the labelling interface (.xml) that they need.
 
     curator's verdicts are their pre-annotations. The tasks of a --draw have none, so that they are judged blind.
@@ -84,7 +93,7 @@ def export(here: Invocation, out: Path, limit: int, draw: int | None) -> None:
     from curator.views import reviews as view
 
     with here.reading() as connection:
-        made = view.tasks(connection, limit, draw)
+        made = view.tasks(connection, _most(limit, draw), draw)
     config = view.write(made, out)
     click.echo(out)
     say(f"{len(made)} tasks; their labelling interface is {config}")

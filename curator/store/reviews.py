@@ -149,7 +149,7 @@ _DRAWN = """EXISTS (SELECT FROM curator.review_draw_examples x
 
 
 def queue(
-    connection: Connection, p: Sequence[float], harmful: Sequence[float], limit: int, draw: int | None = None
+    connection: Connection, p: Sequence[float], harmful: Sequence[float], limit: int | None, draw: int | None = None
 ) -> list[Row[Any]]:
     """Unreviewed examples by their expected gain: the chance that the verdict is wrong times how many are alike.
 
@@ -160,7 +160,7 @@ def queue(
         connection: a read transaction.
         p: the p-values of ``p_values``.
         harmful: the chance of harm at each.
-        limit: examples at most.
+        limit: examples at most; None is all.
         draw: only those of one draw.
     """
     condition = _UNREVIEWED if draw is None else f"{_UNREVIEWED} AND {_DRAWN}"

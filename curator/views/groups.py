@@ -60,7 +60,7 @@ def by(connection: Connection, field: str = SOURCE) -> tuple[Group, ...]:
     """
     rows = groups.by(connection, None if field == SOURCE else field.split("."))
     if rows and all(row.value is None for row in rows):
-        known = [SOURCE, *groups.fields(connection)]
+        known = [SOURCE, *(name for name in groups.fields(connection) if name != SOURCE)]
         close = nearest(field, known)
         did_you_mean = f" Did you mean {close!r}?" if close else ""
         raise NoSuchField(name=field, suggestion=did_you_mean, known=", ".join(known))

@@ -72,12 +72,12 @@ class Precision:
         return f"{self.precision:.2f} ({interval}) by {self.reviewed} {what}{left}"
 
 
-def queue(connection: Connection, limit: int, draw: int | None = None) -> tuple[Doubtful, ...]:
+def queue(connection: Connection, limit: int | None, draw: int | None = None) -> tuple[Doubtful, ...]:
     """Unreviewed examples, the largest expected gain first.
 
     Args:
         connection: a read transaction.
-        limit: examples at most.
+        limit: examples at most; None is all.
         draw: only those of this draw.
 
     Raises:
@@ -86,7 +86,7 @@ def queue(connection: Connection, limit: int, draw: int | None = None) -> tuple[
     return tuple(_doubtful(row) for row in _queue(connection, limit, draw))
 
 
-def _queue(connection: Connection, limit: int, draw: int | None) -> Sequence[Row[Any]]:
+def _queue(connection: Connection, limit: int | None, draw: int | None) -> Sequence[Row[Any]]:
     if draw is not None and draw not in (known := reviews.draws(connection)):
         raise NoSuchDraw(draw=draw, known=", ".join(map(str, known)) or "none yet")
     found = reviews.p_values(connection)
@@ -122,7 +122,7 @@ def best(found: Sequence[Precision]) -> Precision:
 # --- Label Studio -----------------------------------------------------------------------------------------
 
 
-def tasks(connection: Connection, limit: int, draw: int | None = None) -> list[object]:
+def tasks(connection: Connection, limit: int | None, draw: int | None = None) -> list[object]:
     """The queue as tasks of Label Studio, with curator's verdicts as pre-annotations.
 
     Those of a draw have none: they are to measure the flags, and who sees what curator thinks agrees more easily.

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from curator.errors import NotExplained
+from curator.errors import NotExplained, NoTokens
 from curator.views.examples import Why
 from curator.views.pulls import Driven, Token, Words, by_layer
 
@@ -26,6 +26,7 @@ def explain(known: Why, project: Path, environment: Mapping[str, str]) -> Why:
         environment: of this process, with the database's url.
 
     Raises:
+        NoTokens: there are no words to divide the score among.
         NotExplained: the pass failed.
     """
     command = [sys.executable, "-m", "workers.explain", str(known.example_id)]
@@ -36,7 +37,8 @@ def explain(known: Why, project: Path, environment: Mapping[str, str]) -> Why:
     except subprocess.TimeoutExpired:
         raise NotExplained(reason=f"it took longer than {SECONDS} s") from None
     if done.returncode:
-        raise NotExplained(reason=_reason(done.stderr))
+        reason = _reason(done.stderr)
+        raise NoTokens if reason.startswith(NoTokens.code) else NotExplained(reason=reason)
     answer = json.loads(done.stdout.splitlines()[-1])
     return replace(
         known,

@@ -5,6 +5,9 @@ A folder may be a PEFT adapter (LoRA, DoRA, rsLoRA): its base model is the local
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,15 +50,31 @@ def pretrained(
     base = adapter_base(folder)
     tokenized = folder if base is None or (folder / "tokenizer_config.json").exists() else base
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(tokenized, **OFFLINE)
-        model = getattr(transformers, model_class).from_pretrained(
-            base or folder, use_safetensors=True, dtype=dtype, **OFFLINE
-        )
-        if base is not None:
-            model = _adapted(model, folder, weights)
+        with _quiet(transformers):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(tokenized, **OFFLINE)
+            model = getattr(transformers, model_class).from_pretrained(
+                base or folder, use_safetensors=True, dtype=dtype, **OFFLINE
+            )
+            if base is not None:
+                model = _adapted(model, folder, weights)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointForeign(path=folder, kind=model_class, reason=error) from error
     return model.to(device).eval(), tokenizer
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """No progress bar for each load, and no notice that peft calls what transformers will drop: a daemon's log."""
+    logging = transformers.utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+            yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _adapted(model: Any, folder: Path, weights: Weights) -> Any:

@@ -8,6 +8,7 @@ Shapes: ``{"text"}``, ``{"prompt", "completion"}``, ``{"messages"}`` (OpenAI, TR
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 from curator.workloads.base import Record
@@ -19,6 +20,9 @@ Messages = Sequence[Mapping[str, str]]
 
 ROLES = {"human": "user", "gpt": "assistant"}
 """sharegpt's names for who speaks."""
+
+UNSAID = "\N{OBJECT REPLACEMENT CHARACTER}"
+"""What no turn begins with."""
 
 
 def conversation(record: Record) -> Messages | None:
@@ -46,21 +50,29 @@ def chat_segments(messages: Messages, tokenizer: Any) -> list[Segment]:
 
     A template is a program: the only safe way to know what a turn adds is to render the conversation with and without
     it. Where a template rewrites earlier turns, the rendered prefixes differ and only the last turn is supervised.
+    Before a first turn there is nothing to render (transformers refuses an empty conversation): what comes before the
+    assistant speaks is then what the turn has in common with the same turn saying something else.
     """
     if not getattr(tokenizer, "chat_template", None):
         return [(f"{m['role']}: {m['content']}\n", m["role"] == "assistant") for m in messages]
 
-    def rendered(upto: int, ask: bool) -> str:
-        text = tokenizer.apply_chat_template(list(messages[:upto]), tokenize=False, add_generation_prompt=ask)
-        return str(text)
+    def rendered(turns: Messages, ask: bool = False) -> str:
+        return str(tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=ask))
 
-    cuts = [(rendered(i, True), rendered(i + 1, False)) for i, m in enumerate(messages) if m["role"] == "assistant"]
-    whole = rendered(len(messages), False)
-    stable = [(before, after) for before, after in cuts if after.startswith(before) and whole.startswith(after)]
+    def before(i: int) -> str:
+        if i:
+            return rendered(messages[:i], True)
+        said, other = rendered(messages[:1]), rendered([{**messages[0], "content": UNSAID}])
+        return "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(said, other, strict=False)))
+
+    spoken = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    cuts = [(before(i), rendered(messages[: i + 1])) for i in spoken]
+    whole = rendered(messages)
+    stable = [(asked, after) for asked, after in cuts if after.startswith(asked) and whole.startswith(after)]
     segments: list[Segment] = []
     done = 0
-    for before, after in stable:
-        segments += [(whole[done : len(before)], False), (whole[len(before) : len(after)], True)]
+    for asked, after in stable:
+        segments += [(whole[done : len(asked)], False), (whole[len(asked) : len(after)], True)]
         done = len(after)
     return [*segments, (whole[done:], False)]
 

@@ -115,6 +115,16 @@ def test_nothing_flagged_is_nothing_to_draw(new_curator: Curator) -> None:
     assert result.stderr.startswith("error CUR-REV-002")
 
 
+def test_a_draw_is_listed_and_exported_whole(curator: Curator, tmp_path: Path) -> None:
+    """The queue shows its top; of a draw that were a part that nobody chose at random."""
+    numbers = drawn(curator, "30")
+    assert len(numbers) == 30
+    assert sorted(row["example_id"] for row in curator.rows("reviews", "queue", "--draw", "1")) == sorted(numbers)
+    assert len(exported(curator, tmp_path, "--draw", "1")) == 30
+    assert len(curator.rows("reviews", "queue", "--draw", "1", "--limit", "7")) == 7
+    assert len(curator.rows("reviews", "queue")) == 20
+
+
 def test_an_unknown_draw_is_refused(curator: Curator) -> None:
     result = curator("reviews", "queue", "--draw", "7")
     assert result.exit_code == 2

@@ -116,6 +116,15 @@ def test_every_assistant_turn_counts_in_the_checkpoints_own_template(workload, r
     assert counted == ["b", "</s>", "d", "</s>"]
 
 
+@pytest.mark.parametrize("said", ["b", "assistant", ": b"])
+def test_a_conversation_may_begin_with_the_assistant(workload, said):
+    """transformers renders no empty conversation, so there is no prompt to compare the first turn with."""
+    turns = [("assistant", said), ("user", "c"), ("assistant", "d")]
+    whole, counted = supervised(workload, {"messages": [{"role": r, "content": c} for r, c in turns]})
+    assert " ".join(whole) == f"assistant : {said} </s> user : c </s> assistant : d </s>"
+    assert counted == [*said.split(), "</s>", "d", "</s>"]
+
+
 def test_without_a_template_turns_are_written_plainly():
     class NoTemplate:
         chat_template = None

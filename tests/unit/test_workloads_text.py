@@ -1,8 +1,11 @@
 """The built-in text classifier: hashing, training, saving, and a Hugging Face folder in its place."""
 
 import json
+import re
 import zlib
-from dataclasses import replace
+from contextlib import chdir
+from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from safetensors.torch import save_file
 
 from curator.errors import CheckpointForeign, NotLoaded, RecordUnusable, TrainingDiverged
 from curator.influence.attribution import Attributor, RecipeSpec
-from curator.workloads import base, registry, training
+from curator.workloads import base, causal_lm, registry, training
 from curator.workloads import text_classifier as text
 
 CPU = torch.device("cpu")
@@ -150,3 +153,21 @@ def test_a_workload_may_train_in_its_own_way():
     assert training.training_of(Own()).epochs == 3
     model = training.trained(Own(), torch.nn.Linear(1, 1), [{}, {}], seed=5, device=CPU, how=training.Training())
     assert model.weight.item() == 7
+
+
+def test_the_page_on_models_makes_a_checkpoint(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    [code] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    lines = [json.dumps({"text": said, "label": label}) for said, label in (("cheap", "spam"), ("hello", "ham"))]
+    (tmp_path / "training.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    with chdir(tmp_path):
+        exec(compile(code, "models.md", "exec"), {})
+    workload = text.build(project=tmp_path)
+    workload.load(tmp_path / "base.safetensors", torch.device("cpu"))
+    assert list(workload.reader.labels) == ["ham", "spam"]
+
+
+def test_the_page_on_models_names_every_option():
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(\w+)`", page.partition("## Options")[2]))
+    assert named >= {"max_tokens", *(field.name for field in fields(causal_lm.Options))}
