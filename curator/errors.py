@@ -968,7 +968,7 @@ class TrainingDiverged(DataError):
     """In epoch {epoch} of training, at a learning rate of {rate:g}, the loss became {loss}."""
 
     code = "CUR-VRF-001"
-    hint = "Give `curator verify` a lower --learning-rate; if it stays, a record gives a loss that is not finite."
+    hint = "Lower the learning rate of the workload's training(); if it stays, a record's own loss is not finite."
 
 
 # --- daemon and intake ------------------------------------------------------------------------------------

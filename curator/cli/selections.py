@@ -57,7 +57,7 @@ def select(
     """Choose unflagged examples for the next run: those that can be trusted, spread over all there is to learn.
 
     Says what share of the trusted candidates' gradients they cover, and what share of them is expected to harm, beside
-    a random draw of the same size. `curator export --what selected` writes them; `curator verify` proves them.
+    a random draw of the same size. `curator export --what selected` writes them.
     """
     from curator.stages.selections import Wish, record
     from curator.store import engine

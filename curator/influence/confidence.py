@@ -45,7 +45,7 @@ def measurement_slope(loss_B: ArrayLike, measurement: str, temperature: float) -
 
     ``margin`` counts as minus the margin (lower is better, like a loss): 1 / (1 - p). ``calibrated``:
     (1 - p_T) / (T (1 - p)). An overconfident checkpoint's validation LOSS falls when anything makes it less sure, and
-    wrong labels do that best; its margin does not (METHOD, "The overconfidence trap").
+    wrong labels do that best; its margin does not (tests/numerics/test_trap.py).
 
     Raises:
         UnknownMeasurement: it is none of MEASUREMENTS.

@@ -1,4 +1,4 @@
-"""Training a checkpoint on: what ``verify`` does with a workload, and what stands in where it does not say how."""
+"""Training a checkpoint further with its workload, and what stands in where that does not say how."""
 
 from __future__ import annotations
 
