@@ -122,7 +122,7 @@ def clear_spool(opened: Runtime) -> None:
 def _existing(file: Path) -> Path:
     if file.is_dir() and not any((file / name).is_file() for name in (tables.STATE, tables.DATASET_DICT)):
         raise IsADirectory(path=file)
-    if not file.exists():
+    if not file.is_dir() and not file.is_file():  # a pipe can be read once only: that is what `-` is for
         raise NoSuchFile(path=file)
     return file.resolve()
 

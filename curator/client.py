@@ -140,22 +140,33 @@ class Client:
         return polars.from_arrow(table)
 
     def select(
-        self, budget: int, *, name: str | None = None, similarity: float = 0.9, seed: int = 0, actor: str = "client"
+        self,
+        budget: int,
+        *,
+        in_tokens: bool = False,
+        name: str | None = None,
+        trust: float = 0.5,
+        similarity: float = 0.9,
+        share: float = 1.0,
+        quota: Mapping[str, float] | None = None,
+        seed: int = 0,
+        actor: str = "client",
     ) -> Selection:
-        """Choose up to ``budget`` unflagged examples that help every slice: as ``curator select``.
+        """Choose unflagged examples that can be trusted, spread over all there is to learn: as ``curator select``.
 
         Raises:
-            NothingScored, SelectionExists: as the command.
+            NothingScored, SelectionExists, UnknownQuota: as the command.
         """
         from curator.stages import selections
         from curator.store import engine
 
+        wish = selections.Wish(budget, in_tokens, trust, similarity, seed, share, quota or {})
         with engine.read(self.runtime.engine) as connection:
             pool = selections.claim(connection)
             fetch = selections.reader(connection, pool)
-            choice = selections.compute(pool, budget, fetch, similarity=similarity, seed=seed)
+            choice = selections.compute(pool, wish, fetch)
         with engine.begin(self.runtime.engine) as connection:
-            return selections.record(connection, pool, choice, name=name, budget=budget, actor=actor)
+            return selections.record(connection, pool, wish, choice, name=name, actor=actor)
 
     def export(
         self,

@@ -633,6 +633,13 @@ class SelectionExists(UsageError):
     hint = "Choose another --name; selections are never changed, so that an export can be repeated."
 
 
+class UnknownQuota(UsageError):
+    """There is a quota for {source!r}, which no candidate comes from: there are {known}."""
+
+    code = "CUR-SEL-004"
+    hint = "Name a source as `curator report --by source` and the view source_influence do."
+
+
 class UnknownSelection(UsageError):
     """There is no selection {name}."""
 
@@ -955,6 +962,13 @@ class WorkerKilled(DataError):
 
     code = "CUR-GRD-004"
     hint = "The record may need more memory than there is; shorten it, or give the worker more, then retry it."
+
+
+class TrainingDiverged(DataError):
+    """In epoch {epoch} of training, at a learning rate of {rate:g}, the loss became {loss}."""
+
+    code = "CUR-VRF-001"
+    hint = "Lower the learning rate of the workload's training(); if it stays, a record's own loss is not finite."
 
 
 # --- daemon and intake ------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def _checks(here: Invocation, settings: Settings) -> Iterator[Check]:
         if healthy:
             yield from view.guarded("server", lambda: running.server(opened.engine))
             yield from view.guarded("ledger", lambda: running.ledger(opened.engine, settings.schedule.backfill))
-            yield from view.guarded("measures", lambda: view.measures(opened.engine))
+            yield from view.guarded("measures", lambda: view.measures(opened.engine, settings.verdicts.fdr))
             yield from _workload(opened)
 
 

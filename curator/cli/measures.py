@@ -161,11 +161,14 @@ def _try(settings: Settings, what: str) -> None:
 
 
 def _reach(references: int, fdr: float, slices: int) -> str:
-    from curator.influence.confidence import smallest_share
+    from curator.influence.confidence import references_needed, smallest_share
 
     share = smallest_share(references, fdr / slices)  # each slice is looked at: Bonferroni
     if share > 1:
-        return f"warning: {references} references are too few to flag anything at fdr {fdr:g}: add trusted examples"
+        return (
+            f"warning: {references} references are too few to flag anything at fdr {fdr:g}: at least "
+            f"{references_needed(fdr / slices)} are needed, so add trusted examples"
+        )
     return (
         f"with {references} references, flags at fdr {fdr:g} need {share:.1%} of a batch to look worse than all of them"
     )

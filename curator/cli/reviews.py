@@ -33,7 +33,7 @@ def queue(here: Invocation, limit: int, draw: int | None, form: Form) -> None:
 
     gain = doubt x stake. doubt is the estimated chance that the verdict in force is wrong: of a flag the local false
     discovery rate, of any other the chance of harm, from how the p-values of all arrivals are spread. stake is the
-    largest normalised influence on any slice, whatever its sign.
+    number of arrivals that are nearly the same, itself included. Among equals, those that move a slice most come first.
     """
     from curator.views import reviews as view
 

@@ -45,7 +45,7 @@ def measurement_slope(loss_B: ArrayLike, measurement: str, temperature: float) -
 
     ``margin`` counts as minus the margin (lower is better, like a loss): 1 / (1 - p). ``calibrated``:
     (1 - p_T) / (T (1 - p)). An overconfident checkpoint's validation LOSS falls when anything makes it less sure, and
-    wrong labels do that best; its margin does not (METHOD, "The overconfidence trap").
+    wrong labels do that best; its margin does not (tests/numerics/test_trap.py).
 
     Raises:
         UnknownMeasurement: it is none of MEASUREMENTS.
@@ -114,6 +114,11 @@ def smallest_share(references: int, level: float) -> float:
     1 / (level (N + 1)). Above 1, nothing can ever be flagged: more references are needed.
     """
     return 1 / (level * (references + 1))
+
+
+def references_needed(level: float) -> int:
+    """The fewest references with which a batch that looks worse than all of them is flagged at ``level``."""
+    return max(1, math.ceil(round(1 / level, 9)) - 1)
 
 
 def standard_error(values_BN: ArrayLike) -> Floats:

@@ -53,9 +53,15 @@ Floats = NDArray[np.float64]
 RAREST = 0.1
 """Least weight of an entry over the root mean square of all: what the sample did not use may be used tomorrow."""
 
-GATHERED = 1 << 17
+GRID_OVER_KEPT = 8
+"""A layer of at most this many times k entries is multiplied out for a coordinate mask."""
+
+GATHERED = 1 << 16
 GATHERED_ON_GPU = 1 << 25
 """Entries gathered at once for a coordinate mask: what a core's cache holds, or enough to fill a GPU."""
+
+UNCUT = 1 << 18
+"""Entries that are gathered at once all the same: below it cutting costs more than the cache gives."""
 
 
 @dataclass(frozen=True)
@@ -95,20 +101,32 @@ class LayerMask:
         return cls(tensors["rows"], tensors["columns"], tensors.get("cells"), scale if scale.ndim else float(scale))
 
     def keep(self, a_BTI: Tensor, d_BTO: Tensor) -> Tensor:
-        """g_Bk, the kept and scaled entries of sum_t d_t a_t^T, in float32 or better. Equation: METHOD 3.
+        """g_Bk, the kept and scaled entries of sum_t d_t a_t^T, in float32 or better.
 
-        Cost: two gathers and O(T P Q) (neuron) or O(T k) (coordinate) an example.
+        Cost: two gathers and O(T P Q) (neuron) or O(T k) (coordinate) an example. Where a coordinate mask keeps much of
+        a small layer, one matrix product of all its entries is cheaper than a gather for each at each position.
         """
-        if self.cells_k is None:
-            return self._scaled(_paired_sums(a_BTI, d_BTO, self.columns, self.rows))
-        return self.keep_grid(gathered(a_BTI, self.columns), gathered(d_BTO, self.rows))
+        if self.cells_k is not None:
+            return self.keep_grid(gathered(a_BTI, self.columns), gathered(d_BTO, self.rows))
+        n_out, n_in = d_BTO.shape[2], a_BTI.shape[2]
+        if a_BTI.shape[1] > GRID_OVER_KEPT and n_out * n_in <= GRID_OVER_KEPT * self.kept:
+            return self._picked(a_BTI, d_BTO, self.rows * n_in + self.columns)
+        return self._scaled(paired_sums(a_BTI, d_BTO, self.columns, self.rows))
+
+    def keep_columns(self, a_BTk: Tensor, d_BTO: Tensor) -> Tensor:
+        """The same of a coordinate mask, whose column of each entry is gathered already."""
+        return self._scaled(paired_sums(a_BTk, d_BTO, None, self.rows))
 
     def keep_grid(self, a_BTQ: Tensor, d_BTP: Tensor) -> Tensor:
         """The same of a neuron mask, whose columns and rows are gathered already."""
         assert self.cells_k is not None
+        return self._picked(a_BTQ, d_BTP, self.cells_k)
+
+    def _picked(self, a_BTQ: Tensor, d_BTP: Tensor, cells_k: Tensor) -> Tensor:
+        a, d = at_least_float32(a_BTQ), at_least_float32(d_BTP)
         # A batch of products of single numbers is no job for a matrix product.
-        grid_BPQ = d_BTP.transpose(1, 2) * a_BTQ if a_BTQ.shape[1] == 1 else d_BTP.transpose(1, 2) @ a_BTQ
-        return self._scaled(grid_BPQ.flatten(1).index_select(1, self.cells_k))
+        grid_BPQ = d.transpose(1, 2) * a if a.shape[1] == 1 else d.transpose(1, 2) @ a
+        return self._scaled(grid_BPQ.flatten(1).index_select(1, cells_k))
 
     def _scaled(self, kept_Bk: Tensor) -> Tensor:
         return kept_Bk * (self.scale.to(kept_Bk.dtype) if isinstance(self.scale, Tensor) else self.scale)
@@ -132,19 +150,50 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def gathered(x_BTN: Tensor, index_k: Tensor) -> Tensor:
-    """x_BTk, widened. index_select on a matrix is six times as fast as an index of the last of three dimensions."""
-    flat = x_BTN.reshape(math.prod(x_BTN.shape[:2]), x_BTN.shape[2])
-    return at_least_float32(flat.index_select(1, index_k)).view(*x_BTN.shape[:2], len(index_k))
+def gathered(x: Tensor, index_k: Tensor) -> Tensor:
+    """Some of the last dimension (..., k), along whichever of the last two dimensions lies in one piece.
+
+    index_select on a matrix is six times as fast as an index of the last of three dimensions.
+    """
+    if _by_column(x):
+        return x.transpose(1, 2).index_select(1, index_k).transpose(1, 2)
+    width = x.shape[-1]
+    return x.reshape(math.prod(x.shape[:-1]), width).index_select(1, index_k).view(*x.shape[:-1], len(index_k))
 
 
-def _paired_sums(a_BTI: Tensor, d_BTO: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
-    """sum_t d_t[rows] * a_t[columns], (B, k), some positions at a time: both gathers then stay in the cache."""
-    most = GATHERED_ON_GPU if d_BTO.is_cuda else GATHERED
-    positions = max(most // max(len(d_BTO) * len(rows), 1), 1)
-    parts = zip(torch.split(a_BTI, positions, dim=1), torch.split(d_BTO, positions, dim=1), strict=True)
-    sums = [(gathered(d, rows) * gathered(a, columns)).sum(dim=1) for a, d in parts]
-    return sums[0] if len(sums) == 1 else torch.stack(sums).sum(dim=0)
+def _by_column(x: Tensor) -> bool:
+    """Whether (B, T, N) has a column's positions one after another, as a convolution's gradient has."""
+    return x.ndim == 3 and x.shape[1] > 1 and x.stride(1) == 1 and x.stride(2) != 1
+
+
+def paired_sums(a_BTI: Tensor, d_BTO: Tensor, columns_k: Tensor | None, rows_k: Tensor) -> Tensor:
+    """sum_t d_t[rows] * a_t[columns], (B, k); without columns a has one for each row already.
+
+    Some entries at a time, whole examples or a part of one, so that both gathers stay in the cache.
+    """
+    a, d = (x if _by_column(x) else x.contiguous() for x in (a_BTI, d_BTO))
+    positions, kept = max(a.shape[1], 1), len(rows_k)
+    most = GATHERED_ON_GPU if d.is_cuda else GATHERED
+    if len(a) * positions * kept <= max(most, UNCUT):
+        return _product_sum(a, d, columns_k, rows_k)
+    examples, steps = max(most // (positions * kept), 1), max(min(most // kept, positions), 1)
+    sums = [
+        _summed_parts(a[b : b + examples], d[b : b + examples], columns_k, rows_k, steps)
+        for b in range(0, len(a), examples)
+    ]
+    return torch.cat(sums)
+
+
+def _summed_parts(a: Tensor, d: Tensor, columns_k: Tensor | None, rows_k: Tensor, steps: int) -> Tensor:
+    pairs = zip(torch.split(a, steps, dim=1), torch.split(d, steps, dim=1), strict=True)
+    parts = [_product_sum(x, y, columns_k, rows_k) for x, y in pairs]
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0)
+
+
+def _product_sum(a: Tensor, d: Tensor, columns_k: Tensor | None, rows_k: Tensor) -> Tensor:
+    a_BTk = at_least_float32(a if columns_k is None else gathered(a, columns_k))
+    product_BTk = a_BTk * at_least_float32(gathered(d, rows_k))
+    return product_BTk[:, 0] if product_BTk.shape[1] == 1 else product_BTk.sum(dim=1)
 
 
 def draw(

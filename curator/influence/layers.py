@@ -25,7 +25,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +35,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from curator.errors import ExamplesCoupled, LayerNotFound, LayerUnsupported
+from curator.influence.dropout import gathered
 
 MOST_GROUPS = 8
 """A convolution of more groups is not captured: every group's output gradients carry the other groups' zeros."""
@@ -212,10 +212,10 @@ def refuse_coupling(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Selection:
-    """The rows (of O) and columns (of I) that a reader looks at; no other needs to be kept or gathered."""
+    """The columns (of I) that a reader looks at, and the rows (of O) if it wants no others; repeated ones may be."""
 
-    rows: Tensor
     columns: Tensor
+    rows: Tensor | None = None
 
 
 def kept_input(layer: Layer, module: nn.Module, x: Tensor, chosen: Selection | None) -> Tensor:
@@ -229,7 +229,7 @@ def kept_input(layer: Layer, module: nn.Module, x: Tensor, chosen: Selection | N
     if chosen is None or not _chooses_early(module):
         return x
     if isinstance(module, _ConvNd):
-        return _chosen_patches(module, x, chosen.columns, layer.bias)
+        return _patches(module, x, chosen.columns, layer.bias)
     return _chosen_columns(x, chosen.columns, layer.bias)
 
 
@@ -250,32 +250,24 @@ def outer_products(
         chosen: as for ``kept_input``.
     """
     if isinstance(module, nn.Embedding):
-        rows = torch.arange(module.num_embeddings, device=kept.device) if chosen is None else chosen.rows
+        every = torch.arange(module.num_embeddings, device=kept.device)
+        rows = every if chosen is None or chosen.rows is None else chosen.rows
         return (d if chosen is None else _chosen_columns(d, chosen.columns)), _one_hot(module, kept, rows, d.dtype)
     if isinstance(module, _ConvNd):
-        d = d.flatten(2)
-        if chosen is not None and module.groups == 1:
-            return kept, d.index_select(1, chosen.rows).transpose(1, 2)
-        d = d.transpose(1, 2)
-    if chosen is not None and _chooses_early(module):
-        return kept, _chosen_columns(d, chosen.rows)
-    if isinstance(module, _ConvNd):
-        kept, d = _grouped(module.groups, _patches(module, kept), d)
-    if chosen is not None:
-        return _chosen_columns(kept, chosen.columns, layer.bias), _chosen_columns(d, chosen.rows)
-    if layer.bias:
-        kept = torch.cat([kept, torch.ones_like(kept[..., :1])], dim=-1)
-    return kept, d
+        d = d.flatten(2).transpose(1, 2)
+        if chosen is None or not _chooses_early(module):
+            kept, d = _grouped(module.groups, _patches(module, kept), d)
+    if chosen is None:
+        return (torch.cat([kept, torch.ones_like(kept[..., :1])], dim=-1) if layer.bias else kept), d
+    if not _chooses_early(module):
+        kept = _chosen_columns(kept, chosen.columns, layer.bias)
+    return kept, (d if chosen.rows is None else _chosen_columns(d, chosen.rows))
 
 
 def _chosen_columns(x: Tensor, columns: Tensor, bias: bool = False) -> Tensor:
-    """Columns of the last dimension; with ``bias`` the one past the end is the constant 1.
-
-    Gathered from a matrix: index_select there is six times as fast as indexing the last of three dimensions.
-    """
+    """Columns of the last dimension; with ``bias`` the one past the end is the constant 1."""
     width = x.shape[-1]
-    taken = x.reshape(math.prod(x.shape[:-1]), width).index_select(1, columns.clamp_max(width - 1) if bias else columns)
-    taken = taken.view(*x.shape[:-1], len(columns))
+    taken = gathered(x, columns.clamp_max(width - 1) if bias else columns)
     return taken.masked_fill_(columns == width, 1.0) if bias else taken
 
 
@@ -285,36 +277,29 @@ def _one_hot(module: nn.Embedding, tokens: Tensor, rows: Tensor, dtype: torch.dt
     return (tokens[..., None] == rows).to(dtype)
 
 
-def _patches(module: _ConvNd, x: Tensor) -> Tensor:
-    """(L, T, C * kernel): what lies under the kernel at every output position, in the weight's own order."""
-    dims = len(module.kernel_size)
-    # (L, C, out..., kernel...) -> (L, out..., C, kernel...)
-    order = (0, *range(2, 2 + dims), 1, *range(2 + dims, 2 + 2 * dims))
-    return _windows(module, x).permute(order).flatten(1 + dims).flatten(1, dims)
+def _patches(module: _ConvNd, x: Tensor, columns: Tensor | None = None, bias: bool = False) -> Tensor:
+    """(L, T, C * kernel): what lies under the kernel at every output position, in the weight's own order.
 
-
-def _chosen_patches(module: _ConvNd, x: Tensor, columns: Tensor, bias: bool) -> Tensor:
-    """(L, T, Q): some columns of ``_patches``, without forming the others; with ``bias`` the one past the end is 1."""
-    windows, rest = _windows(module, x), columns
-    within: list[Tensor] = []
-    for size in reversed(module.kernel_size):
-        within.insert(0, rest % size)
-        rest = torch.div(rest, size, rounding_mode="floor")
-    everything = [slice(None)] * (1 + len(module.kernel_size))
-    index: list[Any] = [rest.clamp_max(windows.shape[1] - 1), *everything, *within]
-    # Indices apart from each other come first in the result: (Q, L, out...)
-    taken = windows.movedim(1, 0)[tuple(index)].flatten(2).permute(1, 2, 0)
-    return taken.masked_fill_(rest == windows.shape[1], 1.0) if bias else taken
-
-
-def _windows(module: _ConvNd, x: Tensor) -> Tensor:
-    """(L, C, out..., kernel...), a view of the padded input."""
+    Or some columns of it, without forming the others; with ``bias`` the one past the end is 1. A column is an offset
+    into the padded input, and so is an output pixel: one gather at their sums, in which a column's positions lie one
+    after another, as the output gradient's do. It is five times as fast as a copy of all windows.
+    """
     x = _padded(module, x)
-    for dim, (size, step, stretch) in enumerate(
-        zip(module.kernel_size, module.stride, module.dilation, strict=True), start=2
-    ):
-        x = x.unfold(dim, stretch * (size - 1) + 1, step)[..., ::stretch]
-    return x
+    n_in = x.shape[1] * math.prod(module.kernel_size)
+    if columns is None:
+        columns = torch.arange(n_in, device=x.device)
+    rest = columns.clamp_max(n_in - 1).int()
+    offset_Q, pixel_T, size = torch.zeros_like(rest), torch.zeros_like(rest[:1]), 1
+    sizes = zip(x.shape[2:], module.kernel_size, module.stride, module.dilation, strict=True)
+    for width, kernel, step, stretch in reversed(list(sizes)):
+        offset_Q = offset_Q + rest % kernel * (stretch * size)
+        rest = torch.div(rest, kernel, rounding_mode="floor")
+        places = torch.arange((width - stretch * (kernel - 1) - 1) // step + 1, dtype=rest.dtype, device=x.device)
+        pixel_T = (places[:, None] * (step * size) + pixel_T).flatten()
+        size *= width
+    index_QT = (rest * size + offset_Q)[:, None] + pixel_T
+    taken = x.flatten(1).index_select(1, index_QT.flatten()).view(len(x), *index_QT.shape).transpose(1, 2)
+    return taken.masked_fill_(columns == n_in, 1.0) if bias else taken
 
 
 def _padded(module: _ConvNd, x: Tensor) -> Tensor:

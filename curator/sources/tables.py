@@ -95,7 +95,8 @@ def open_records(
                     if given > max(EXPANSION_FREE, stored * limits.expansion):
                         raise Bomb(path=shown(path), limit=f"{limits.expansion} times its size")
                     yield item
-    except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError, MemoryError) as error:
+    # What pyarrow raises for a broken file is not always its own: two fields of one name are a ValueError.
+    except (pa.ArrowException, OSError, ValueError, LookupError, OverflowError, MemoryError) as error:
         raise DamagedTable(path=shown(path), row=row, reason=_worded(error)) from error
 
 

@@ -51,6 +51,7 @@ class Result:
     ids: Sequence[int]
     measured: Measured | None
     broken: Mapping[int, str]
+    tokens: Mapping[int, int]
 
 
 def claim(connection: Connection, settings: Settings) -> Batch | None:
@@ -88,7 +89,8 @@ def compute(tools: Instrument, batch: Batch) -> Result:
     if len(broken) >= SUSPICIOUS and len(broken) > len(ids) / 2 and not _is_sound(tools):
         raise WorkloadBroken(n=len(broken), of=len(ids), reason=next(iter(broken.values())))
     done = [number for number in ids if number not in broken]
-    return Result(done, Measured.join(parts) if parts else None, {**refused, **broken})
+    tokens = {number: base.n_tokens_of(tools.workload, batch.records[number]) for number in done}
+    return Result(done, Measured.join(parts) if parts else None, {**refused, **broken}, tokens)
 
 
 def _is_sound(tools: Instrument) -> bool:
@@ -145,7 +147,7 @@ def record(connection: Connection, settings: Settings, batch: Batch, result: Res
     batch_of = examples.batches_by_example(connection, list(held))
     if result.measured is not None and keep:
         measured = result.measured.rows(torch.tensor(keep))
-        _write(connection, batch, [result.ids[row] for row in keep], measured, batch_of)
+        _write(connection, batch, [result.ids[row] for row in keep], measured, batch_of, result.tokens)
     for number in held & result.broken.keys():
         examples.quarantine_example(connection, number, RecordUnusable.code, result.broken[number])
     offers.verdicts(connection, batch.recipe_id, sorted(set(batch_of.values())))
@@ -153,10 +155,15 @@ def record(connection: Connection, settings: Settings, batch: Batch, result: Res
 
 
 def _write(
-    connection: Connection, batch: Batch, ids: Sequence[int], measured: Measured, batch_of: Mapping[int, int]
+    connection: Connection,
+    batch: Batch,
+    ids: Sequence[int],
+    measured: Measured,
+    batch_of: Mapping[int, int],
+    tokens: Mapping[int, int],
 ) -> None:
     states = states_of(measured)
-    facts = [_facts(measured, row, number, states[row]) for row, number in enumerate(ids)]
+    facts = [{**_facts(measured, row, number, states[row]), "tokens": tokens[number]} for row, number in enumerate(ids)]
     gradients.insert(connection, batch.recipe_id, batch.direction_set_id, facts)
     usable = [row for row, state in enumerate(states) if state == GradientState.OK]
     numbers = np.array([ids[row] for row in usable], np.int64)

@@ -1,65 +1,113 @@
-"""Choose the next training run: what helps every slice, and nothing twice.
+"""Choose the next training run: what can be trusted, spread over all there is to learn, and nothing twice.
 
-Greedy by normalised influence, balanced (a z-score within each slice, then the mean over slices: un-normalised, one
-slice decides everything, arXiv:2501.12147), with a limit on similarity to what is chosen already, since greedy sums
-ignore duplicates. Torch-free: it runs in the command line.
+The rule is in ``influence.choosing``; here it meets the tables. Torch-free: it runs in the command line.
 """
 
 from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import Connection
 
-from curator.errors import NothingScored
+from curator.errors import NothingScored, UnknownQuota
+from curator.influence import choosing
+from curator.influence.choosing import LEVERAGE, Candidates, Limits, Spread
 from curator.store import reads, selections, vectors
 
-Floats = NDArray[np.float32]
+Floats = NDArray[np.float64]
 Longs = NDArray[np.int64]
-Fetch = Callable[[Sequence[int]], Floats]
+Fetch = Callable[[Sequence[int]], NDArray[np.float32]]
 
-# Candidates a round: their vectors, and their products with one another, are what is held in memory.
-ROUND = 512
+SAMPLED = 1_024
+"""Candidates that the promise of a selection is estimated on."""
 _CHUNK = 4_096
 
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """Who may be chosen. ``normalised_BS``: one row a candidate, one column a slice."""
+    """Who may be chosen, in the order of arrival: one row a candidate, one column a slice."""
 
     recipe_id: int
     direction_set_id: int
     dimension: int
     ids_B: Longs
+    digests: Sequence[bytes]
     normalised_BS: Floats
+    trust_B: Floats
+    norm_B: Floats
+    tokens_B: Longs
+    sources: Sequence[str]
+    source_B: Longs
+    slices: Sequence[str]
+
+    @property
+    def slice_B(self) -> Longs:
+        """The slice that each speaks for: the one its normalised influence is highest on."""
+        return np.asarray(self.normalised_BS.argmax(1), np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What is asked for. ``share`` bounds every source's part of the budget, ``quota`` that of single ones."""
+
+    budget: int
+    in_tokens: bool = False
+    trust: float = 0.5
+    similarity: float = 0.9
+    seed: int = 0
+    share: float = 1.0
+    quota: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def unit(self) -> str:
+        """What the budget is counted in."""
+        return "tokens" if self.in_tokens else "examples"
+
+
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """What a choice is expected to be worth.
+
+    ``gain``: the share of the trusted candidates' gradients that it covers (``choosing.coverage``); ``harmful``: the
+    share of it that is expected to be worse than trusted data.
+    """
+
+    gain: float
+    harmful: float
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What was chosen, in the order of choosing, and what it promises beside a random draw of the same size."""
+    """What was chosen, and what it promises beside a random draw of the same size from the unflagged."""
 
     name: str
     budget: int
+    unit: str
     chosen: int
+    tokens: int
     candidates: int
+    trusted: int
     too_similar: int
     expected_gain: float
     gain_of_random: float
+    expected_harmful: float
+    harmful_of_random: float
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Positions in the pool that were chosen, with their balanced merit, and how many were passed over."""
+    """Positions in the pool, in the order of choosing; how many were the same as another; what it is worth."""
 
     positions: tuple[int, ...]
-    merit_B: NDArray[np.float64]
     too_similar: int
+    promise: Promise
+    of_random: Promise
 
 
 def claim(connection: Connection) -> Pool:
@@ -69,91 +117,135 @@ def claim(connection: Connection) -> Pool:
         NothingScored: there are none.
     """
     footing = reads.footing(connection)
-    rows = selections.candidates(connection, footing.recipe_id, footing.direction_set_id)
-    if not rows:
+    rows = selections.scored(connection, footing.recipe_id, footing.direction_set_id)
+    # The flagged ones count here: without them the p-values that are left would look better than they are.
+    p_B = np.array([min(1.0, min(row.p_value) * len(row.p_value)) for row in rows])
+    trust_B = np.where([row.kept for row in rows], 1.0, choosing.trust(p_B, footing.trusted))
+    mine = [n for n, row in enumerate(rows) if row.candidate]
+    if not mine:
         raise NothingScored
+    names, source_B = np.unique([rows[n].source for n in mine], return_inverse=True)
     return Pool(
         footing.recipe_id,
         footing.direction_set_id,
         footing.dimension,
-        np.array([row.example_id for row in rows], np.int64),
-        np.array([row.normalised for row in rows], np.float32),
+        np.array([rows[n].example_id for n in mine], np.int64),
+        [rows[n].digest for n in mine],
+        np.array([rows[n].normalised for n in mine], np.float64),
+        trust_B[mine],
+        np.sqrt([rows[n].self_influence for n in mine]),
+        np.array([rows[n].tokens for n in mine], np.int64),
+        names.tolist(),
+        source_B.astype(np.int64),
+        selections.slices(connection, footing.direction_set_id),
     )
 
 
-def compute(
-    pool: Pool,
-    budget: int,
-    fetch: Fetch,
-    *,
-    similarity: float = 0.9,
-    seed: int = 0,
-    tick: Callable[[int], object] = lambda n: None,
-) -> Choice:
-    """Choose up to ``budget`` candidates.
+def compute(pool: Pool, wish: Wish, fetch: Fetch, tick: Callable[[int], object] = lambda n: None) -> Choice:
+    """Choose up to the budget.
 
     Args:
         pool: the candidates.
-        budget: examples at most.
-        fetch: (B, K) whitened unit vectors of example ids.
-        similarity: the cosine above which a candidate is passed over; 1 passes over nobody.
-        seed: the order of equals.
+        wish: what is asked for.
+        fetch: (R, K) whitened unit vectors of example ids.
         tick: told how many more were chosen, after each round.
+
+    Raises:
+        UnknownQuota: a quota is of a source that no candidate comes from.
     """
-    merit_B = balanced(pool.normalised_BS)
-    order = np.lexsort((_lots(pool.ids_B, seed), -merit_B))
-    if similarity >= 1:
-        return Choice(tuple(order[:budget].tolist()), merit_B, 0)
-    positions: list[int] = []
-    skipped = 0
-    with _kept(min(budget, len(order)), pool.dimension) as kept_NK:
-        for start in range(0, len(order), ROUND):
-            if len(positions) == budget:
-                break
-            turn = order[start : start + ROUND]
-            unit_RK = fetch(pool.ids_B[turn].tolist())
-            nearest_R = _nearest(unit_RK, kept_NK[: len(positions)])
-            taken, passed = _greedy(unit_RK, nearest_R, budget - len(positions), similarity)
-            kept_NK[len(positions) : len(positions) + len(taken)] = unit_RK[taken]
-            positions += turn[taken].tolist()
-            skipped += passed
-            tick(len(taken))
-    return Choice(tuple(positions), merit_B, skipped)
+    wanted = np.flatnonzero(pool.trust_B >= wish.trust)
+    cost_B = pool.tokens_B if wish.in_tokens else np.ones_like(pool.ids_B)
+    candidates = _candidates(pool, wanted, cost_B, wish.seed)
+    limits = Limits(wish.budget, _of_source(pool, wish), wish.similarity)
+    with _kept(min(wish.budget, len(wanted)), pool.dimension) as kept_NK:
+        spread = Spread(candidates, limits, lambda rows: fetch(pool.ids_B[wanted[rows]].tolist()), kept_NK)
+        spread.run(tick)
+    positions = wanted[spread.chosen]
+    drawn = _drawn(pool, cost_B, int(cost_B[positions].sum()), wish.seed)
+    return Choice(
+        tuple(positions.tolist()),
+        spread.same,
+        _promise(pool, wanted, positions, fetch, wish.seed),
+        _promise(pool, wanted, drawn, fetch, wish.seed),
+    )
+
+
+def _candidates(pool: Pool, wanted: Longs, cost_B: Longs, seed: int) -> Candidates:
+    """Slices that few speak for count as much as those that many do: each has the same weight in all."""
+    slice_B = pool.slice_B[wanted]
+    return Candidates(
+        size_B=pool.norm_B[wanted] ** LEVERAGE,
+        weight_B=1 / np.bincount(slice_B)[slice_B] if len(wanted) else np.zeros(0),
+        lot_B=-np.log(_lots([pool.digests[row] for row in wanted], seed)),
+        cost_B=cost_B[wanted],
+        group_B=pool.source_B[wanted],
+    )
+
+
+def _of_source(pool: Pool, wish: Wish) -> Longs:
+    if unknown := sorted(set(wish.quota) - set(pool.sources)):
+        raise UnknownQuota(source=unknown[0], known=", ".join(pool.sources))
+    shares = [wish.quota.get(name, wish.share) for name in pool.sources]
+    return np.array([int(wish.budget * share + 1e-9) for share in shares], np.int64)
+
+
+def _drawn(pool: Pool, cost_B: Longs, spent: int, seed: int) -> Longs:
+    """A random draw from all candidates that costs as much."""
+    order = np.random.Generator(np.random.Philox(seed)).permutation(len(pool.ids_B))
+    return order[np.cumsum(cost_B[order]) <= spent]
+
+
+def _promise(pool: Pool, wanted: Longs, positions: Longs, fetch: Fetch, seed: int) -> Promise:
+    if not len(positions) or not len(wanted):
+        return Promise(0.0, 0.0)
+    rng = np.random.Generator(np.random.Philox(seed))
+    sample = np.sort(rng.permutation(wanted)[:SAMPLED])
+    parts = (positions[start : start + _CHUNK] for start in range(0, len(positions), _CHUNK))
+    chosen = ((pool.norm_B[part] ** LEVERAGE, fetch(pool.ids_B[part].tolist())) for part in parts)
+    unit_SK = fetch(pool.ids_B[sample].tolist())
+    gain = choosing.coverage(pool.norm_B[sample] ** LEVERAGE, unit_SK, pool.trust_B[sample], chosen)
+    return Promise(gain, 1 - float(pool.trust_B[positions].mean()))
 
 
 def record(
-    connection: Connection, pool: Pool, choice: Choice, *, name: str | None, budget: int, actor: str
+    connection: Connection, pool: Pool, wish: Wish, choice: Choice, *, name: str | None, actor: str
 ) -> Selection:
     """Write the selection.
 
     Raises:
         SelectionExists: the name is taken.
     """
-    gain_B = pool.normalised_BS.mean(1)
-    slices = pool.normalised_BS.shape[1]
+    gain_B, slice_B = pool.normalised_BS.mean(1), pool.slice_B
     chosen = [
-        (int(pool.ids_B[i]), float(gain_B[i]), f"mean z-score {choice.merit_B[i]:+.2f} over {slices} slices")
+        (
+            int(pool.ids_B[i]),
+            float(gain_B[i]),
+            f"trusted to {pool.trust_B[i]:.2f}; speaks for {pool.slices[slice_B[i]]}",
+        )
         for i in choice.positions
     ]
-    name = name or selections.free_name(connection)
-    selections.add(
-        connection,
-        name=name,
-        recipe_id=pool.recipe_id,
-        direction_set_id=pool.direction_set_id,
-        budget=budget,
-        actor=actor,
-        chosen=chosen,
-    )
-    return Selection(
-        name=name,
-        budget=budget,
+    made = Selection(
+        name=name or selections.free_name(connection),
+        budget=wish.budget,
+        unit=wish.unit,
         chosen=len(chosen),
+        tokens=int(pool.tokens_B[list(choice.positions)].sum()),
         candidates=len(pool.ids_B),
+        trusted=int((pool.trust_B >= wish.trust).sum()),
         too_similar=choice.too_similar,
-        expected_gain=sum(gain for _, gain, _ in chosen),
-        gain_of_random=float(gain_B.mean()) * len(chosen),
+        expected_gain=choice.promise.gain,
+        gain_of_random=choice.of_random.gain,
+        expected_harmful=choice.promise.harmful,
+        harmful_of_random=choice.of_random.harmful,
     )
+    footing = {
+        "recipe_id": pool.recipe_id,
+        "direction_set_id": pool.direction_set_id,
+        "actor": actor,
+        "seed": wish.seed,
+    }
+    selections.add(connection, {**asdict(made), **footing}, chosen)
+    return made
 
 
 def reader(connection: Connection, pool: Pool) -> Fetch:
@@ -161,44 +253,10 @@ def reader(connection: Connection, pool: Pool) -> Fetch:
     return lambda ids: vectors.read(connection, pool.recipe_id, ids, pool.dimension)
 
 
-def balanced(normalised_BS: Floats) -> NDArray[np.float64]:
-    """(B,) the mean over slices of each slice's z-score; a slice that tells nobody apart says nothing."""
-    x_BS = normalised_BS.astype(np.float64)
-    spread_S = x_BS.std(0)
-    z_BS = (x_BS - x_BS.mean(0)) / np.where(spread_S > 0, spread_S, 1)
-    merit_B: NDArray[np.float64] = z_BS.mean(1)
-    return merit_B
-
-
-def _lots(ids_B: Longs, seed: int) -> NDArray[np.uint64]:
-    """A number for each id that is the same on every machine, to settle ties."""
-    digests = (hashlib.blake2b(b"%d:%d" % (seed, number), digest_size=8).digest() for number in ids_B.tolist())
-    return np.frombuffer(b"".join(digests), np.uint64)
-
-
-def _nearest(unit_RK: Floats, kept_NK: NDArray[np.float16]) -> Floats:
-    """(R,) the largest cosine of each candidate with anything chosen; -1 when nothing is."""
-    nearest_R = np.full(len(unit_RK), -1, np.float32)
-    for start in range(0, len(kept_NK), _CHUNK):
-        chunk_NK = kept_NK[start : start + _CHUNK].astype(np.float32)
-        np.maximum(nearest_R, (unit_RK @ chunk_NK.T).max(1), out=nearest_R)
-    return nearest_R
-
-
-def _greedy(unit_RK: Floats, nearest_R: Floats, room: int, similarity: float) -> tuple[list[int], int]:
-    """Rows taken, best first, and how many were passed over; whoever is taken counts at once."""
-    product_RR = unit_RK @ unit_RK.T
-    taken: list[int] = []
-    passed = 0
-    for i in range(len(unit_RK)):
-        if len(taken) == room:
-            break
-        if nearest_R[i] > similarity:
-            passed += 1
-            continue
-        taken.append(i)
-        np.maximum(nearest_R, product_RR[i], out=nearest_R)
-    return taken, passed
+def _lots(digests: Sequence[bytes], seed: int) -> Floats:
+    """A number in (0, 1) for each example, by its content: the same on every machine and in every pool."""
+    drawn = (hashlib.blake2b(b"%d:" % seed + digest, digest_size=8).digest() for digest in digests)
+    return np.asarray((np.frombuffer(b"".join(drawn), "<u8").astype(np.float64) + 0.5) / 2**64)
 
 
 @contextmanager

@@ -107,12 +107,12 @@ def level(connection: Connection) -> float | None:
 
 # Over S slices an example's p-value is S times its smallest: one bad slice is enough.
 _SCORED = """
-    SELECT s.example_id, x.p, x.stake
+    SELECT s.example_id, x.p, x.influence
     FROM curator.scores s
     JOIN curator.recipes r ON r.id = s.recipe_id AND r.in_use
     JOIN curator.direction_sets d ON d.id = s.direction_set_id AND d.in_use
     CROSS JOIN LATERAL (
-        SELECT least(1, min(a.p) * cardinality(s.p_value)) AS p, max(abs(a.influence)) AS stake
+        SELECT least(1, min(a.p) * cardinality(s.p_value)) AS p, max(abs(a.influence)) AS influence
         FROM unnest(s.p_value, s.normalised) AS a (p, influence)) x
 """
 
@@ -125,18 +125,23 @@ def p_values(connection: Connection) -> Rows:
 _QUEUE = f"""
     SELECT q.*, e.external_id, s.name AS source, e.record, encode(e.digest, 'hex') AS digest
     FROM (
-        SELECT t.example_id, t.p AS p_value, t.stake, coalesce(f.verdict, 'neutral') AS verdict,
-               CASE f.verdict WHEN 'harmful' THEN 1 - h.harmful ELSE h.harmful END AS doubt,
-               CASE f.verdict WHEN 'harmful' THEN 1 - h.harmful ELSE h.harmful END * t.stake AS gain
+        SELECT t.example_id, t.p AS p_value, t.influence, coalesce(f.verdict, 'neutral') AS verdict, c.stake, d.doubt,
+               d.doubt * c.stake AS gain
         FROM ({_SCORED}) t
         JOIN unnest(CAST(:p AS float8[]), CAST(:harmful AS float8[])) AS h (p, harmful) ON h.p = t.p
         LEFT JOIN curator.verdicts_in_force f ON f.example_id = t.example_id
+        LEFT JOIN curator.sketches k ON k.example_id = t.example_id
+        LEFT JOIN (SELECT of_id, count(*) AS n FROM curator.sketches WHERE of_id IS NOT NULL GROUP BY of_id) l
+               ON l.of_id = coalesce(k.of_id, t.example_id)
+        CROSS JOIN LATERAL (SELECT 1 + coalesce(l.n, 0) AS stake) c
+        CROSS JOIN LATERAL (
+            SELECT CASE f.verdict WHEN 'harmful' THEN 1 - h.harmful ELSE h.harmful END AS doubt) d
         WHERE {{condition}}
-        ORDER BY gain DESC, t.example_id LIMIT :limit
+        ORDER BY gain DESC, t.influence DESC, t.example_id LIMIT :limit
     ) q
     JOIN curator.examples e ON e.id = q.example_id
     JOIN curator.sources s ON s.id = e.source_id
-    ORDER BY q.gain DESC, q.example_id
+    ORDER BY q.gain DESC, q.influence DESC, q.example_id
 """  # noqa: S608 - the query above
 _UNREVIEWED = f"NOT EXISTS (SELECT FROM ({REVIEWED}) w WHERE w.example_id = t.example_id)"
 _DRAWN = """EXISTS (SELECT FROM curator.review_draw_examples x
@@ -146,9 +151,10 @@ _DRAWN = """EXISTS (SELECT FROM curator.review_draw_examples x
 def queue(
     connection: Connection, p: Sequence[float], harmful: Sequence[float], limit: int, draw: int | None = None
 ) -> list[Row[Any]]:
-    """Unreviewed examples by their expected gain: the chance that the verdict is wrong times what is at stake.
+    """Unreviewed examples by their expected gain: the chance that the verdict is wrong times how many are alike.
 
-    A row: example_id, p_value, stake, verdict, doubt, gain, external_id, source, record, digest.
+    Among equals, those that move a slice most come first.
+    A row: example_id, p_value, influence, verdict, stake, doubt, gain, external_id, source, record, digest.
 
     Args:
         connection: a read transaction.

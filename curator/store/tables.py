@@ -162,7 +162,14 @@ sketches = Table(
     Column("similarity", REAL, comment="share of the shingles of both that they have in common"),
     UniqueConstraint("example_id", comment="Sketched twice, it is kept once."),
     # Only heads are compared with: a million near-copies of one text must not meet each other.
-    Index("sketches_of_heads", "bands", postgresql_using="gin", postgresql_where=text("of_id IS NULL")),
+    # Without the list of pending entries, which every look-up would read from end to end.
+    Index(
+        "sketches_of_heads",
+        "bands",
+        postgresql_using="gin",
+        postgresql_where=text("of_id IS NULL"),
+        postgresql_with={"fastupdate": "off"},
+    ),
 )
 
 leaks = Table(
@@ -377,6 +384,7 @@ gradients = Table(
     Column("whitened_norm", REAL, comment="of the kept entries; its square is the self-influence"),
     Column("direction_set_id", BigInteger, comment="the directions `exact` was taken against, on arrival"),
     Column("exact", ARRAY(REAL), comment="un-compressed normalised influence on each of them"),
+    Column("tokens", Integer, nullable=False, server_default="1", comment="what the workload counts of the record"),
     Column("embedding_similarity", ARRAY(REAL), comment="control: of the last hidden states, with each of them"),
     Column("bm25", ARRAY(REAL), comment="control: of the words, for each of them"),
     _now("computed_at"),
@@ -569,7 +577,12 @@ selections = Table(
     _ref("recipe_id", "recipes"),
     _ref("direction_set_id", "direction_sets"),
     Column("budget", BigInteger, nullable=False),
-    Column("gain", REAL, nullable=False, comment="sum of the normalised influence of what was chosen"),
+    Column("unit", Text, nullable=False, server_default="examples", comment="what the budget is counted in"),
+    Column("seed", BigInteger, nullable=False, server_default="0"),
+    Column("gain", REAL, nullable=False, comment="share of the trusted candidates' gradients that it covers"),
+    Column("gain_of_random", REAL, nullable=False, comment="the same for as much, drawn at random"),
+    Column("harmful", REAL, nullable=False, comment="share of it expected to be worse than trusted data"),
+    Column("harmful_of_random", REAL, nullable=False),
     Column("actor", Text, nullable=False),
     _now("at"),
     UniqueConstraint("name"),

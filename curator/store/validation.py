@@ -136,7 +136,7 @@ def digests_in_use(connection: Connection, digests: Collection[bytes]) -> set[by
         text(
             "SELECT v.digest FROM curator.validation_examples v"
             " JOIN curator.validation_sets s ON s.id = v.validation_set_id AND s.in_use"
-            " WHERE v.digest = ANY(CAST(:digests AS bytea[]))"
+            " WHERE v.digest = ANY(CAST(:digests AS bytea[])) AND v.role <> 'contrast'"
         ),
         {"digests": list(digests)},
     )
@@ -151,8 +151,8 @@ def arrived_in(connection: Connection, intake_ids: Sequence[int]) -> int:
                 "SELECT count(DISTINCT e.id) FROM curator.validation_examples v"
                 " JOIN curator.validation_sets s ON s.id = v.validation_set_id AND s.in_use"
                 " JOIN curator.examples e ON e.digest = v.digest"
-                " JOIN curator.batches b ON b.id = e.batch_id WHERE b.intake_id = ANY(:ids) OR EXISTS"
-                " (SELECT FROM curator.occurrences o WHERE o.example_id = e.id AND o.intake_id = ANY(:ids))"
+                " JOIN curator.batches b ON b.id = e.batch_id WHERE v.role <> 'contrast' AND (b.intake_id = ANY(:ids)"
+                " OR EXISTS (SELECT FROM curator.occurrences o WHERE o.example_id = e.id AND o.intake_id = ANY(:ids)))"
             ),
             {"ids": list(intake_ids)},
         )

@@ -20,10 +20,11 @@ from pathlib import Path
 from sqlalchemy import Connection, Engine
 
 from curator.errors import CuratorError
+from curator.influence.confidence import references_needed
 from curator.settings import Settings
-from curator.store import health, migrate, reads, recipes
+from curator.store import figures, health, migrate, reads, recipes
 from curator.store.engine import read
-from curator.views import fidelity
+from curator.views import fidelity, report
 
 GIGABYTE = 1 << 30
 DISK_LOW, DISK_EMPTY = 5 * GIGABYTE, GIGABYTE // 4
@@ -32,7 +33,7 @@ DISK_LOW, DISK_EMPTY = 5 * GIGABYTE, GIGABYTE // 4
 SKEW_SECONDS, DEAF_SECONDS = 5.0, 150.0
 LONG_SECONDS = 600.0
 WORKLOAD_SECONDS = 180
-# 1 is calibrated; the trap of METHOD.md was measured at 1.8.
+# 1 is calibrated; the trap of overconfidence was measured at 1.8 (docs/decisions/0007).
 HOTTEST = 19.9  # the end of the search: a margin that is mostly negative asks for no temperature at all
 OVERCONFIDENT = 1.3
 
@@ -221,8 +222,8 @@ def _eviction(client: object) -> Check:
 # --- what is measured -------------------------------------------------------------------------------------
 
 
-def measures(engine: Engine) -> Iterator[Check]:
-    """The checkpoint in use: there, unchanged, and calibrated; and something to compare with."""
+def measures(engine: Engine, fdr: float = 0.1) -> Iterator[Check]:
+    """The checkpoint in use: there, unchanged, and calibrated; and something to compare with, enough for ``fdr``."""
     with read(engine) as connection:
         footing = reads.footing(connection)
     if footing.checkpoint is None:
@@ -236,12 +237,33 @@ def measures(engine: Engine) -> Iterator[Check]:
     with read(engine) as connection:
         outlived = recipes.outlived(connection)
         yield from _fidelity(fidelity.latest(connection))
+        yield from _references(connection, footing.trusted, fdr)
     if outlived:
         detail = f"curvature was fitted on trusted data that is no longer in use: {', '.join(outlived)}"
         fix = (
             "If it was at fault, set [gradients] seed: another recipe is fitted, and all gradients are computed again."
         )
         yield Check("curvature", Outcome.WARN, detail, fix)
+
+
+def _references(connection: Connection, trusted: int, fdr: float) -> Iterator[Check]:
+    """Whether there are enough trusted references to flag anything, and whether arrivals are of their kind."""
+    slices = figures.slices(connection)
+    if not slices:
+        return
+    needed = references_needed(fdr / len(slices))
+    detail = f"{trusted} trusted references for {len(slices)} slices at fdr {fdr:g}"
+    if trusted < needed:
+        fix = f"Add trusted examples: at least {needed} references are needed before anything can be flagged."
+        yield Check("references", Outcome.WARN, detail, fix)
+    else:
+        yield ok("references", detail)
+    for row in slices:
+        found = report.uniformity(
+            [(float(p.p_value), int(p.n)) for p in figures.p_values(connection, row.ordinal)], trusted
+        )
+        for said in report.of_p_values(row.slice, found):
+            yield Check("arrivals", Outcome.WARN, said, "Add trusted examples of the kind that arrives.")
 
 
 def _unchanged(path: Path, footing: object) -> Iterator[Check]:

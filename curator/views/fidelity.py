@@ -1,4 +1,4 @@
-"""Whether compressed scores still keep the order of the exact ones: the alarm of a recipe (METHOD 8)."""
+"""Whether compressed scores still keep the order of the exact ones: the alarm of a recipe."""
 
 from __future__ import annotations
 

@@ -240,17 +240,18 @@ def _of_footing(footing: Row[Any], leaked: int) -> Iterator[str]:
         yield f"The directions could not be computed: {footing.detail}"
     if leaked:
         yield (
-            f"{leaked} arrivals are also in a validation set: their influence is that of an answer on itself, and what "
-            "is measured on that set is too good."
+            f"{leaked} arrivals are also, or nearly, in a validation set: their influence is that of an answer "
+            "on itself, and what is measured on that set is too good."
         )
 
 
 def _of_slices(slices: Sequence[Slice]) -> Iterator[str]:
     for each in slices:
-        yield from _of_p_values(each.slice, each.uniformity)
+        yield from of_p_values(each.slice, each.uniformity)
 
 
-def _of_p_values(name: str, found: Uniformity) -> Iterator[str]:
+def of_p_values(name: str, found: Uniformity) -> Iterator[str]:
+    """What the p-values of a slice warn of."""
     if not found.holds:
         yield (
             f"Slice {name}: the p-values of the bulk are not uniform (distance {found.distance:.2f}, limit "

@@ -23,8 +23,8 @@ from curator.views.text import inert, preview, words
 class Doubtful:
     """An unreviewed example. ``gain`` is ``doubt``, the chance that its verdict is wrong, times what is at ``stake``.
 
-    ``stake`` is the largest normalised influence on any slice, whatever its sign: what a wrong verdict does to the next
-    run, lost help or harm let in.
+    ``stake`` is how many arrivals are nearly the same, itself included: what is learned of one holds for all.
+    ``influence`` is the largest normalised influence on any slice, whatever its sign.
     """
 
     example_id: int
@@ -32,8 +32,9 @@ class Doubtful:
     source: str
     verdict: str
     doubt: float
-    stake: float
+    stake: int
     gain: float
+    influence: float
     p_value: float
     preview: str
 
@@ -102,6 +103,7 @@ def _doubtful(row: Row[Any]) -> Doubtful:
         doubt=row.doubt,
         stake=row.stake,
         gain=row.gain,
+        influence=row.influence,
         p_value=row.p_value,
         preview=preview(row.record),
     )

@@ -27,7 +27,9 @@ class Workload(Protocol):
     """What a user's factory returns. ``load`` is called before ``collate`` and ``losses``.
 
     Optional, with defaults in this module: ``layers(model) -> names``, ``validation_losses(model, batch) -> (B,)``,
-    ``n_tokens(record) -> int``, ``validate(record) -> None or a reason``; ``positions(record) -> texts`` has none.
+    ``n_tokens(record) -> int``, ``validate(record) -> None or a reason``, ``correct(model, batch) -> (B,)`` of zeros
+    and ones, ``training() -> Training`` and ``train(model, records, *, seed, device, how) -> model``;
+    ``positions(record) -> texts`` has none.
     """
 
     def load(self, checkpoint: Path, device: torch.device) -> nn.Module:

@@ -26,6 +26,7 @@ from curator.workloads.base import Record
 from curator.workloads.experts import take_apart
 from curator.workloads.huggingface import Weights, pretrained
 from curator.workloads.tokens import IGNORED, TokenBatch, Tokens, padded, tokenized
+from curator.workloads.training import Training
 from curator.workloads.turns import chat_segments, conversation, last_only, plain_segments, preference
 
 KIND = "causal-lm"
@@ -182,6 +183,10 @@ class CausalLM:
                 raise RecordUnusable(kind=KIND, reason=reason)
         texts = [text for record in records for text in preference(record) or (record,)]
         return padded([self.tokens(text) for text in texts], self.tokenizer.pad_token_id or 0)
+
+    def training(self) -> Training:
+        """A pass of fine-tuning."""
+        return Training(epochs=1, batch=8, learning_rate=2e-5)
 
     def n_tokens(self, record: Record) -> int:
         """Tokens of the record after cutting."""

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from curator.errors import CheckpointForeign, NotLoaded, RecordUnusable
 from curator.workloads.base import Record
 from curator.workloads.huggingface import pretrained
+from curator.workloads.training import Training
 
 KIND = "text-classifier"
 FORMAT = "curator.text-classifier/1"
@@ -101,21 +102,15 @@ class HashedText(nn.Module):
         return logits
 
 
-@dataclass(frozen=True)
-class Training:
-    """How ``fit`` trains; small models of short texts need no more."""
-
-    epochs: int = 6
-    batch: int = 64
-    learning_rate: float = 1e-2
-    weight_decay: float = 0.0
+FROM_NOTHING = Training(epochs=6, batch=64, learning_rate=1e-2, weight_decay=0.0)
+FURTHER = Training(epochs=4, batch=32, learning_rate=1e-2)
+FINE_TUNING = Training(epochs=3, batch=16, learning_rate=2e-5)
 
 
 def fit(
-    texts: Sequence[str], labels: Sequence[str], config: TextConfig, seed: int, how: Training | None = None
+    texts: Sequence[str], labels: Sequence[str], config: TextConfig, seed: int, how: Training = FROM_NOTHING
 ) -> HashedText:
     """Train a model from nothing; the same on every run of one machine. The caller's random state is left alone."""
-    how = how or Training()
     numbers = [config.labels.index(label) for label in labels]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -177,24 +172,28 @@ class _Reader(Protocol):
 
     def batch(self, texts: Sequence[str], label_B: Sequence[int]) -> Any: ...
 
-    def positions(self, text: str) -> list[str]: ...
+    @property
+    def training(self) -> Training: ...
 
-    def losses(self, model: nn.Module, batch: Any) -> Tensor: ...
+    def logits(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]: ...
+
+    def positions(self, text: str) -> list[str]: ...
 
 
 @dataclass(frozen=True)
 class _Hashed:
     labels: Mapping[str, int]
     buckets: int
+    training: Training = FURTHER
 
     def batch(self, texts: Sequence[str], label_B: Sequence[int]) -> TextBatch:
         return bags(texts, label_B, self.buckets)
 
+    def logits(self, model: nn.Module, batch: TextBatch) -> tuple[Tensor, Tensor]:
+        return model(batch), batch.label_B
+
     def positions(self, text: str) -> list[str]:
         return []  # the model sees the mean of all words
-
-    def losses(self, model: nn.Module, batch: TextBatch) -> Tensor:
-        return F.cross_entropy(model(batch), batch.label_B, reduction="none")
 
 
 @dataclass(frozen=True)
@@ -202,6 +201,7 @@ class _Tokenized:
     labels: Mapping[str, int]
     tokenizer: Any
     max_tokens: int
+    training: Training = FINE_TUNING
 
     def batch(self, texts: Sequence[str], label_B: Sequence[int]) -> dict[str, Tensor]:
         if not texts:
@@ -216,9 +216,9 @@ class _Tokenized:
         ids = self.tokenizer(text, truncation=True, max_length=self.max_tokens)["input_ids"]
         return [self.tokenizer.decode([token]) for token in ids]
 
-    def losses(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         inputs = {name: tensor for name, tensor in batch.items() if name != "label_B"}
-        return F.cross_entropy(model(**inputs).logits.float(), batch["label_B"], reduction="none")
+        return model(**inputs).logits.float(), batch["label_B"]
 
 
 class TextClassification:
@@ -271,7 +271,16 @@ class TextClassification:
 
     def losses(self, model: nn.Module, batch: Any) -> Tensor:
         """Cross-entropy of the label, (B,)."""
-        return self.reader.losses(model, batch)
+        return F.cross_entropy(*self.reader.logits(model, batch), reduction="none")
+
+    def correct(self, model: nn.Module, batch: Any) -> Tensor:
+        """1 where the label is the likeliest, else 0, (B,)."""
+        logits, label_B = self.reader.logits(model, batch)
+        return logits.argmax(1) == label_B
+
+    def training(self) -> Training:
+        """How the loaded checkpoint is trained further."""
+        return self.reader.training
 
     def positions(self, record: Record) -> list[str]:
         """The text of each token that a Hugging Face model sees; the built-in one sees no positions."""

@@ -295,7 +295,7 @@ FROM (SELECT example_id, validation_example_id, similarity FROM curator.leaks
       WHERE NOT EXISTS (SELECT FROM curator.leaks k WHERE k.example_id = x.id AND k.validation_example_id = y.id)) l
 JOIN curator.examples e ON e.id = l.example_id
 JOIN curator.sources s ON s.id = e.source_id
-JOIN curator.validation_examples t ON t.id = l.validation_example_id
+JOIN curator.validation_examples t ON t.id = l.validation_example_id AND t.role <> 'contrast'
 JOIN curator.validation_sets v ON v.id = t.validation_set_id AND v.in_use;
 
 COMMENT ON VIEW curator.validation_leaks IS

@@ -457,7 +457,16 @@ def upgrade() -> None:
         sa.Column("recipe_id", sa.BigInteger(), nullable=False),
         sa.Column("direction_set_id", sa.BigInteger(), nullable=False),
         sa.Column("budget", sa.BigInteger(), nullable=False),
-        sa.Column("gain", sa.REAL(), nullable=False, comment="sum of the normalised influence of what was chosen"),
+        sa.Column(
+            "unit", sa.Text(), server_default="examples", nullable=False, comment="what the budget is counted in"
+        ),
+        sa.Column("seed", sa.BigInteger(), server_default="0", nullable=False),
+        sa.Column(
+            "gain", sa.REAL(), nullable=False, comment="share of the trusted candidates' gradients that it covers"
+        ),
+        sa.Column("gain_of_random", sa.REAL(), nullable=False, comment="the same for as much, drawn at random"),
+        sa.Column("harmful", sa.REAL(), nullable=False, comment="share of it expected to be worse than trusted data"),
+        sa.Column("harmful_of_random", sa.REAL(), nullable=False),
         sa.Column("actor", sa.Text(), nullable=False),
         sa.Column("at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
         sa.ForeignKeyConstraint(
@@ -487,6 +496,13 @@ def upgrade() -> None:
         ),
         sa.Column(
             "exact", sa.ARRAY(sa.REAL()), nullable=True, comment="un-compressed normalised influence on each of them"
+        ),
+        sa.Column(
+            "tokens",
+            sa.Integer(),
+            server_default="1",
+            nullable=False,
+            comment="what the workload counts of the record",
         ),
         sa.Column(
             "embedding_similarity",
@@ -833,6 +849,7 @@ def upgrade() -> None:
         schema="curator",
         postgresql_using="gin",
         postgresql_where=sa.text("of_id IS NULL"),
+        postgresql_with={"fastupdate": "off"},
     )
     op.create_table(
         "leaks",

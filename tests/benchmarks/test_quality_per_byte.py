@@ -2,159 +2,124 @@
 
     python -m pytest tests/benchmarks/test_quality_per_byte.py -m benchmark -s
 
-writes results/quality_per_byte.md, .json and .svg. About ten minutes a model on one core, the retraining included.
+runs what is missing of the study (``quality_study``) and writes results/quality_per_byte.md and .svg; all of it takes
+hours on one core, a recipe of a scene seconds. The other tests hold the study's own short cuts against plain algebra.
 """
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from curator.influence.evaluate import auc, linear_datamodelling, linear_datamodelling_estimate, spearman
-from tests.benchmarks import quality, quality_page
-from tests.benchmarks.quality_recipes import RECIPES, uncompressed
+from curator.influence.codes import Pca
+from curator.influence.retraining import Training
+from curator.influence.scoring import unit
+from tests.benchmarks import quality, quality_page, quality_study
+from tests.benchmarks.quality_recipes import PCA_CODE, whitened
+from tests.benchmarks.quality_spectrum import Blocks, components, cosines
 
-SIZES = (512, 1024, 4096, 16384)
-CODED = (256, 512, 1024, 4096)  # a code of the sample's components has no more than the sample has examples
-TUNED_AT = 1024
-DAMPINGS = (0.1, 1.0, 10.0)
-MOST_GAUSSIAN = 512  # a dense matrix for more takes minutes
-FULL_SPACE = (4096,)
-TUNING = 100  # queries the damping is chosen on; the other 200 are reported
-RESULTS = Path(__file__).parent / "results"
-
-
-def products(fitted, scene, part):
-    """Influence and normalised influence of every row of a part on every query."""
-    stored, _ = fitted(part)
-    _, query = fitted(scene.queries)
-    plain = (stored @ query.T) * scene.slope_V
-    lengths = stored.norm(dim=1)[:, None] * query.norm(dim=1)
-    return {
-        "influence": plain.double().numpy(),
-        "normalised": (stored @ query.T / lengths.clamp_min(1e-30)).double().numpy(),
-    }
-
-
-def once(fitted):
-    """Queries are compared with two parts; their vectors are made once."""
-    made = {}
-    return lambda part: made.setdefault(id(part), None) or made.__setitem__(id(part), fitted(part)) or made[id(part)]
-
-
-def tuning(score, truth):
-    return float(np.nanmean(linear_datamodelling(score[:, :TUNING], truth.kept_MN, truth.margin_MV[:, :TUNING])))
-
-
-def figures(score, truth, exact=None):
-    found = linear_datamodelling_estimate(score[:, TUNING:], truth.kept_MN, truth.margin_MV[:, TUNING:])
-    row = {"lds": [found.value, found.low, found.high]}
-    if exact is not None:
-        row["spearman"] = float(
-            np.mean([spearman(a, b) for a, b in zip(score.T[TUNING:], exact.T[TUNING:], strict=True)])
-        )
-    return row
-
-
-def sizes_of(recipe):
-    if "Gaussian" in recipe.name:
-        return [s for s in SIZES if s <= MOST_GAUSSIAN]
-    if recipe.name.startswith("wide"):
-        return CODED
-    return FULL_SPACE if recipe.name.startswith("full-space") else SIZES
-
-
-def measured(recipe, scene, size, damping, exact):
-    fitted = once(recipe.fit(scene.sample, size, damping, 0))
-    scores = products(fitted, scene, scene.scored)
-    found = {kind: figures(score, scene.truth, exact[kind]) for kind, score in scores.items()}
-    arrived = products(fitted, scene, scene.arrivals)
-    for kind in found:
-        found[kind]["auc"] = auc(-arrived[kind].mean(axis=1), scene.bad)
-    return {"recipe": recipe.name, "size": size, "damping": damping, "scores": found}
-
-
-def best_damping(fit, scene, size):
-    """For normalised influence, which decides the default; the plain one is reported at the same."""
-    tried = {
-        d: tuning(products(fit(scene.sample, size, d, 0), scene, scene.scored)["normalised"], scene.truth)
-        for d in DAMPINGS
-    }
-    return max(tried, key=tried.get)
-
-
-def controls(scene):
-    truth, (z, v) = scene.truth, scene.features
-    flat = [torch.cat([g.flatten(1) for g in part.values()], 1) for part in (scene.scored, scene.queries)]
-    dot = (flat[0] @ flat[1].T).double()
-    mine = torch.stack([g.norm() for g in flat[0]])
-    n = len(z)
-    random = np.random.Generator(np.random.Philox(0)).standard_normal((n, len(v)))
-    found = {
-        "gradient dot product": (dot * scene.slope_V).numpy(),
-        "gradient cosine": (dot / mine[:, None] / flat[1].norm(dim=1)).numpy(),
-        "embedding similarity": (z @ v.T).double().numpy(),
-        "random": random,
-    }
-    rows = {name: figures(score, truth) for name, score in found.items()}
-    rows["plain loss"] = {"auc": auc(scene.loss_of_arrivals, scene.bad)}
-    return rows
-
-
-def study(model, stage):
-    scene = quality.scene(model, stage)
-    damping = best_damping(uncompressed, scene, 0)
-    fitted = uncompressed(scene.sample, 0, damping, 0)
-    exact = products(fitted, scene, scene.scored)
-    arrived = products(fitted, scene, scene.arrivals)
-    whole = {k: figures(s, scene.truth) | {"auc": auc(-arrived[k].mean(axis=1), scene.bad)} for k, s in exact.items()}
-    rows = []
-    for recipe in RECIPES:
-        tuned = damping if recipe.name.startswith("full") else best_damping(recipe.fit, scene, TUNED_AT)
-        rows += [measured(recipe, scene, size, tuned, exact) for size in sizes_of(recipe)]
-        print(
-            model,
-            stage,
-            recipe.name,
-            tuned,
-            [round(r["scores"]["normalised"]["lds"][0], 3) for r in rows if r["recipe"] == recipe.name],
-            flush=True,
-        )
-    about = {"accuracy": scene.truth.accuracy, "temperature": scene.temperature, "ceiling": scene.truth.ceiling}
-    return about | {"uncompressed": whole, "damping": damping, "rows": rows, "controls": controls(scene)}
+LAYERS = {"few entries": (4, 5), "more entries than examples": (12, 11)}
+C = 0.3
 
 
 @pytest.mark.benchmark
-@pytest.mark.timeout(7200)
-@pytest.mark.parametrize("model", list(quality.MODELS))
-def test_quality_per_byte(model):
+@pytest.mark.timeout(4 * 3600)
+def test_quality_per_byte():
     pytest.importorskip("mlxtend")
     torch.set_num_threads(1)
-    found = {stage: study(model, i) for i, stage in enumerate(quality.MODELS[model].stages)}
-    path = RESULTS / "quality_per_byte.json"
-    kept = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(kept | {model: found}, indent=1))
-    quality_page.write(RESULTS, __doc__)
+    store = quality_study.Store()
+    for seed in range(3):
+        for model in quality.SETTINGS:
+            for stage in range(len(quality.STAGES)):
+                quality_study.study(store, model, stage, seed, float("inf"))
+    quality_page.write(quality_study.RESULTS, quality_study.__doc__)
 
 
-def test_the_page_and_the_plot_are_made_from_the_figures(tmp_path):
-    row = {"lds": [0.4, 0.3, 0.5], "spearman": 0.9, "auc": 0.8}
-    rows = [
-        {"recipe": "neuron mask", "size": s, "damping": 0.1, "scores": {"influence": row, "normalised": row}}
-        for s in SIZES
-    ]
-    scene = {
-        "accuracy": 0.9,
-        "temperature": 1.0,
-        "ceiling": 0.5,
-        "damping": 10,
-        "rows": rows,
-        "uncompressed": {"influence": row, "normalised": row},
-        "controls": {"random": {"lds": [0, -0.1, 0.1]}, "plain loss": {"auc": 0.9}},
-    }
-    (tmp_path / "quality_per_byte.json").write_text(json.dumps({"MLP": {"calibrated": scene}}))
-    quality_page.write(tmp_path, __doc__)
-    assert "| neuron mask | 0.1 | 0.400 (0.30-0.50)" in (tmp_path / "quality_per_byte.md").read_text()
-    assert (tmp_path / "quality_per_byte.svg").read_text().count("<polyline") == 2 + 8
+@pytest.fixture(scope="module")
+def rows():
+    draw = torch.Generator().manual_seed(0)
+    counts = {"scored": 30, "sample": 100, "queries": 7}
+    return {p: {n: torch.randn(m, *s, generator=draw) for n, s in LAYERS.items()} for p, m in counts.items()}
+
+
+@pytest.fixture(scope="module")
+def dense(rows):
+    """F^-1/2 g of every part in float64, from the whole matrix."""
+    found = {p: [] for p in rows}
+    for layer in LAYERS:
+        directions = unit(rows["sample"][layer].flatten(1).double())[0]
+        F = directions.T @ directions / len(directions)
+        values, vectors = torch.linalg.eigh(F + C * F.trace() / len(F) * torch.eye(len(F)))
+        for p, by_layer in rows.items():
+            found[p].append(by_layer[layer].flatten(1).double() @ (vectors * values.rsqrt()) @ vectors.T)
+    return {p: torch.cat(parts, dim=1) for p, parts in found.items()}
+
+
+def test_scores_by_spectrum_are_those_of_the_dense_curvature(rows, dense):
+    blocks = Blocks.fit(rows)
+    plain, cosine = blocks.scores("scored", blocks.ridges(C))
+    expected = dense["scored"] @ dense["queries"].T
+    torch.testing.assert_close(plain.double(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    torch.testing.assert_close(
+        cosine.double(), unit(dense["scored"])[0] @ unit(dense["queries"])[0].T, rtol=0, atol=1e-4
+    )
+
+
+def test_whitened_rows_are_those_of_the_dense_curvature(rows, dense):
+    found = whitened(Blocks.fit(rows), rows, "scored", C).double()
+    torch.testing.assert_close(found, dense["scored"], rtol=0, atol=1e-4 * float(dense["scored"].abs().max()))
+
+
+def test_components_from_inner_products_are_the_pca_of_whitened_rows(rows, dense):
+    fitted = Pca.fit(lambda: [unit(dense["sample"])[0]], 20)
+    expected = fitted.encode(dense["scored"].float()) @ fitted.encode(dense["queries"].float()).T
+    y = components(Blocks.fit(rows), C)
+    found = y["scored"][:, :20] @ y["queries"][:, :20].T
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3 * float(expected.abs().max()))
+
+
+def test_half_precision_moves_no_cosine_by_a_thousandth(dense):
+    wide = {p: w.float() for p, w in dense.items()}
+    whole = unit(wide["scored"])[0] @ unit(wide["queries"])[0].T
+    assert float((cosines(wide, "scored")[1] - whole).abs().max()) < 1e-3
+
+
+def test_the_damping_that_is_chosen_is_inside_what_was_tried():
+    best = 3e3
+    found = quality_study.tried(lambda c: -abs(np.log(c / best)))
+    chosen = max(found, key=found.get)
+    assert min(found) < chosen < max(found)
+    assert abs(np.log10(chosen / best)) < 0.3
+
+
+def _digits(seed):
+    from sklearn.datasets import load_digits
+
+    x, y = load_digits(return_X_y=True)
+    images, labels = torch.tensor(x / 16, dtype=torch.float32), torch.tensor(y, dtype=torch.long)
+    parts = list(zip(images.split(60), labels.split(60), strict=True))
+    return quality.Data(*parts[:4], np.arange(60) % 9 == 0)
+
+
+def test_a_study_goes_on_where_it_ended_and_its_page_has_every_recipe(tmp_path, monkeypatch):
+    monkeypatch.setattr(quality, "CACHE", tmp_path)
+    monkeypatch.setattr(quality, "SUBSETS", 8)
+    monkeypatch.setattr(quality_study, "SIZES", (512,))
+    monkeypatch.setattr(quality_study, "CODE_SIZES", (256,))
+    setting = quality.Setting(
+        lambda: nn.Sequential(nn.Linear(64, 12), nn.ReLU(), nn.Linear(12, 10)),
+        **quality._ON_DIGITS | {"data": _digits, "tuning": 20, "together": 8},
+        how=Training(3, rate=1e-2, snapshots=(1, 2, 3)),
+    )
+    monkeypatch.setattr(quality, "SETTINGS", {"MLP": setting})
+    path = tmp_path / "quality_per_byte.json"
+    for until in (0.0, float("inf")):
+        quality_study.study(quality_study.Store(path), "MLP", 2, 0, until)
+    found = json.loads(path.read_text())["MLP"]["overconfident"]
+    quality_page.write(tmp_path, quality_study.__doc__)
+    page = (tmp_path / "quality_per_byte.md").read_text()
+    assert {row["recipe"] for row in found["rows"]} > {PCA_CODE, "un-compressed, EK-FAC", "peer: LoGra", "plain loss"}
+    assert all(f"| {row['recipe']} |" in page for row in found["rows"])
+    assert (tmp_path / "quality_per_byte.svg").read_text().count("<polyline") == 2 + len(quality_page.PLOTTED)

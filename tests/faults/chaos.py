@@ -227,8 +227,9 @@ def worker_command(name: str, queue: str, python: str = sys.executable) -> list[
 PREVIOUS = os.environ.get("CURATOR_CHAOS_PREVIOUS", sys.executable)
 
 
-ABANDONED_SECONDS = 30.0
-"""Past its end, a lease is reclaimed by the next upkeep: a second later, or when the database is back."""
+ABANDONED_SECONDS = 90.0
+"""Past its end, a lease is reclaimed by the next upkeep: a second later, or when there is a database, and a worker of
+the table's queue, for as long as a round takes. Both may be killed again and again before that."""
 
 _NEVER = """
     WITH recipe AS (SELECT r.id FROM curator.recipes r JOIN curator.direction_sets d ON d.recipe_id = r.id AND d.in_use

@@ -187,8 +187,7 @@ class Far:
 def workers(project: Path, database_url: str, engine: Engine) -> Iterator[Far]:
     """Processes as an operator starts them, with servers of his own."""
     broker = EmbeddedBroker(project / ".curator")
-    broker.acquire()
-    with proxied(database_url) as (database, url), Proxy(broker.socket_path) as bell:
+    with broker, proxied(database_url) as (database, url), Proxy(broker.socket_path) as bell:
         environment = {
             **os.environ,
             "CURATOR_PROJECT": str(project),
@@ -204,7 +203,6 @@ def workers(project: Path, database_url: str, engine: Engine) -> Iterator[Far]:
             assert all(process.poll() is None for process in pool.running.values()), "nobody was started again"
         finally:
             pool.close()
-    broker.release()
 
 
 def test_rings_are_due_by_a_clock_that_nobody_puts_back(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,12 +6,15 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from sqlalchemy import Engine, text
 
+from curator.cli import daemon, main
 from curator.settings import Settings
 from curator.store import work
 from curator.store.engine import begin, read
@@ -54,3 +57,23 @@ def test_a_stop_in_every_stage(
     with read(engine) as connection:
         rows = connection.execute(text("SELECT state, attempts, count(*) FROM curator.work GROUP BY 1, 2")).all()
     assert rows == [(state, 0, 3 * len(Stage))]
+
+
+def test_a_drain_passes_its_stop_on_and_ends_as_its_worker_does(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else whoever stops the command leaves a worker behind that nobody sees."""
+    started: list[subprocess.Popen[bytes]] = []
+    popen = subprocess.Popen
+
+    def start(*_: object, **__: object) -> subprocess.Popen[bytes]:
+        started.append(popen(["sleep", "60"]))
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return started[0]
+
+    monkeypatch.setattr(daemon.subprocess, "Popen", start)
+    before = signal.getsignal(signal.SIGTERM)
+    runner = CliRunner(env={"CURATOR_DATABASE_URL": settings.database.url})
+    assert runner.invoke(main, ["--project", str(settings.project), "drain"]).exit_code == 143
+    assert started[0].poll() is not None
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -3,6 +3,7 @@
 import gzip
 import json
 import stat
+import sys
 from pathlib import Path
 
 import pytest
@@ -186,3 +187,22 @@ def test_an_object_of_a_real_s3_server_is_read(new_curator: Curator, monkeypatch
         assert "CUR-INP-005" in new_curator("ingest", "s3://bucket/night/mail.jsonl.gz").stderr
     finally:
         server.stop()
+
+
+def test_without_pyarrow_the_command_that_installs_it_is_said(
+    new_curator: Curator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "a").write_bytes(b"PAR1....PAR1")
+    result = new_curator("ingest", str(tmp_path / "a"))
+    assert (result.exit_code, "CUR-WRK-009" in result.stderr) == (2, True)
+    assert "pip install 'gradient-curator[tables]'" in result.stderr
+    (tmp_path / "b.csv").write_text("text\na\n")
+    assert new_curator.rows("ingest", str(tmp_path / "b.csv"))[0]["accepted"] == 1, "nothing else needs it"
+
+
+def test_of_several_splits_the_one_to_train_on_is_asked_for(new_curator: Curator, tmp_path: Path) -> None:
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    result = new_curator("ingest", str(tmp_path))
+    assert (result.exit_code, "CUR-FIL-009" in result.stderr) == (2, True)
+    assert f"{tmp_path}/train" in result.stderr

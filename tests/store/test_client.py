@@ -163,3 +163,36 @@ def test_a_trainer_trains_on_it_and_its_checkpoints_register_themselves(
     losses = [json.loads(line) for line in (curator.project / ".curator/runs/june.jsonl").read_text().splitlines()]
     assert [line["step"] for line in losses] == [2, 4, 4]
     assert all(line["loss"] > 0 for line in losses[:2])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_sft_trains_on_an_export_and_registers_its_checkpoint(
+    client: package.Client, curator: Curator, tmp_path: Path
+) -> None:
+    """The whole way round with TRL: chosen, exported, trained on, and the new checkpoint is what is measured with."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    from curator.training.huggingface import CuratorCallback
+
+    client.select(24, name="june")
+    client.export(tmp_path / "out", what="selected", selection="june", format="hf")
+    chosen = datasets.load_from_disk(str(tmp_path / "out" / "selected")).select_columns(["text"])
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<pad>", "</s>", "<unk>"])}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+    config = transformers.LlamaConfig(
+        vocab_size=3, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    options = trl.SFTConfig(
+        output_dir=str(tmp_path / "run"), max_steps=2, save_steps=2, logging_steps=1, per_device_train_batch_size=4,
+        max_length=16, report_to=[], use_cpu=True, bf16=False,
+    )  # fmt: skip
+    trl.SFTTrainer(
+        model=transformers.LlamaForCausalLM(config), args=options, train_dataset=chosen, processing_class=tokenizer,
+        callbacks=[CuratorCallback(curator.project, run="sft")],
+    ).train()  # fmt: skip
+    assert {row["name"]: row["in_use"] for row in curator.rows("checkpoint", "list")}["sft-2"]

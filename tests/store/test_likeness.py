@@ -12,6 +12,7 @@ from sqlalchemy import Engine, text
 from curator.settings import Settings
 from curator.stages import examples, likeness
 from curator.stages.turn import Turn
+from curator.store import likeness as store
 from curator.store.engine import begin, read
 
 MAIL = "the quick brown fox jumps over the lazy dog and then it goes home to sleep for a day or two by the fire " * 2
@@ -85,3 +86,14 @@ def test_a_leak_is_found_whichever_came_first(engine: Engine, settings: Settings
         likeness.run(engine, 0.8, 60)
     found = rows(engine, "validation_leaks")
     assert [(row["example_id"], row["validation_set"]) for row in found] == [(2, "trusted"), (3, "trusted")]
+
+
+def test_a_look_for_candidates_goes_by_the_bands(engine: Engine, settings: Settings) -> None:
+    take_in(engine, settings, [f"mail {n} {MAIL}"[:40] for n in range(300)])
+    likeness.run(engine, 1.0, 60)
+    values = {"ids": [1, 2], "bands": ["{1,2}", "{3}"], "most": 8}
+    with begin(engine) as connection:
+        connection.exec_driver_sql("ANALYZE curator.sketches")
+        store._prefer_bands(connection, True)
+        plan = connection.scalars(text("EXPLAIN " + store.CANDIDATES_OF.text), values).all()
+    assert "sketches_of_heads" in "\n".join(plan)

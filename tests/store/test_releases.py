@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 
 import pytest
+from alembic import command
 from sqlalchemy import Engine, text
 
 from curator.errors import DatabaseDown, SchemaBehind
@@ -68,7 +69,7 @@ def test_a_migration_that_is_interrupted_leaves_nothing_and_can_be_run_again(
     empty_database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make_engine(empty_database_url, pooled=False)
-    upgrade = migrate.command.upgrade
+    upgrade = command.upgrade
 
     def upgrade_and_die(config: object, revision: str) -> None:
         upgrade(config, revision)  # type: ignore[arg-type]
@@ -76,7 +77,7 @@ def test_a_migration_that_is_interrupted_leaves_nothing_and_can_be_run_again(
         connection.execute(text("SELECT pg_terminate_backend(pg_backend_pid())"))
 
     with monkeypatch.context() as dying:
-        dying.setattr(migrate.command, "upgrade", upgrade_and_die)
+        dying.setattr(command, "upgrade", upgrade_and_die)
         with pytest.raises(DatabaseDown):
             migrate.upgrade(engine)
     with read(engine) as connection:

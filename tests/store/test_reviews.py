@@ -26,8 +26,23 @@ def test_the_queue_is_ordered_by_doubt_times_stake(curator: Curator, world: Worl
     for row in rows:
         i = row["example_id"] - 1
         assert row["gain"] == pytest.approx(row["doubt"] * row["stake"])
-        assert row["stake"] == pytest.approx(np.abs(world.normalised_BS[i]).max(), abs=1e-6)
+        assert row["stake"] == 1
+        assert row["influence"] == pytest.approx(np.abs(world.normalised_BS[i]).max(), abs=1e-6)
         assert row["p_value"] == pytest.approx(min(1, 2 * world.p_BS[i].min()), abs=1e-6)
+
+
+def test_what_many_are_like_comes_first(curator: Curator) -> None:
+    """One look at a head settles its near-duplicates: the stake of all of them is their number."""
+    last = curator.rows("reviews", "queue", "--limit", "300")[-1]["example_id"]
+    alike = [number for number in range(1, 600) if number != last][:200]
+    with begin(make_engine(curator.url, pooled=False)) as connection:
+        connection.execute(
+            text("INSERT INTO curator.sketches (example_id, bands, of_id, similarity) VALUES (:id, '{1}', :of, 1)"),
+            [{"id": last, "of": None}, *({"id": number, "of": last} for number in alike)],
+        )
+    rows = {row["example_id"]: row for row in curator.rows("reviews", "queue", "--limit", "600")}
+    assert {rows[number]["stake"] for number in (last, *alike)} == {201}
+    assert rows[last]["gain"] == pytest.approx(201 * rows[last]["doubt"])
 
 
 def test_a_sure_flag_is_hardly_doubted_and_an_unsure_one_is(curator: Curator, world: World) -> None:

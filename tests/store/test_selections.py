@@ -1,87 +1,124 @@
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from sqlalchemy import text
 
 from curator.stages import selections
-from curator.stages.selections import Pool
+from curator.stages.selections import Choice, Pool, Wish
+from curator.store.engine import begin, make_engine
 from tests.store.conftest import Curator
 from tests.store.read_world import World
 
-Floats = NDArray[np.float32]
+Singles = NDArray[np.float32]
 
 
-def pool_of(unit_BK: Floats, normalised_BS: NDArray[Any]) -> Pool:
-    return Pool(1, 1, unit_BK.shape[1], np.arange(len(unit_BK)), normalised_BS.astype(np.float32))
-
-
-def unit(random: np.random.Generator, *shape: int) -> Floats:
+def unit(random: np.random.Generator, *shape: int) -> Singles:
     x = random.normal(size=shape)
-    rows: Floats = (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
+    rows: Singles = (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
     return rows
 
 
-def naive(pool: Pool, unit_BK: Floats, budget: int, similarity: float) -> list[int]:
-    """The same choice, one candidate at a time over all that was chosen."""
-    merit_B = selections.balanced(pool.normalised_BS)
-    chosen: list[int] = []
-    for i in np.argsort(-merit_B, kind="stable").tolist():
-        if len(chosen) < budget and all(unit_BK[i] @ unit_BK[j] <= similarity for j in chosen):
-            chosen.append(i)
-    return chosen
+def pool_of(unit_BK: Singles, normalised_BS: NDArray[Any] | None = None) -> Pool:
+    n = len(unit_BK)
+    normalised_BS = np.zeros((n, 1)) if normalised_BS is None else normalised_BS
+    return Pool(
+        recipe_id=1,
+        direction_set_id=1,
+        dimension=unit_BK.shape[1],
+        ids_B=np.arange(n),
+        digests=[b"%d" % i for i in range(n)],
+        normalised_BS=normalised_BS,
+        trust_B=np.ones(n),
+        norm_B=np.ones(n),
+        tokens_B=np.arange(n) % 5 + 1,
+        sources=("a", "b"),
+        source_B=np.arange(n) % 2,
+        slices=("first", "second"),
+    )
 
 
-@pytest.mark.parametrize("round_", [1, 7, 512])
-@pytest.mark.parametrize("budget", [1, 20, 500])
-def test_rounds_choose_what_one_at_a_time_would(monkeypatch: pytest.MonkeyPatch, round_: int, budget: int) -> None:
-    monkeypatch.setattr(selections, "ROUND", round_)
-    random = np.random.default_rng(1)
-    unit_BK = unit(random, 200, 3)
-    pool = pool_of(unit_BK, random.normal(size=(200, 2)))
-    choice = selections.compute(pool, budget, lambda ids: unit_BK[ids], similarity=0.95)
-    assert list(choice.positions) == naive(pool, unit_BK, budget, 0.95)
+def choose(pool: Pool, unit_BK: Singles, **wish: Any) -> Choice:
+    return selections.compute(pool, Wish(**wish), lambda ids: unit_BK[ids])
 
 
-def test_no_slice_decides_by_its_scale() -> None:
-    merit_B = selections.balanced(np.array([[0.001, 100.0], [0.003, 0.0], [0.002, 50.0]], np.float32))
-    assert merit_B == pytest.approx([0, 0, 0], abs=1e-5)
+@pytest.fixture
+def unit_BK() -> Singles:
+    return unit(np.random.default_rng(0), 200, 8)
 
 
-def test_a_slice_without_spread_says_nothing() -> None:
-    merit_B = selections.balanced(np.array([[1.0, 0.5], [2.0, 0.5]], np.float32))
-    assert merit_B == pytest.approx([-0.5, 0.5])
-
-
-def test_equals_are_settled_by_the_seed_and_by_nothing_else() -> None:
-    unit_BK = np.eye(50, dtype=np.float32)
-    pool = pool_of(unit_BK, np.zeros((50, 1)))
-    chosen = [selections.compute(pool, 10, lambda ids: unit_BK[ids], seed=seed).positions for seed in (0, 0, 1)]
+def test_the_seed_and_the_content_decide_and_nothing_else(unit_BK: Singles) -> None:
+    pool = pool_of(unit_BK)
+    chosen = [choose(pool, unit_BK, budget=10, seed=seed).positions for seed in (0, 0, 1)]
     assert chosen[0] == chosen[1] != chosen[2]
 
 
-def test_duplicates_fill_the_budget_only_when_similarity_is_ignored() -> None:
-    unit_BK = np.concatenate([np.tile([[1.0, 0, 0]], (5, 1)), np.eye(3)[1:]]).astype(np.float32)
-    pool = pool_of(unit_BK, np.array([[9.0]] * 5 + [[1.0], [0.5]]))
-    apart = selections.compute(pool, 3, lambda ids: unit_BK[ids])
-    assert set(apart.positions[1:]) == {5, 6}
-    assert apart.too_similar == 4
-    assert set(selections.compute(pool, 3, lambda ids: unit_BK[ids], similarity=1).positions) <= set(range(5))
+def test_a_slice_that_few_speak_for_gets_as_much(unit_BK: Singles) -> None:
+    speaks = np.zeros((200, 2))
+    speaks[:180, 0] = speaks[180:, 1] = 1
+    shares = [
+        np.mean([row >= 180 for row in choose(pool_of(unit_BK, speaks), unit_BK, budget=12, seed=s).positions])
+        for s in range(10)
+    ]
+    assert np.mean(shares) == pytest.approx(0.5, abs=0.12)  # 10 % of the candidates speak for it
+
+
+def test_what_is_not_trusted_is_left_out_and_counted_as_harmful(unit_BK: Singles) -> None:
+    doubted = np.arange(200) % 4 == 0
+    pool = replace(pool_of(unit_BK), trust_B=np.where(doubted, 0.2, 0.95))
+    choice = choose(pool, unit_BK, budget=50)
+    assert not doubted[list(choice.positions)].any()
+    assert choice.promise.harmful == pytest.approx(0.05)
+    assert choice.of_random.harmful == pytest.approx(0.05 + 0.25 * 0.75, abs=0.08)
+    assert doubted[list(choose(pool, unit_BK, budget=200, trust=0, similarity=1).positions)].sum() == 50
+
+
+def test_a_budget_in_tokens_is_kept_to(unit_BK: Singles) -> None:
+    pool = pool_of(unit_BK)
+    choice = choose(pool, unit_BK, budget=100, in_tokens=True)
+    assert 95 < pool.tokens_B[list(choice.positions)].sum() <= 100
+
+
+@pytest.mark.parametrize(
+    ("wish", "of_a", "of_b"), [({"share": 0.3}, 15, 15), ({"quota": {"a": 0.1}}, 5, 45), ({"quota": {"b": 0}}, 50, 0)]
+)
+def test_no_source_gets_more_than_its_share(unit_BK: Singles, wish: dict[str, Any], of_a: int, of_b: int) -> None:
+    choice = choose(pool_of(unit_BK), unit_BK, budget=50, **wish)
+    assert np.bincount([row % 2 for row in choice.positions], minlength=2).tolist() == [of_a, of_b]
+
+
+# --- the command ------------------------------------------------------------------------------------------------
 
 
 def test_select_leaves_out_flags_and_near_duplicates(curator: Curator, world: World) -> None:
-    [made] = curator.rows("select", "--budget", "100000", "--name", "all", "--similarity", "0.99")
+    [made] = curator.rows("select", "--budget", "100000", "--name", "all", "--similarity", "0.99", "--trust", "0")
     rows = curator.rows("valuable", "--selection", "all", "--limit", "0")
     chosen = {row["example_id"] for row in rows}
     assert len(chosen) == made["chosen"] == made["candidates"] - made["too_similar"]
     assert not chosen & set(world.flagged)
-    assert len(chosen & set(world.duplicates)) == 1
-    assert made["expected_gain"] == pytest.approx(sum(row["gain"] for row in rows), rel=1e-4)
+    assert chosen & set(world.duplicates) == {world.duplicates[0]}
 
 
 def test_select_promises_more_than_a_random_draw(curator: Curator) -> None:
     [made] = curator.rows("select", "--budget", "50")
-    assert made["expected_gain"] > made["gain_of_random"] > 0
+    assert 1 > made["expected_gain"] > made["gain_of_random"] > 0
+    assert made["expected_harmful"] <= made["harmful_of_random"]
+
+
+def test_what_a_person_kept_is_trusted(curator: Curator, world: World) -> None:
+    doubted = int(world.p_BS.min(1).argmin()) + 1
+    everything = ("select", "--budget", "100000", "--similarity", "1", "--name")
+    curator(*everything, "before")
+    assert curator("review", str(doubted), "--keep").exit_code == 0
+    curator(*everything, "after")
+    before, after = (
+        {row["example_id"] for row in curator.rows("valuable", "--selection", name, "--limit", "0")}
+        for name in ("before", "after")
+    )
+    assert doubted not in before
+    assert doubted in after
 
 
 def test_the_same_seed_chooses_the_same(curator: Curator) -> None:
@@ -94,8 +131,31 @@ def test_the_same_seed_chooses_the_same(curator: Curator) -> None:
     assert len(first) == 30
 
 
+def test_tokens_are_what_gradients_counted(curator: Curator, world_url: str) -> None:
+    with begin(make_engine(world_url, pooled=False)) as connection:
+        connection.execute(text("UPDATE curator.gradients SET tokens = 7"))
+    [made] = curator.rows("select", "--tokens", "100")
+    assert (made["unit"], made["chosen"], made["tokens"]) == ("tokens", 14, 98)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "either --budget N or --tokens N"),
+        (("--budget", "3", "--tokens", "3"), "either --budget N or --tokens N"),
+        (("--budget", "3", "--quota", "vendor-a"), "is not SOURCE=SHARE"),
+        (("--budget", "3", "--quota", "vendor-a=2"), "is not SOURCE=SHARE"),
+        (("--budget", "3", "--quota", "vendor-x=0.5"), "CUR-SEL-004"),
+    ],
+)
+def test_a_wish_that_makes_no_sense_is_refused(curator: Curator, arguments: tuple[str, ...], message: str) -> None:
+    result = curator("select", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
 def test_a_budget_that_cannot_be_filled_is_said(curator: Curator) -> None:
-    assert "nobody else is unflagged" in curator("select", "--budget", "100000").stderr
+    assert "nobody else is trusted" in curator("select", "--budget", "100000").stderr
 
 
 def test_a_selection_is_never_changed(curator: Curator) -> None:
@@ -110,3 +170,26 @@ def test_nothing_scored_is_refused(new_curator: Curator) -> None:
     result = new_curator("select", "--budget", "3")
     assert result.exit_code == 2
     assert "CUR-SEL-001" in result.stderr
+
+
+def test_two_selections_are_compared_by_source(curator: Curator) -> None:
+    curator("select", "--budget", "40", "--name", "a")
+    curator("select", "--budget", "40", "--name", "b", "--seed", "1", "--quota", "vendor-b=0")
+    rows = {row["source"]: row for row in curator.rows("selections", "diff", "a", "b")}
+    ids = {
+        name: {row["example_id"]: row["source"] for row in curator.rows("valuable", "--selection", name)}
+        for name in "ab"
+    }
+    assert {source: (row["added"], row["removed"], row["kept"]) for source, row in rows.items()} == {
+        source: tuple(
+            sum(found[number] == source for number in numbers)
+            for numbers, found in (
+                (ids["b"].keys() - ids["a"].keys(), ids["b"]),
+                (ids["a"].keys() - ids["b"].keys(), ids["a"]),
+                (ids["a"].keys() & ids["b"].keys(), ids["a"]),
+            )
+        )
+        for source in {*ids["a"].values(), *ids["b"].values()}
+    }
+    assert [row["name"] for row in curator.rows("selections", "list")] == ["b", "a"]
+    assert "CUR-SEL-003" in curator("selections", "diff", "a", "nobody").stderr

@@ -2,15 +2,16 @@
 
 import json
 import zlib
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from curator.errors import CheckpointForeign, NotLoaded, RecordUnusable
+from curator.errors import CheckpointForeign, NotLoaded, RecordUnusable, TrainingDiverged
 from curator.influence.attribution import Attributor, RecipeSpec
-from curator.workloads import base, registry
+from curator.workloads import base, registry, training
 from curator.workloads import text_classifier as text
 
 CPU = torch.device("cpu")
@@ -26,7 +27,10 @@ RECORDS = [
 def checkpoint(tmp_path):
     config = text.TextConfig(("ham", "spam"), buckets=256, width=8, hidden=6)
     model = text.fit(
-        [r["text"] for r in RECORDS], [r["label"] for r in RECORDS], config, seed=0, how=text.Training(epochs=40)
+        *([r[field] for r in RECORDS] for field in ("text", "label")),
+        config,
+        seed=0,
+        how=replace(text.FROM_NOTHING, epochs=40),
     )
     text.save(model, tmp_path / "model.safetensors")
     return tmp_path / "model.safetensors"
@@ -99,3 +103,50 @@ def test_the_configuration_travels_in_the_file(checkpoint):
     assert model.config == text.TextConfig(("ham", "spam"), buckets=256, width=8, hidden=6)
     with safe_open(checkpoint, framework="pt") as file:
         assert json.loads(file.metadata()["config"])["labels"] == ["ham", "spam"]
+
+
+# --- training further -------------------------------------------------------------------------------------------
+
+
+def test_training_further_lowers_the_loss_and_depends_on_the_seed_alone(checkpoint, workload):
+    def trained(seed, records=RECORDS):
+        model = base.load_model(workload, checkpoint, CPU)
+        how = replace(training.training_of(workload), batch=5)
+        torch.rand(1)
+        return training.trained(workload, model, records, seed=seed, device=CPU, how=how)
+
+    before = base.load_model(workload, checkpoint, CPU)
+    first, again, other = trained(1), trained(1), trained(2)
+    loss = [training.outcome(workload, model, RECORDS, CPU, 5).loss_N for model in (before, first, again, other)]
+    assert loss[1].mean() < loss[0].mean()
+    assert (loss[1] == loss[2]).all()
+    assert (loss[1] != loss[3]).any()
+    assert (training.outcome(workload, trained(1, []), RECORDS, CPU, 5).loss_N == loss[0]).all()
+
+
+def test_an_outcome_says_which_are_right(checkpoint, workload):
+    model = base.load_model(workload, checkpoint, CPU)
+    wrong = [{**r, "label": "ham" if r["label"] == "spam" else "spam"} for r in RECORDS]
+    found = training.outcome(workload, model, [*RECORDS, *wrong], CPU, 7)
+    assert found.correct_N.tolist() == [1.0] * 16 + [0.0] * 16
+
+
+def test_a_training_that_diverges_is_refused(checkpoint, workload):
+    model = base.load_model(workload, checkpoint, CPU)
+    how = training.Training(epochs=20, learning_rate=1e30)
+    with pytest.raises(TrainingDiverged, match="learning rate of 1e"):
+        training.trained(workload, model, RECORDS, seed=0, device=CPU, how=how)
+
+
+def test_a_workload_may_train_in_its_own_way():
+    class Own:
+        def train(self, model, records, *, seed, device, how):
+            with torch.no_grad():
+                model.weight.fill_(seed + len(records))
+
+        def training(self):
+            return training.Training(epochs=3)
+
+    assert training.training_of(Own()).epochs == 3
+    model = training.trained(Own(), torch.nn.Linear(1, 1), [{}, {}], seed=5, device=CPU, how=training.Training())
+    assert model.weight.item() == 7

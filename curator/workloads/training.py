@@ -1,0 +1,101 @@
+"""Training a checkpoint further with its workload, and what stands in where that does not say how."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from curator.errors import TrainingDiverged
+from curator.workloads.base import Record, Workload, batch_of, losses_of, users_code, validation_losses_of
+
+
+@dataclass(frozen=True)
+class Training:
+    """AdamW over shuffled batches; small models need no more."""
+
+    epochs: int = 10
+    batch: int = 32
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a model makes of N examples: validation losses, and which it gets right where the workload can tell."""
+
+    loss_N: NDArray[np.float64]
+    correct_N: NDArray[np.float64] | None
+
+
+def training_of(workload: Workload) -> Training:
+    """How the workload is trained unless the operator says otherwise; asked once its checkpoint is loaded."""
+    if choose := getattr(workload, "training", None):
+        with users_code("training"):
+            chosen: Training = choose()
+            return chosen
+    return Training()
+
+
+def trained(
+    workload: Workload, model: nn.Module, records: Sequence[Record], *, seed: int, device: torch.device, how: Training
+) -> nn.Module:
+    """The model after training on the records, in evaluation mode.
+
+    The workload's own ``train`` if it has one. The default is AdamW on the mean of ``losses`` over shuffled batches,
+    for ``how.epochs`` passes: arms of different size take a different number of steps, as the runs would that they
+    stand for.
+    The same seed gives the same order of batches; the caller's random state is left alone.
+
+    Raises:
+        TrainingDiverged: a batch's loss was not finite.
+    """
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        if train := getattr(workload, "train", None):
+            with users_code("train"):
+                model = train(model, records, seed=seed, device=device, how=how) or model
+        elif records:
+            _descend(workload, model.train(), records, device, how)
+    return model.eval()
+
+
+def _descend(
+    workload: Workload, model: nn.Module, records: Sequence[Record], device: torch.device, how: Training
+) -> None:
+    losses = losses_of(workload)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    adamw = torch.optim.AdamW(weights, lr=how.learning_rate, weight_decay=how.weight_decay)
+    for epoch in range(how.epochs):
+        for rows in torch.split(torch.randperm(len(records)), how.batch):
+            adamw.zero_grad()
+            loss = losses(model, batch_of(workload, [records[row] for row in rows.tolist()], device)).mean()
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise TrainingDiverged(epoch=epoch + 1, loss=value, rate=how.learning_rate)
+            loss.backward()  # type: ignore[no-untyped-call]
+            adamw.step()
+
+
+def outcome(
+    workload: Workload, model: nn.Module, records: Sequence[Record], device: torch.device, batch: int
+) -> Outcome:
+    """What the model makes of records, in their order."""
+    losses, correct = validation_losses_of(workload), getattr(workload, "correct", None)
+    found: list[tuple[NDArray[np.float64], NDArray[np.float64] | None]] = []
+    with torch.no_grad():
+        for start in range(0, len(records), batch):
+            tensors = batch_of(workload, records[start : start + batch], device)
+            right = None
+            if correct is not None:
+                with users_code("correct"):
+                    right = correct(model, tensors).double().cpu().numpy()
+            found.append((losses(model, tensors).double().cpu().numpy(), right))
+    loss_N = np.concatenate([loss for loss, _ in found]) if found else np.zeros(0)
+    rights = [right for _, right in found if right is not None]
+    return Outcome(loss_N, np.concatenate(rights) if rights else None)

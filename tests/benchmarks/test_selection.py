@@ -1,0 +1,93 @@
+"""Selection of a fifth of a pool, beside its controls: accuracy on unseen data of the checkpoint trained further.
+
+    python -m pytest tests/benchmarks/test_selection.py -m benchmark -s -n0
+
+puts the table of each set it has run into results/selection.md. The rule was chosen on other seeds than these five.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.benchmarks import selection
+from tests.benchmarks.machine import described
+from tests.benchmarks.selection import Judged, accuracy, curators, judge
+
+SEEDS = range(5, 10)
+DRAWS = 3
+RESULTS = Path(__file__).parent / "results"
+
+
+def arms(judged: Judged, seed: int) -> dict[str, list[list[int]]]:
+    """Rows of the pool by arm; random ones are drawn several times."""
+    n, size = judged.scene.budget, len(judged.p)
+    rng = np.random.Generator(np.random.Philox(seed))
+    pool, unflagged = np.arange(size), np.flatnonzero(judged.unflagged)
+
+    def drawn(rows: np.ndarray) -> list[list[int]]:
+        return [rng.permutation(rows)[:n].tolist() for _ in range(DRAWS)]
+
+    def highest(score: np.ndarray, rows: np.ndarray = pool) -> list[list[int]]:
+        return [rows[np.argsort(-score[rows], kind="stable")[:n]].tolist()]
+
+    loss = judged.pool.loss_B.double().numpy()
+    return {
+        "**curator**": [curators(judged, seed)],
+        "random": drawn(pool),
+        "random of the unflagged": drawn(unflagged),
+        "lowest loss": highest(-loss),
+        "highest loss": highest(loss),
+        "gradient norm": highest(judged.pool.gradient_norm_B.double().numpy()),
+        "embedding similarity": highest(judged.similarity),
+        "highest influence of the unflagged": highest(judged.normalised, unflagged),
+        "oracle: random of the good": drawn(np.flatnonzero(~judged.scene.bad)),
+        "all": [pool.tolist()],
+    }
+
+
+def measured(name: str, dirty: bool, seed: int) -> dict[str, tuple[float, float]]:
+    """Accuracy by arm: trained on what was chosen alone, and together with what the checkpoint was trained on."""
+    judged = judge(selection.SETS[name](seed, dirty), seed)
+    scene = judged.scene
+    found = {}
+    chosen = {arm: [[scene.pool[row] for row in rows] for rows in draws] for arm, draws in arms(judged, seed).items()}
+    chosen["trusted alone"] = [[*scene.direction, *scene.reference]]
+    chosen["no training"] = [[]]
+    for arm, draws in chosen.items():
+        pairs = [
+            (accuracy(judged, records, seed), accuracy(judged, [*records, *scene.base] if records else [], seed))
+            for records in draws
+        ]
+        found[arm] = (float(np.mean([a for a, _ in pairs])), float(np.mean([b for _, b in pairs])))
+    return found
+
+
+@pytest.mark.benchmark
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("dirty", [False, True], ids=["clean", "dirty"])
+@pytest.mark.parametrize("name", list(selection.SETS))
+def test_a_selection_beside_its_controls(name: str, dirty: bool) -> None:
+    torch.set_num_threads(1)
+    rows = [measured(name, dirty, seed) for seed in SEEDS]
+    _write(f"{name}, {'dirty' if dirty else 'clean'} pool", rows)
+
+
+def _write(title: str, rows: list[dict[str, tuple[float, float]]]) -> None:
+    """Put one table in the place of its former self; the others stay."""
+    path = RESULTS / "selection.md"
+    _, *parts = path.read_text(encoding="utf-8").split("\n## ") if path.exists() else [""]
+    tables = {part.split("\n", 1)[0]: part for part in parts}
+    lines = [title, "", "| | chosen alone | less random | with the base | less random |", "|---|---|---|---|---|"]
+    values = {arm: np.array([row[arm] for row in rows]) for arm in rows[0]}
+    for arm, value in values.items():
+        gain = value - values["random"]
+        error = gain.std(axis=0, ddof=1) / np.sqrt(len(rows))
+        cells = [f"{value[:, k].mean():.3f} | {gain[:, k].mean():+.3f} ± {error[k]:.3f}" for k in (0, 1)]
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    tables[title] = "\n".join(lines) + "\n"
+    note = "± is the standard error over five seeds of the difference from random.\n"
+    path.write_text("\n## ".join([described(__doc__ or "") + "\n" + note, *tables.values()]), encoding="utf-8")
