@@ -22,6 +22,10 @@ SMALLEST_ERROR = 1e-6
 """Below this 1 - p is rounding noise of a float32 loss."""
 COLDEST, HOTTEST = 0.05, 20.0
 """Bounds of the temperature. Where every trusted example is right, likelihood asks for 0: the bound says so."""
+OVERCONFIDENT = 1.3
+"""From this temperature on people are warned; the trap of overconfidence was measured at 1.8 (docs/decisions/0007)."""
+WRONG_THROUGHOUT = HOTTEST - 0.1
+"""The end of the search: a margin that is mostly negative asks for no temperature at all."""
 
 
 def margin(loss_B: ArrayLike) -> Floats:

@@ -20,7 +20,7 @@ from pathlib import Path
 from sqlalchemy import Connection, Engine
 
 from curator.errors import CuratorError
-from curator.influence.confidence import references_needed
+from curator.influence.confidence import OVERCONFIDENT, WRONG_THROUGHOUT, references_needed
 from curator.settings import Settings
 from curator.store import figures, health, migrate, reads, recipes
 from curator.store.engine import read
@@ -33,9 +33,6 @@ DISK_LOW, DISK_EMPTY = 5 * GIGABYTE, GIGABYTE // 4
 SKEW_SECONDS, DEAF_SECONDS = 5.0, 150.0
 LONG_SECONDS = 600.0
 WORKLOAD_SECONDS = 180
-# 1 is calibrated; the trap of overconfidence was measured at 1.8 (docs/decisions/0007).
-HOTTEST = 19.9  # the end of the search: a margin that is mostly negative asks for no temperature at all
-OVERCONFIDENT = 1.3
 
 
 class Outcome(StrEnum):
@@ -288,7 +285,7 @@ def _fidelity(found: Iterable[fidelity.Fidelity]) -> Iterator[Check]:
 
 def _temperature(temperature: float) -> Check:
     detail = f"temperature {temperature:.2f} on trusted data"
-    if temperature >= HOTTEST:
+    if temperature >= WRONG_THROUGHOUT:
         fix = "Train it further, or check that labels and records are what the checkpoint was trained on."
         return Check("calibration", Outcome.WARN, "the checkpoint is wrong on most trusted examples", fix)
     if temperature > OVERCONFIDENT:
