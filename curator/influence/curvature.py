@@ -1,6 +1,7 @@
 """Curvature: the empirical Fisher of the kept entries, one block a layer.
 
-Sums and decompositions are float64, whitening matrices are float32.
+Partial sums are states: they add, so several workers can each take a share of the sample. Sums and decompositions
+are float64, whitening matrices are float32.
 
 Damping is always relative, ``c * tr(F) / k``: a mask's 1/sqrt(q) scale or a loss in other units changes F and the
 damping alike, and leaves every whitened unit vector as it was.
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from curator.errors import NoCurvature, UnknownCurvature
+from curator.influence.dropout import LayerMask, columns
 from curator.influence.parts import COLUMNS, columns_of
 from curator.influence.scoring import unit
 
@@ -64,6 +66,12 @@ class FisherSums:
             g_Bk = unit(g_Bk)[0]
         return g_Bk.T @ g_Bk
 
+    def merge(self, other: FisherSums) -> FisherSums:
+        """The sums over both samples."""
+        names = self.blocks.keys() | other.blocks.keys()
+        blocks = {n: plus(self.blocks.get(n), other.blocks.get(n)) for n in self.slices if n in names}
+        return FisherSums(self.slices, self.kind, self.count + other.count, blocks)
+
     def whitening(self, damping: float) -> Whitening:
         """F^-1/2 of each block, F = sums / count + damping * tr / k.
 
@@ -77,6 +85,16 @@ class FisherSums:
     def _root(self, name: str, damping: float) -> Tensor:
         F = self.blocks[name] / self.count
         return torch.ones_like(F) if self.kind == "identity" else inverse_root(F, damping)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As named tensors."""
+        return {"count": torch.tensor(self.count)} | {f"sum/{n}": b for n, b in self.blocks.items()}
+
+    @classmethod
+    def of(cls, slices: Mapping[str, slice], kind: str, tensors: Mapping[str, Tensor]) -> FisherSums:
+        """Back from ``tensors``."""
+        blocks = {n.removeprefix("sum/"): t for n, t in tensors.items() if n.startswith("sum/")}
+        return cls(slices, kind, int(tensors["count"]), blocks)
 
 
 @dataclass(frozen=True)
@@ -303,6 +321,18 @@ class LowRankRoot:
 
 
 Root = Tensor | LowRankRoot
+
+
+def adam_whitening(second_moments: Mapping[str, Tensor], masks: Mapping[str, LayerMask], epsilon: float) -> Whitening:
+    """Adam's own preconditioner 1 / (sqrt(v) + epsilon), half on each side, at the kept entries (arXiv:2402.04333).
+
+    Args:
+        second_moments: v_OI of each layer, of the optimiser's state, bias-corrected.
+        masks: of the same layers, in the order of the vector.
+        epsilon: the optimiser's; absolute, as Adam's is.
+    """
+    roots = {n: (second_moments[n][m.coordinates()].double().sqrt() + epsilon).rsqrt() for n, m in masks.items()}
+    return Whitening(columns(masks), {n: root.float() for n, root in roots.items()})
 
 
 def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

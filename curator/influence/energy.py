@@ -1,13 +1,15 @@
 """Where a gradient's energy lies, by entry and by layer: what importance-weighted masks and budgets are drawn from.
 
 Every example counts alike: its gradient is scaled to length 1 (in the layer for entries, over all layers for
-shares), or the few errors of an overconfident checkpoint would draw the mask alone. Sums are float64.
+shares), or the few errors of an overconfident checkpoint would draw the mask alone. Sums are float64 and add, so
+workers can share the sample.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +48,15 @@ class EnergySums:
             part = float((square_B[fine_B] / total_B[fine_B]).sum())
             self.shares[name] = self.shares.get(name, 0.0) + part
         self.pending.clear()
+
+    def merge(self, other: EnergySums) -> EnergySums:
+        """The sums over both samples."""
+        return EnergySums(_plus(self.entries, other.entries), _plus(self.shares, other.shares))
+
+
+def _plus(left: Mapping[str, Any], right: Mapping[str, Any]) -> dict[str, Any]:
+    both = {name: left[name] + right[name] for name in left if name in right}
+    return {**left, **right, **both}
 
 
 def squares(a_BTI: Tensor, d_BTO: Tensor) -> Tensor:

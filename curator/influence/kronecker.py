@@ -52,6 +52,17 @@ class KroneckerSums:
         self.inputs[name] = plus(self.inputs.get(name), _second_moment(a_BTI.flatten(0, 1)))
         self.outputs[name] = plus(self.outputs.get(name), _second_moment(d_BTO.flatten(0, 1)))
 
+    def merge(self, other: KroneckerSums) -> KroneckerSums:
+        """The sums over both samples."""
+        names = [*self.inputs, *(n for n in other.inputs if n not in self.inputs)]
+        return KroneckerSums(
+            self.angular,
+            {n: self.examples.get(n, 0) + other.examples.get(n, 0) for n in names},
+            {n: self.positions.get(n, 0) + other.positions.get(n, 0) for n in names},
+            {n: plus(self.inputs.get(n), other.inputs.get(n)) for n in names},
+            {n: plus(self.outputs.get(n), other.outputs.get(n)) for n in names},
+        )
+
     def factors(self, damping: float) -> KroneckerRoots:
         """A^-1/2 and S^-1/2 of each layer, each damped relative to its own trace.
 

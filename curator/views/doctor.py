@@ -233,7 +233,7 @@ def measures(engine: Engine, fdr: float = 0.1) -> Iterator[Check]:
         yield _temperature(footing.temperature)
     with read(engine) as connection:
         outlived = recipes.outlived(connection)
-        yield from map(_fidelity, fidelity.latest(connection))
+        yield from _fidelity(fidelity.latest(connection))
         yield from _references(connection, footing.trusted, fdr)
     if outlived:
         detail = f"curvature was fitted on trusted data that is no longer in use: {', '.join(outlived)}"
@@ -275,11 +275,12 @@ def _unchanged(path: Path, footing: object) -> Iterator[Check]:
     yield Check("checkpoint", Outcome.FAIL, detail, "Put it back, or add the new one under a new name.")
 
 
-def _fidelity(found: fidelity.Fidelity) -> Check:
-    if found.alarm:
-        return Check("fidelity", Outcome.WARN, found.alarm, "See docs/quality.md; `recipe_fidelity` has every day.")
-    detail = f"compressed and exact influence on {found.slice} agree by {found.spearman:.2f} ({found.day}, {found.n})"
-    return ok("fidelity", detail)
+def _fidelity(found: Iterable[fidelity.Fidelity]) -> Iterator[Check]:
+    for each in found:
+        if each.alarm:
+            yield Check("fidelity", Outcome.WARN, each.alarm, "See docs/quality.md; `recipe_fidelity` has every day.")
+        elif each.slice is None:
+            yield ok("fidelity", f"compressed and exact influence agree by {each.spearman:.2f} ({each.day}, {each.n})")
 
 
 def _temperature(temperature: float) -> Check:

@@ -9,11 +9,14 @@ from hypothesis import strategies as st
 from curator.errors import NoCurvature, UnknownCurvature
 from curator.influence import naive
 from curator.influence.curvature import (
+    CURVATURE_KINDS,
     FisherSums,
     LowRankRoot,
+    adam_whitening,
     inverse_root,
     principal,
 )
+from curator.influence.dropout import draw
 from curator.influence.kronecker import KroneckerRoots, KroneckerSums
 
 SLICES = {"a": slice(0, 3), "b": slice(3, 7)}
@@ -36,6 +39,24 @@ def test_blocks_equal_the_mean_of_outer_products(angular):
     for name, columns in SLICES.items():
         expected = naive.fisher(list(g[:, columns].numpy()), angular)
         np.testing.assert_allclose(found.blocks[name].numpy() / found.count, expected, atol=1e-12)
+
+
+@settings(deadline=None)
+@given(cut=st.integers(0, 12), kind=st.sampled_from(CURVATURE_KINDS))
+def test_parts_merge_to_the_whole_in_any_split(cut, kind):
+    g = rows(12)
+    whole = sums(g, kind)
+    merged = sums(g[:cut], kind).merge(sums(g[cut:], kind))
+    assert merged.count == whole.count
+    for name, block in whole.blocks.items():
+        torch.testing.assert_close(merged.blocks[name], block)
+
+
+def test_sums_survive_the_way_through_named_tensors():
+    whole = sums(rows(12))
+    back = FisherSums.of(SLICES, "angular", whole.tensors())
+    assert back.count == 12
+    assert all(torch.equal(back.blocks[n], whole.blocks[n]) for n in SLICES)
 
 
 def test_rows_that_are_not_finite_are_left_out():
@@ -98,6 +119,23 @@ class _Named:
     name = "l"
 
 
+@settings(deadline=None)
+@given(cut=st.integers(0, 6), angular=st.booleans())
+def test_kronecker_parts_merge_to_the_whole(cut, angular):
+    g = torch.Generator().manual_seed(1)
+    a, d = torch.randn(6, 2, 3, generator=g), torch.randn(6, 2, 4, generator=g)
+
+    def part(rows):
+        found = KroneckerSums(angular)
+        found(_Named, a[rows], d[rows])
+        return found
+
+    merged, whole = part(slice(0, cut)).merge(part(slice(cut, 6))), part(slice(0, 6))
+    assert (merged.examples, merged.positions) == ({"l": 6}, {"l": 12})
+    torch.testing.assert_close(merged.inputs["l"], whole.inputs["l"])
+    torch.testing.assert_close(merged.outputs["l"], whole.outputs["l"])
+
+
 def test_kronecker_roots_equal_the_explicit_kronecker_matrix():
     g = torch.Generator().manual_seed(2)
     a, d = (torch.randn(6, 2, n, generator=g, dtype=torch.float64) for n in (3, 4))
@@ -138,3 +176,12 @@ def test_a_low_rank_root_of_nothing_is_zero():
     assert root.apply(torch.ones(1, 30)).abs().max() == 0
     with pytest.raises(NoCurvature):
         principal(lambda: [], 2)
+
+
+def test_adam_s_moments_precondition_as_adam_does():
+    masks = {"l": draw("coordinate", 0, "l", (3, 4), 6)}
+    v = torch.rand(3, 4, generator=torch.Generator().manual_seed(0))
+    W = adam_whitening({"l": v}, masks, 1e-8)
+    g = torch.randn(2, 6, generator=torch.Generator().manual_seed(1))
+    twice = W.apply(W.apply(g))
+    torch.testing.assert_close(twice, g / (v[masks["l"].coordinates()].sqrt() + 1e-8))
