@@ -223,18 +223,13 @@ class Client:
         Raises:
             CheckpointMissing, PickleRefused, CheckpointCorrupt, CheckpointNameTaken: as ``curator checkpoint add``.
         """
-        from curator.errors import CheckpointNameTaken
         from curator.stages import recipes
         from curator.store import engine
-        from curator.store import recipes as stored
         from curator.workloads import checkpoints
 
         place = checkpoints.weights_at(Path(fspath(path)).resolve())
         digest = bytes.fromhex(checkpoints.digest(place))
         with engine.begin(self.runtime.engine) as connection:
+            recipes.register_checkpoint(connection, name, place, digest)
             if use:
-                recipes.add_checkpoint(connection, self.settings, name, place, digest)
-            elif not stored.add_checkpoint(connection, name, str(place), digest):
-                known = stored.checkpoint(connection, name)
-                if known is None or known.digest != digest:
-                    raise CheckpointNameTaken(name=name)
+                recipes.use_checkpoint(connection, self.settings, name)

@@ -18,15 +18,6 @@ class Stage(StrEnum):
     VERDICTS = "verdicts"
 
 
-class WorkState(StrEnum):
-    """Where a piece of work is. DONE and QUARANTINED are terminal."""
-
-    READY = "ready"
-    LEASED = "leased"
-    DONE = "done"
-    QUARANTINED = "quarantined"
-
-
 class GradientState(StrEnum):
     """What came of an example's gradient. Only OK has a vector."""
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from sqlalchemy import Connection
 
-from curator import settings
-from curator.errors import BatchDependent, CuratorError
+from curator.errors import BatchDependent
+from curator.influence.confidence import OVERCONFIDENT, WRONG_THROUGHOUT
 from curator.runtime import Runtime
 from curator.settings import Settings
 from curator.stages import instrument
@@ -25,26 +25,11 @@ from curator.store import recipes, validation
 from curator.store.engine import read
 from curator.store.recipes import Recipe
 from curator.workloads import base
+from workers import aside
 
 SAMPLE = 8
 TOLERANCE = 1e-3
 """Relative difference of a loss or gradient norm alone and in a batch: padding in float32 stays well below."""
-
-OVERCONFIDENT = 1.3
-HOTTEST = 19.9
-
-
-def main() -> int:
-    """Exit code 0 with a sentence, or that of the error."""
-    runtime = Runtime(settings.load(), application="curator check")
-    try:
-        sys.stdout.write(check(runtime) + "\n")
-        return 0
-    except CuratorError as error:
-        sys.stderr.write(f"error {error.code}: {error}\nfix: {error.fix}\n")
-        return error.exit_code
-    finally:
-        runtime.close()
 
 
 def check(runtime: Runtime) -> str:
@@ -122,7 +107,7 @@ def _refuse_dependence(worst: float) -> None:
 
 
 def _meaning(recipe: Recipe) -> str:
-    if recipe.temperature >= HOTTEST:
+    if recipe.temperature >= WRONG_THROUGHOUT:
         return " (the end of the search: the checkpoint is wrong on most trusted examples)"
     if recipe.temperature <= OVERCONFIDENT:
         return ""
@@ -130,4 +115,4 @@ def _meaning(recipe: Recipe) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(aside.answer("check", check))

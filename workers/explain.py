@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from curator import settings
-from curator.errors import CuratorError, NoTokens
+from curator.errors import NoTokens
 from curator.influence.parts import Floats
 from curator.influence.scoring import Directions
 from curator.runtime import Runtime
@@ -23,24 +22,12 @@ from curator.stages.instrument import Instrument
 from curator.store import directions, examples, recipes
 from curator.store.engine import read
 from curator.workloads import base
+from workers import aside
 
 WORDS = 400
 """Of a longer text only the first are left out one by one: each costs a pass."""
 
 Parts = Sequence[tuple[str, Floats]]
-
-
-def main() -> int:
-    """Exit code 0 with JSON, or that of the error."""
-    runtime = Runtime(settings.load(), application="curator explain")
-    try:
-        sys.stdout.write(json.dumps(explain(runtime, int(sys.argv[1]))) + "\n")
-        return 0
-    except CuratorError as error:
-        sys.stderr.write(f"error {error.code}: {error}\nfix: {error.fix}\n")
-        return error.exit_code
-    finally:
-        runtime.close()
 
 
 def explain(runtime: Runtime, example_id: int) -> dict[str, object]:
@@ -93,4 +80,4 @@ def _without_each(tools: Instrument, record: Mapping[str, Any], text: str, towar
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(aside.answer("explain", lambda runtime: json.dumps(explain(runtime, int(sys.argv[1])))))

@@ -13,33 +13,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from curator import settings
-from curator.errors import CuratorError, NoCheckpoint, NothingAccepted
+from curator.errors import NoCheckpoint, NothingAccepted
 from curator.runtime import Runtime
 from curator.settings import Settings
-from curator.sources import jsonl
-from curator.stages import cost, instrument
+from curator.sources.files import open_records
+from curator.stages import cost, folders, instrument
 from curator.stages.recipes import spec
 from curator.store import recipes
 from curator.store.engine import read
 from curator.store.recipes import Recipe
 from curator.types import Record
 from curator.workloads import base
+from workers import aside
 
 SAMPLE = 64
-
-
-def main() -> int:
-    """Exit code 0 with the plan, or that of the error."""
-    runtime = Runtime(settings.load(), application="curator plan")
-    try:
-        sys.stdout.write(json.dumps(plan(runtime, [Path(name) for name in sys.argv[1:]])) + "\n")
-        return 0
-    except CuratorError as error:
-        sys.stderr.write(f"error {error.code}: {error}\nfix: {error.fix}\n")
-        return error.exit_code
-    finally:
-        runtime.close()
 
 
 def plan(runtime: Runtime, files: Sequence[Path]) -> dict[str, Any]:
@@ -76,7 +63,8 @@ def sampled(settings: Settings, files: Sequence[Path]) -> tuple[int, list[Record
     found = 0
     picked: list[Record] = []
     for file in files:
-        for record in jsonl.open_records(file, settings.limits, any_shape=settings.workload.kind == "torch"):
+        fields = settings.sources.fields_of(folders.source_name(file))
+        for record in open_records(file, settings.limits, 0, settings.workload.kind == "torch", fields):
             if not isinstance(record, Record):
                 continue
             found += 1
@@ -88,4 +76,4 @@ def sampled(settings: Settings, files: Sequence[Path]) -> tuple[int, list[Record
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(aside.answer("plan", lambda runtime: json.dumps(plan(runtime, [Path(name) for name in sys.argv[1:]]))))

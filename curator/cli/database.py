@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import click
 
-from curator.cli.invocation import Invocation, pass_invocation
+from curator.cli.invocation import EXIT_FINDINGS, Invocation, pass_invocation
 from curator.cli.output import Form, rows_options, say, show
 from curator.errors import DependencyDown
-
-EXIT_FINDINGS = 1
 
 
 @click.group()

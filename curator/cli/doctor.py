@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from curator.cli.invocation import Invocation, pass_invocation
+from curator.cli.invocation import EXIT_FINDINGS, Invocation, pass_invocation
 from curator.cli.output import Form, cell, rows_options, say, show
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from curator.settings import Settings
     from curator.views.doctor import Check
 
-EXIT_FINDINGS = 1
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from curator.cli.invocation import Invocation, pass_invocation
+from curator.cli.invocation import EXIT_FINDINGS, Invocation, pass_invocation
 from curator.cli.output import Form, rows_options, say, show
 from curator.views.text import place
 
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from curator.runtime import Runtime
     from curator.settings import Settings
     from curator.store.examples import IntakeCounts
-
-EXIT_FINDINGS = 1
-DAY = 86_400
 
 
 @click.command()

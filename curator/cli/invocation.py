@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from curator.runtime import Runtime
     from curator.settings import Settings
 
+EXIT_FINDINGS = 1
+"""It did what was asked, and found what should be looked at."""
+
 
 @dataclass(frozen=True, slots=True)
 class Invocation:

@@ -181,7 +181,8 @@ def _trusted(settings: Settings, file: Path) -> list[Record]:
     from curator.sources.files import open_records
     from curator.types import Record, Refusal
 
-    items = list(open_records(file, settings.limits, any_shape=settings.workload.kind == "torch"))
+    any_shape, fields = settings.workload.kind == "torch", settings.sources.fields
+    items = list(open_records(file, settings.limits, any_shape=any_shape, fields=fields))
     refused = [item for item in items if isinstance(item, Refusal)]
     if refused:
         worst = refused[0]

@@ -1,7 +1,7 @@
 """Rows on stdout, in the form that was asked for; messages on stderr.
 
 On a terminal rows are a table, elsewhere tab-separated text with a header. Whatever a record holds, it is shown and
-does nothing: no escape reaches the terminal, no cell starts a formula (FAULTS.md, 21).
+does nothing: no escape reaches the terminal, no cell starts a formula (docs/faults.md, 21).
 """
 
 from __future__ import annotations

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import click
 
-from curator.cli.invocation import Invocation, pass_invocation, whoami
+from curator.cli.invocation import EXIT_FINDINGS, Invocation, pass_invocation, whoami
 from curator.cli.output import Form, rows_options, say, show
 
-EXIT_FINDINGS = 1
 TOP = 20
 _limit = click.option("--limit", type=click.IntRange(1), help=f"Examples at most.  [default: {TOP}; of a draw all]")
 _draw = click.option("--draw", type=int, help="Only the examples of this draw that nobody has reviewed.")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import click
 
-from curator.cli.invocation import Invocation, pass_invocation, whoami
+from curator.cli.invocation import EXIT_FINDINGS, Invocation, pass_invocation, whoami
 from curator.cli.output import Form, one_of, rows_options, say, show
 from curator.types import Review
 
-EXIT_FINDINGS = 1
 _FLAG = (
     "example_id", "external_id", "source", "validation_set", "slice", "influence", "q_value", "loss",
     "preview",

@@ -147,16 +147,6 @@ class Attributor:
         x_BK, own_BK = _only(ok_B, g_BK), _only(ok_B, encoding.pull_back(w_BK))
         return parts.split(x_BK, own_BK, _only(ok_B, norm_B), unit_SK.cpu(), whitened_SK.cpu(), self.fitted.columns)
 
-    def exact_by_layer(self, batch: Any, towards: Towards) -> LayerScores:
-        """The exact scores of a batch, split by layer; zeros for an example that carries no score.
-
-        Raises:
-            NoCurvature: the recipe keeps no Kronecker factors.
-        """
-        exact = ExactScores(self._roots(), towards.to(self.device))
-        loss_B = self._pass(batch, exact)
-        return exact.by_layer(_has_score(loss_B, exact))
-
     def by_position(self, batch: Any, towards: Towards) -> PositionScores:
         """The exact scores of a batch, split by layer and position; zeros for an example that carries no score.
 

@@ -22,6 +22,10 @@ SMALLEST_ERROR = 1e-6
 """Below this 1 - p is rounding noise of a float32 loss."""
 COLDEST, HOTTEST = 0.05, 20.0
 """Bounds of the temperature. Where every trusted example is right, likelihood asks for 0: the bound says so."""
+OVERCONFIDENT = 1.3
+"""From this temperature on people are warned; the trap of overconfidence was measured at 1.8 (docs/decisions/0007)."""
+WRONG_THROUGHOUT = HOTTEST - 0.1
+"""The end of the search: a margin that is mostly negative asks for no temperature at all."""
 
 
 def margin(loss_B: ArrayLike) -> Floats:
@@ -45,7 +49,7 @@ def measurement_slope(loss_B: ArrayLike, measurement: str, temperature: float) -
 
     ``margin`` counts as minus the margin (lower is better, like a loss): 1 / (1 - p). ``calibrated``:
     (1 - p_T) / (T (1 - p)). An overconfident checkpoint's validation LOSS falls when anything makes it less sure, and
-    wrong labels do that best; its margin does not (METHOD, "The overconfidence trap").
+    wrong labels do that best; its margin does not (tests/numerics/test_trap.py).
 
     Raises:
         UnknownMeasurement: it is none of MEASUREMENTS.

@@ -101,7 +101,7 @@ class LayerMask:
         return cls(tensors["rows"], tensors["columns"], tensors.get("cells"), scale if scale.ndim else float(scale))
 
     def keep(self, a_BTI: Tensor, d_BTO: Tensor) -> Tensor:
-        """g_Bk, the kept and scaled entries of sum_t d_t a_t^T, in float32 or better. Equation: METHOD 3.
+        """g_Bk, the kept and scaled entries of sum_t d_t a_t^T, in float32 or better.
 
         Cost: two gathers and O(T P Q) (neuron) or O(T k) (coordinate) an example. Where a coordinate mask keeps much of
         a small layer, one matrix product of all its entries is cheaper than a gather for each at each position.

@@ -51,19 +51,6 @@ def spearman(x_N: ArrayLike, y_N: ArrayLike) -> float:
     return float(dx @ dy / length) if length > 0 else float("nan")
 
 
-def bootstrap(
-    figure: Callable[..., float], *columns_N: ArrayLike, seed: int = 0, draws: int = 1000, level: float = 0.95
-) -> Estimate:
-    """``figure`` of the columns with its percentile interval over resampled rows; draws without a value are dropped."""
-    columns = [np.asarray(column) for column in columns_N]
-    rng = np.random.Generator(np.random.Philox(seed))
-    n = len(columns[0])
-    picks = (rng.integers(0, n, n) for _ in range(draws))
-    values = np.array([figure(*(column[pick] for column in columns)) for pick in picks])
-    low, high = np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return Estimate(figure(*columns), float(low), float(high))
-
-
 # --- retraining as the judge --------------------------------------------------------------------------------
 
 
@@ -135,7 +122,7 @@ def removal_curve(
         order_N: the examples, first to be dropped first.
         shares: parts of the whole that are dropped.
         outcome: trains one model on each row of kept_MN and gives outcome_M (``curator.influence.retraining``).
-        controls: random drops for each share; METHOD 9 asks for at least 3. Their interval is lowest to highest.
+        controls: random drops for each share, at least 3. Their interval is lowest to highest.
         seed: of the random drops.
     """
     rng = np.random.Generator(np.random.Philox(seed))

@@ -1,4 +1,4 @@
-"""Un-compressed scores, taken while an example passes through the hooks (METHOD 8; arXiv:2406.11011).
+"""Un-compressed scores, taken while an example passes through the hooks (arXiv:2406.11011).
 
 The full gradient of a layer is whitened by its Kronecker factors, W = S^-1/2 G A^-1/2. Everything the score needs
 follows from a~ = A^-1/2 a and d~ = S^-1/2 d, without ever forming G or W:
@@ -23,7 +23,7 @@ from curator.influence.curvature import under
 from curator.influence.ghost import ghost_products, ghost_terms
 from curator.influence.kronecker import KroneckerRoots
 from curator.influence.mixtures import Mixtures, weights
-from curator.influence.parts import Floats, LayerScores, PositionScores
+from curator.influence.parts import Floats, PositionScores
 
 
 @dataclass(frozen=True)
@@ -175,15 +175,6 @@ class ExactScores:
     def influence_BS(self) -> Tensor:
         """mean_v <W_v, W>."""
         return _total(self.towards_mean_BS)
-
-    def by_layer(self, ok_B: Tensor) -> LayerScores:
-        """The same by layer, and |W|^2; zeros where an example is not ``ok``."""
-        share_B = _inverse(self.norm_B())[:, None]
-        return LayerScores(
-            {n: _numbers(ok_B, part_BS * share_B) for n, part_BS in self.towards_unit_BS.items()},
-            {n: _numbers(ok_B, part_BS) for n, part_BS in self.towards_mean_BS.items()},
-            {n: _numbers(ok_B, part_B) for n, part_B in self.square_B.items()},
-        )
 
 
 @dataclass

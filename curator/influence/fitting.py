@@ -1,7 +1,7 @@
 """What a recipe learns from trusted data, once, and what is frozen of it.
 
 Curvature of the arrivals themselves is the tempting wrong way: wrong labels dominate it, and preconditioning then
-hides them (METHOD, "The overconfidence trap": AUC .42-.55 against .97).
+hides them (AUC .42-.55 against .97).
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def weighted_inner(a_BTI: Tensor, d_BTO: Tensor, weight_OI: Tensor) -> Tensor:
 
 
 def ghost_products(a_BTI: Tensor, d_BTO: Tensor, u_SOI: Tensor) -> Tensor:
-    """<u_s, sum_t d_t a_t^T> of each example and direction, (B, S) (METHOD 8).
+    """<u_s, sum_t d_t a_t^T> of each example and direction, (B, S).
 
     With several positions the gradient is formed once for all directions, T I O + S I O multiplications; position by
     position it would be S T I O.

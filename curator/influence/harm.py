@@ -1,7 +1,7 @@
 """One harm score from several kinds of evidence. Plain numpy.
 
-No single score wins on every kind of harm (METHOD, section 6): influence finds relabelled topics that the loss does not
-see, the loss finds uniform flips, self-influence finds what is unlike anything trusted. Each is put on the scale
+No single score wins on every kind of harm (docs/decisions/0008): influence finds relabelled topics that the loss does
+not see, the loss finds uniform flips, self-influence finds what is unlike anything trusted. Each is put on the scale
 of TRUSTED examples and they are added; what the sum means is said by its conformal p-value, which is valid for any
 combination fixed without the references (arXiv:2104.08279).
 """

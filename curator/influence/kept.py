@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,9 +10,6 @@ from torch import Tensor
 from curator.influence.dropout import LayerMask, at_least_float32
 from curator.influence.ghost import ghost_inner
 from curator.influence.layers import Layer, Selection
-
-NormKind = Literal["exact", "kept"]
-NORM_KINDS: tuple[NormKind, ...] = ("exact", "kept")
 
 
 class KeptEntries:
@@ -23,7 +19,7 @@ class KeptEntries:
         masks: by layer.
         norm: ``exact`` takes every layer's ghost norm, which costs about as much as the weight gradients that the pass
             saves. ``kept`` is free: the length of the kept entries, whose square is an unbiased estimate of the full
-            one over the draw of the mask, E|Pg|^2 = |g|^2 (METHOD 3), and the same yardstick for all examples.
+            one over the draw of the mask, E|Pg|^2 = |g|^2, and the same yardstick for all examples.
     """
 
     def __init__(self, masks: Mapping[str, LayerMask], norm: str = "exact") -> None:

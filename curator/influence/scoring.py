@@ -3,7 +3,7 @@
 With w = F^-1/2 g, r = |w| and unit = w / r, for a slice of validation examples v:
 
 ====================  ======================================  ==================================================
-normalised influence  mean_v <unit_v, unit>                   the default (METHOD 6): neither a few loud
+normalised influence  mean_v <unit_v, unit>                   the default: neither a few loud
                                                               validation examples nor a loud arrival decides
 influence             mean_v <w_v, w> = r <mean_v w_v, unit>  g_V^T (F + lambda I)^-1 g_z (arXiv:1703.04730)
 self-influence        r^2                                     g_z^T (F + lambda I)^-1 g_z (arXiv:2002.08484)
@@ -124,10 +124,3 @@ def leave_one_out(normalised_B: Tensor, count: int) -> Tensor:
     beside arrivals.
     """
     return (normalised_B * count - 1) / (count - 1)
-
-
-def drivers(unit_K: Tensor, unit_VK: Tensor, top: int) -> tuple[Tensor, Tensor]:
-    """The validation examples with the largest |<unit_v, unit>|: their products and positions, largest first."""
-    product_V = unit_VK.float() @ unit_K.float()
-    order = product_V.abs().argsort(descending=True, stable=True)[:top]
-    return product_V[order], order

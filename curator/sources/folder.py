@@ -1,7 +1,8 @@
 """Which files of a watched folder are complete.
 
-A writer does not say when it is done. A file is taken when its size and time of change have stood still over two looks
-some seconds apart; a file that is renamed in is taken by the same rule. Looking touches the disk, deciding does not.
+Most writers do not say when they are done. A file is taken when its size and time of change have stood still over two
+looks some seconds apart; a file that is renamed in is taken by the same rule. Hadoop and Spark do say it: while they
+write, a folder has ``_temporary``, and then, in its place, ``_SUCCESS``. Looking touches the disk, deciding does not.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from curator.errors import Unreadable
 UNFINISHED: Final = (".part", ".partial", ".tmp", ".temp", ".crdownload", ".filepart", ".swp", "~")
 """Endings that writers give to files they have not finished."""
 
+SUCCESS, TEMPORARY = "_SUCCESS", "_temporary"
+
 BOOKKEEPING: Final = frozenset(
-    {"_SUCCESS", "_temporary", "_metadata", "_common_metadata", "dataset_info.json", "state.json", "dataset_dict.json"}
+    {SUCCESS, TEMPORARY, "_metadata", "_common_metadata", "dataset_info.json", "state.json", "dataset_dict.json"}
 )
 """What Hadoop, Spark and `datasets` leave beside their output."""
 
@@ -32,11 +35,13 @@ class Sighting:
         size: in bytes.
         changed: its modification time, in nanoseconds.
         since: the moment of the first look that saw it so.
+        whole: its writer has said that it is done.
     """
 
     size: int
     changed: int
     since: float
+    whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +65,7 @@ def look(root: Path, at: float) -> Look:
         os.scandir(home).close()  # os.walk passes over a folder it cannot read, this one included
     except OSError as error:
         raise Unreadable(path=root, reason=error.strerror) from error
-    return Look(at, {name: seen for name in sorted(_names(home)) if (seen := _sight(home, name, at))})
+    return Look(at, {name: seen for name, done in sorted(_names(home)) if (seen := _sight(home, name, at, done))})
 
 
 def since(before: Look, now: Look) -> Look:
@@ -69,12 +74,14 @@ def since(before: Look, now: Look) -> Look:
 
 
 def settled(before: Look, now: Look, seconds: float) -> tuple[str, ...]:
-    """The files that have stood still for ``seconds`` or more, oldest first.
+    """The files that are whole, or have stood still for ``seconds`` or more, oldest first.
 
     Give ``since(before, now)`` as the next ``before``: then looks may come as often as one likes.
     """
     files = since(before, now).files
-    still = [name for name, seen in files.items() if name in before.files and now.at - seen.since >= seconds]
+    still = [
+        name for name, seen in files.items() if seen.whole or (name in before.files and now.at - seen.since >= seconds)
+    ]
     return tuple(sorted(still, key=lambda name: (files[name].changed, name)))
 
 
@@ -86,24 +93,41 @@ def source_of(name: str) -> str:
 
 def _older(before: Sighting | None, now: Sighting) -> Sighting:
     if before and (before.size, before.changed) == (now.size, now.changed):
-        return before
+        return replace(now, since=before.since)
     return now
 
 
-def _names(home: Path) -> Iterator[str]:
-    """Every candidate's path below ``home``; a folder that vanishes, or may not be read, does not stop the others."""
-    for folder, below, names in os.walk(home):
+def _names(home: Path) -> Iterator[tuple[str, int]]:
+    """Every candidate's path below ``home``, and when its writer said to be done; 0 where none did.
+
+    A folder that vanishes, or may not be read, does not stop the others.
+    """
+    said: dict[Path, int] = {}
+    for walked, below, names in os.walk(home):
+        folder = Path(walked)
+        if TEMPORARY in below and SUCCESS not in names and folder != home:
+            below.clear()
+            continue
+        # With both, a second job is adding to what a first one left: nothing is said of its files.
+        said[folder] = 0 if TEMPORARY in below else max(_changed(folder / SUCCESS), said.get(folder.parent, 0))
         below[:] = [name for name in below if not _is_passed_over(name)]
         for name in names:
             if not _is_passed_over(name):
-                yield (Path(folder) / name).relative_to(home).as_posix()
+                yield (folder / name).relative_to(home).as_posix(), said[folder]
+
+
+def _changed(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:  # there is none
+        return 0
 
 
 def _is_passed_over(name: str) -> bool:
     return name.startswith(".") or name in BOOKKEEPING or name.lower().endswith(UNFINISHED)
 
 
-def _sight(home: Path, name: str, at: float) -> Sighting | None:
+def _sight(home: Path, name: str, at: float, done: int) -> Sighting | None:
     path = home / name
     try:
         found = path.stat()
@@ -112,4 +136,5 @@ def _sight(home: Path, name: str, at: float) -> Sighting | None:
         return None
     if not inside or not stat.S_ISREG(found.st_mode):
         return None
-    return Sighting(found.st_size, found.st_mtime_ns, at)
+    # Changed after its writer was done, as by a copy that brings _SUCCESS first, it has to stand still.
+    return Sighting(found.st_size, found.st_mtime_ns, at, whole=found.st_mtime_ns <= done)

@@ -228,7 +228,7 @@ def _with_code_error(
     arrays: Mapping[str, NDArray[Any]],
 ) -> tuple[yardstick.Yardstick, dict[str, NDArray[Any]]]:
     """What the recipe's code adds to the error of a score, where it has one and exact scores to measure that with."""
-    exact = {part.removeprefix("exact/"): torch.from_numpy(a) for part, a in arrays.items() if "exact/" in part}
+    exact = {n.removeprefix("exact/"): torch.from_numpy(a) for n, a in arrays.items() if n.startswith("exact/")}
     rows = [row for row, e in enumerate(examples) if e.role == "reference" and bool(measured.ok_B[row])]
     if not attributor.is_coded or not exact or not rows:
         return stick, {}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from curator.errors import CheckpointChanged
 from curator.influence.attribution import Attributor, Measured, RecipeSpec
 from curator.influence.controls import Controls, terms
+from curator.influence.curvature import under
 from curator.influence.dropout import budgets
 from curator.influence.exact import Towards, directions_of
 from curator.influence.layers import find_layers
@@ -215,7 +216,7 @@ def _beside(controls: Controls, measured: Measured, records: Sequence[Any]) -> M
 
 def _towards(connection: Connection, set_id: int, kept: Mapping[str, Tensor]) -> Towards | None:
     names = [f"{number}/{name}" for number, name in directions.direction_names(connection, set_id)]
-    exact = {part.removeprefix("exact/"): t for part, t in kept.items() if part.startswith("exact/")}
+    exact = under("exact/", kept)
     return directions_of(names, exact) if exact else None
 
 

@@ -32,11 +32,20 @@ def add_checkpoint(connection: Connection, settings: Settings, name: str, path: 
     Raises:
         CheckpointNameTaken: the name belongs to other content.
     """
+    register_checkpoint(connection, name, path, digest)
+    return use_checkpoint(connection, settings, name)
+
+
+def register_checkpoint(connection: Connection, name: str, path: Path, digest: bytes) -> None:
+    """Note where a checkpoint is and what its content was; nothing is measured with it yet.
+
+    Raises:
+        CheckpointNameTaken: the name belongs to other content.
+    """
     if not recipes.add_checkpoint(connection, name, str(path), digest):
         known = recipes.checkpoint(connection, name)
         if known is None or known.digest != digest:
             raise CheckpointNameTaken(name=name)
-    return use_checkpoint(connection, settings, name)
 
 
 def use_checkpoint(connection: Connection, settings: Settings, name: str) -> int | None:

@@ -1,18 +1,32 @@
-"""Reviews that bring more than a word: a corrected label, an annotation made elsewhere; and draws of flags."""
+"""What a person says stands over curator: reviews, annotations made elsewhere, and draws of flags."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Row
 
-from curator.errors import CuratorError, NothingToRelabel, NothingToReview, NotOfThisProject
+from curator.errors import (
+    CuratorError,
+    NothingToRelabel,
+    NothingToReview,
+    NothingToUndo,
+    NotOfThisProject,
+    UnknownExample,
+)
 from curator.sources.label_studio import Annotation
-from curator.stages import verdicts
-from curator.store import examples, reviews
+from curator.store import examples, reviews, verdicts
 from curator.types import Review, Verdict
+
+_SAID = {Review.KEEP: Verdict.NEUTRAL, Review.DROP: Verdict.HARMFUL, Review.RELABEL: Verdict.HARMFUL}
+_CARRIED = (  # what the verdict that is reviewed rests on
+    *("policy", "policy_version", "policy_set_id", "recipe_id", "direction_set_id", "ordinal", "influence", "stderr"),
+    *("p_value", "q_value", "stream_q", "stream_level", "evidence"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +83,52 @@ def review(
         NothingToUndo: nobody has reviewed it.
         NothingToRelabel: the record has no label.
     """
-    if label is not None and "label" not in examples.fetch(connection, [example_id]).get(example_id, {"label": None}):
+    record = examples.fetch(connection, [example_id]).get(example_id)
+    if record is None:
+        raise UnknownExample(given=example_id)
+    if label is not None and "label" not in record:
         raise NothingToRelabel(example=example_id)
-    verdict = verdicts.review(connection, example_id, said, actor=actor, note=note)
+    former = verdicts.in_force(connection, example_id)
+    if said is Review.UNDO:
+        row = _undone(connection, example_id, former, actor, note)
+    else:
+        row = _reviewed(example_id, said, _SAID[said], former, f"reviewed: {said}", actor, note)
+    verdicts.append(connection, [row])
     if label is not None or origin is not None:
         reviews.annotate(connection, example_id, label=label, origin=origin)
-    return verdict
+    return Verdict(str(row["verdict"]))
+
+
+def _undone(
+    connection: Connection, example_id: int, former: Row[Any] | None, actor: str, note: str | None
+) -> dict[str, object]:
+    """What was in force before the last review is in force again, with its reason and its figures."""
+    if former is None or former.review is None:
+        raise NothingToUndo(example=example_id)
+    basis = verdicts.in_force_before(connection, former)
+    verdict = Verdict(basis.verdict) if basis else Verdict.NEUTRAL
+    reason = basis.reason if basis else "no verdict but the review that was taken back"
+    row = _reviewed(example_id, Review.UNDO, verdict, basis, reason, actor, note)
+    return {**row, "restores": basis.id if basis else None}
+
+
+def _reviewed(
+    example_id: int, said: Review, verdict: Verdict, basis: Row[Any] | None, reason: str, actor: str, note: str | None
+) -> dict[str, object]:
+    """A review carries the evidence it was given on, so a flag that was looked at still shows its figures."""
+    carried = {name: getattr(basis, name) if basis else None for name in _CARRIED}
+    return {
+        **carried,
+        "evidence": json.dumps(carried["evidence"]) if carried["evidence"] else None,
+        "policy": carried["policy"] or "review",
+        "example_id": example_id,
+        "verdict": verdict,
+        "reason": reason,
+        "review": said,
+        "restores": None,
+        "note": note,
+        "actor": actor,
+    }
 
 
 def draw(connection: Connection, n: int, *, seed: int, actor: str) -> Draw:

@@ -38,7 +38,7 @@ def examples(
         name: of the set, for messages.
         slice_field: the field that names a record's slice; empty: there is one slice.
         good: trusted examples; part of each slice gives its direction, the rest is kept aside as references.
-        bad: what the direction leads away from, slice by slice (METHOD 6); without any, the direction is of the good.
+        bad: what the direction leads away from, slice by slice; without any, the direction is of the good.
         references: the share that is kept aside.
 
     Raises:

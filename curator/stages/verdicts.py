@@ -15,13 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import Connection, Engine, Row
 
-from curator.errors import NothingToUndo, UnknownExample
 from curator.influence.confidence import Spent, benjamini_hochberg, spend, stream_level
 from curator.settings import Policy, Settings
 from curator.stages import policies
 from curator.stages.policies import Columns
-from curator.store import directions, examples, offers, verdicts, work
-from curator.types import ACTOR_CURATOR, Counts, Lease, Review, Stage, Verdict
+from curator.store import directions, offers, verdicts, work
+from curator.types import ACTOR_CURATOR, Counts, Lease, Stage, Verdict
 
 STAGE = Stage.VERDICTS
 Floats = NDArray[np.float64]
@@ -237,8 +236,6 @@ def _flag(batch: Batch, found: Finding, b: int, level: float) -> Judged:
         ("harmful", "harm"): "looks worse than trusted examples",
         ("harmful", "influence"): f"works against {batch.slices[at]}, beyond its error",
     }.get((found.policy.kind, found.policy.score), "is unlike the trusted examples")
-    if found.policy.kind == "outlier":
-        said = "is unlike the trusted examples"
     return Judged(
         b,
         Verdict.HARMFUL,
@@ -314,64 +311,3 @@ def _evidence(b: int, at: int, row: Row[Any], result: Result) -> dict[str, objec
             for found in result.findings
         },
     }
-
-
-# --- a person speaks ----------------------------------------------------------------------------------------
-
-_SAID = {Review.KEEP: Verdict.NEUTRAL, Review.DROP: Verdict.HARMFUL, Review.RELABEL: Verdict.HARMFUL}
-
-
-def review(connection: Connection, example_id: int, said: Review, *, actor: str, note: str | None = None) -> Verdict:
-    """Append a person's word on an example and return the verdict now in force.
-
-    Raises:
-        UnknownExample: no example has that number.
-        NothingToUndo: nobody has reviewed it.
-    """
-    if not examples.fetch(connection, [example_id]):
-        raise UnknownExample(given=example_id)
-    former = verdicts.in_force(connection, example_id)
-    if said is Review.UNDO:
-        row = _undone(connection, example_id, former, actor, note)
-    else:
-        row = _reviewed(example_id, said, _SAID[said], former, f"reviewed: {said}", actor, note)
-    verdicts.append(connection, [row])
-    return Verdict(str(row["verdict"]))
-
-
-def _undone(
-    connection: Connection, example_id: int, former: Row[Any] | None, actor: str, note: str | None
-) -> dict[str, object]:
-    """What was in force before the last review is in force again, with its reason and its figures."""
-    if former is None or former.review is None:
-        raise NothingToUndo(example=example_id)
-    basis = verdicts.in_force_before(connection, former)
-    verdict = Verdict(basis.verdict) if basis else Verdict.NEUTRAL
-    reason = basis.reason if basis else "no verdict but the review that was taken back"
-    row = _reviewed(example_id, Review.UNDO, verdict, basis, reason, actor, note)
-    return {**row, "restores": basis.id if basis else None}
-
-
-def _reviewed(
-    example_id: int, said: Review, verdict: Verdict, basis: Row[Any] | None, reason: str, actor: str, note: str | None
-) -> dict[str, object]:
-    """A review carries the evidence it was given on, so a flag that was looked at still shows its figures."""
-    carried = {name: getattr(basis, name) if basis else None for name in _CARRIED}
-    return {
-        **carried,
-        "evidence": json.dumps(carried["evidence"]) if carried["evidence"] else None,
-        "policy": carried["policy"] or "review",
-        "example_id": example_id,
-        "verdict": verdict,
-        "reason": reason,
-        "review": said,
-        "restores": None,
-        "note": note,
-        "actor": actor,
-    }
-
-
-_CARRIED = (
-    *("policy", "policy_version", "policy_set_id", "recipe_id", "direction_set_id", "ordinal", "influence", "stderr"),
-    *("p_value", "q_value", "stream_q", "stream_level", "evidence"),
-)

@@ -399,7 +399,7 @@ fidelities = Table(
     "fidelities",
     metadata,
     _ref("direction_set_id", "direction_sets"),
-    Column("ordinal", SmallInteger, nullable=False),
+    Column("ordinal", SmallInteger, nullable=False, comment="0: the mean over all directions that are no contrast"),
     Column("day", Date, nullable=False, comment="of UTC"),
     Column("n", Integer, nullable=False),
     Column("spearman", REAL, nullable=False, comment="of compressed with exact normalised influence"),

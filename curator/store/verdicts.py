@@ -143,18 +143,6 @@ def postpone(connection: Connection, lease: Lease, seconds: float) -> None:
     )
 
 
-def reference_count(connection: Connection, set_id: int) -> int:
-    """How many trusted references the p-values are ranks among."""
-    n: int | None = connection.scalar(
-        text(
-            "SELECT count(DISTINCT v.digest) FROM curator.reference_scores r"
-            " JOIN curator.validation_examples v ON v.id = r.validation_example_id WHERE r.direction_set_id = :id"
-        ),
-        {"id": set_id},
-    )
-    return n or 0
-
-
 def append(connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
     """Append verdicts and put them in force. A delivery that repeats one changes nothing.
 

@@ -1,4 +1,4 @@
-"""Whether compressed scores still keep the order of the exact ones: the alarm of a recipe (METHOD 8)."""
+"""Whether compressed scores still keep the order of the exact ones: the alarm of a recipe."""
 
 from __future__ import annotations
 
@@ -25,9 +25,13 @@ FEWEST = 100
 
 @dataclass(frozen=True, slots=True)
 class Fidelity:
-    """The last day of a slice that had enough arrivals, beside the first days; ``alarm`` says what is wrong."""
+    """The last day of a slice that had enough arrivals, beside the first days; ``alarm`` says what is wrong.
 
-    slice: str
+    ``slice`` is None for all slices together. Only there is the floor asked for: single slices and contrasts have .3-.5
+    where all together have .8, since most arrivals have little to do with one.
+    """
+
+    slice: str | None
     day: str
     n: int
     spearman: float
@@ -54,10 +58,11 @@ def _latest(days: Sequence[Row[tuple[object, ...]]]) -> Fidelity:
 
 
 def _alarm(last: Row[tuple[object, ...]], first: float | None, n_first: int) -> str | None:
+    where = f" on {last.slice}" if last.slice else ""
     agree = f"agree by {last.spearman:.2f} (Spearman, {last.n})"
-    found = f"on {last.day} compressed and exact influence on {last.slice} {agree}"
-    if last.spearman < FLOOR:
-        return f"{found}, below {FLOOR:g}: raise [gradients] dimension before trusting its rankings"
+    found = f"on {last.day} compressed and exact influence{where} {agree}"
+    if last.slice is None and last.spearman < FLOOR:
+        return f"{found}, below {FLOOR:g}: raise [gradients] dimension before trusting rankings"
     if first is not None and first - last.spearman > max(DROP, 3 * math.sqrt(1 / last.n + 1 / n_first)):
         return f"{found}, {first:.2f} in the first days: what arrives has changed; look at its sources"
     return None

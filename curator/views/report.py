@@ -64,11 +64,6 @@ class Agreement:
     spearman: float | None
     points: tuple[tuple[float, float, bool], ...]
 
-    @property
-    def holds(self) -> bool:
-        """False when the order is lost; True also where nothing can be compared."""
-        return self.spearman is None or self.spearman >= fidelity.FLOOR
-
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
@@ -148,7 +143,7 @@ def report(connection: Connection, project: str = "", by: str | None = None) -> 
         warnings=(
             *_of_footing(footing, figures.leaked(connection)),
             *_of_slices(shown),
-            *(each.alarm for each in fidelity.latest(connection) if each.alarm and each.spearman >= fidelity.FLOOR),
+            *fidelity.alarms(connection),
             *_of_reviews(precision, level),
         ),
         slices=shown,
@@ -253,7 +248,6 @@ def _of_footing(footing: Row[Any], leaked: int) -> Iterator[str]:
 def _of_slices(slices: Sequence[Slice]) -> Iterator[str]:
     for each in slices:
         yield from of_p_values(each.slice, each.uniformity)
-        yield from _of_agreement(each.slice, each.agreement)
 
 
 def of_p_values(name: str, found: Uniformity) -> Iterator[str]:
@@ -269,14 +263,6 @@ def of_p_values(name: str, found: Uniformity) -> Iterator[str]:
         yield (
             f"Slice {name}: most arrivals look {side} than the trusted references (estimated share of harmless "
             f"arrivals {found.harmless_share:.2f}). Check that the references are of the same kind as the arrivals."
-        )
-
-
-def _of_agreement(name: str, found: Agreement) -> Iterator[str]:
-    if not found.holds:
-        yield (
-            f"Slice {name}: compressed and exact influence agree poorly (Spearman {found.spearman:.2f} over {found.n} "
-            "arrivals). Raise [gradients] dimension before trusting rankings of this slice."
         )
 
 

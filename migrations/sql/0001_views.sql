@@ -353,8 +353,8 @@ CREATE VIEW curator.recipe_fidelity AS
 SELECT c.name AS checkpoint, r.id AS recipe, v.name AS validation_set, d.slice, f.day, f.n, f.spearman,
        r.in_use AND x.in_use AS in_use, f.measured_at
 FROM curator.fidelities f
-JOIN curator.directions d ON d.direction_set_id = f.direction_set_id AND d.ordinal = f.ordinal
-JOIN curator.validation_sets v ON v.id = d.validation_set_id
+LEFT JOIN curator.directions d ON d.direction_set_id = f.direction_set_id AND d.ordinal = f.ordinal
+LEFT JOIN curator.validation_sets v ON v.id = d.validation_set_id
 JOIN curator.direction_sets x ON x.id = f.direction_set_id
 JOIN curator.recipes r ON r.id = x.recipe_id
 JOIN curator.checkpoints c ON c.id = r.checkpoint_id;
@@ -362,6 +362,8 @@ JOIN curator.checkpoints c ON c.id = r.checkpoint_id;
 COMMENT ON VIEW curator.recipe_fidelity IS
 'One row for each slice and day: how far compressed scores keep the order of the exact ones that were taken on arrival.';
 COMMENT ON COLUMN curator.recipe_fidelity.recipe IS 'a checkpoint measured under one set of settings';
+COMMENT ON COLUMN curator.recipe_fidelity.slice IS
+'NULL: the mean over all slices that are no contrast. Lower on narrow slices: most arrivals have little to do with one, and the order of little is noise';
 COMMENT ON COLUMN curator.recipe_fidelity.day IS 'of UTC, when the gradients were computed';
 COMMENT ON COLUMN curator.recipe_fidelity.n IS 'arrivals of that day, at least 20';
 COMMENT ON COLUMN curator.recipe_fidelity.spearman IS

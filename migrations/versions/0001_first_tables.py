@@ -530,7 +530,12 @@ def upgrade() -> None:
     op.create_table(
         "fidelities",
         sa.Column("direction_set_id", sa.BigInteger(), nullable=False),
-        sa.Column("ordinal", sa.SmallInteger(), nullable=False),
+        sa.Column(
+            "ordinal",
+            sa.SmallInteger(),
+            nullable=False,
+            comment="0: the mean over all directions that are no contrast",
+        ),
         sa.Column("day", sa.Date(), nullable=False, comment="of UTC"),
         sa.Column("n", sa.Integer(), nullable=False),
         sa.Column("spearman", sa.REAL(), nullable=False, comment="of compressed with exact normalised influence"),

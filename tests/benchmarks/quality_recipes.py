@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from curator.influence.codes import FactoredGaussian, Gaussian, Pca, PcaSjlt, RankOne, Signs, Sjlt
+from curator.influence.codes import Pca, PcaSjlt, Sjlt
 from curator.influence.dropout import LayerMask, budgets, draw
 from curator.influence.scoring import unit
+from tests.benchmarks.quality_codes import FactoredGaussian, Gaussian, RankOne, Signs
 from tests.benchmarks.quality_spectrum import SMALLEST, Blocks, Gradients, components
 
 ByLayer = Mapping[str, Tensor]

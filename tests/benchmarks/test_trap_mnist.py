@@ -1,4 +1,4 @@
-"""The trap of METHOD, section 6, on MNIST: three checkpoints and an extreme one, three seeds.
+"""The trap of overconfidence on MNIST: three checkpoints and an extreme one, three seeds.
 
     python -m pytest tests/benchmarks/test_trap_mnist.py -m benchmark -s
 
@@ -65,7 +65,7 @@ clean examples; 1,000 trusted examples; mean of {len(SEEDS)} seeds (data, weight
 
 {described}
 
-Uniform flips are the easiest noise for the plain loss (METHOD, section 9); this table is about the sign, not about
+Uniform flips are the easiest noise for the plain loss; this table is about the sign, not about
 who wins.
 
 {datetime.date.today().isoformat()}, {platform.machine()}, {os.cpu_count()} cores, one thread, Python

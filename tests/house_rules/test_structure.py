@@ -47,7 +47,7 @@ def test_nothing_computes_with_a_connection_in_hand() -> None:
 
 def test_workers_hold_thin_tasks_and_little_else() -> None:
     names = {path.stem for path in modules("workers")}
-    names_of_processes = {"check", "drain", "explain", "plan", "scheduler"}
+    names_of_processes = {"aside", "check", "drain", "explain", "plan", "scheduler"}
     assert names == {*Stage, *names_of_processes, "__init__", "base", "celery", "upkeep"}
 
 

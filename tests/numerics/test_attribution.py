@@ -244,13 +244,6 @@ def test_leave_one_out_is_the_direction_without_the_example():
     assert float(found[2]) == pytest.approx(float((V.unit_BK[rest] @ V.unit_BK[2]).mean()), abs=1e-6)
 
 
-def test_drivers_are_the_validation_examples_with_the_largest_products():
-    unit_VK = torch.eye(4)[:3]
-    product, order = scoring.drivers(torch.tensor([0.1, -0.9, 0.3, 0.0]), unit_VK, 2)
-    assert order.tolist() == [1, 2]
-    assert product.tolist() == pytest.approx([-0.9, 0.3])
-
-
 # --- refusals -------------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""Codes: each equals its explicit matrix, keeps inner products, and survives the way through named tensors."""
+"""Codes: each equals its explicit matrix and keeps inner products."""
 
 import math
 
@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from curator.errors import CodeTooWide, NoCurvature, UnknownCompression
 from curator.influence import codes, naive
-from curator.influence.codes import FactoredGaussian, Gaussian, Pca, PcaSjlt, RankOne, Signs, Sjlt
+from curator.influence.codes import Pca, PcaSjlt, Sjlt
+from tests.benchmarks.quality_codes import FactoredGaussian, Gaussian, RankOne, Signs, normals
 
 SEEDS = 2000
 
@@ -64,7 +65,7 @@ def test_random_codes_keep_inner_products_on_average(kind):
 def test_the_variance_of_a_gaussian_code_is_what_theory_gives():
     x = rows(2, 30, 3)
     found = np.array([float(y[0] @ y[1]) for seed in range(SEEDS) if (y := drawn("gaussian", seed, x)) is not None])
-    # METHOD 3: (|g|^2 |g'|^2 + <g,g'>^2) / k. Products of normals have heavy tails: kurtosis 9 for one term, and
+    # (|g|^2 |g'|^2 + <g,g'>^2) / k. Products of normals have heavy tails: kurtosis 9 for one term, and
     # about 3 + 6/16 for a mean of 16, so five roots of 2/N (1 + .2) bound the sample variance.
     expected = float(x[0] @ x[0] * (x[1] @ x[1]) + (x[0] @ x[1]) ** 2) / 16
     assert found.var() == pytest.approx(expected, rel=6 * math.sqrt(2 / SEEDS))
@@ -82,7 +83,7 @@ def test_the_factored_projection_equals_the_kronecker_matrix(positions):
 
 
 def test_normals_are_normal():
-    x = codes.normals("any", 100_001)
+    x = normals("any", 100_001)
     assert len(x) == 100_001
     assert abs(x.mean()) < 5 / math.sqrt(len(x))
     assert x.var() == pytest.approx(1, abs=5 * math.sqrt(2 / len(x)))
@@ -199,21 +200,3 @@ def test_rank_one_loses_nothing_of_an_example_with_one_position():
     g = (rows(3, 4)[:, :, None] * rows(3, 5, 1)[:, None, :]).flatten(1)
     code = RankOne(((4, 5),))
     torch.testing.assert_close(code.decode(code.encode(g)), g)
-
-
-# --- frozen ---------------------------------------------------------------------------------------------------
-
-
-def test_codes_survive_the_way_through_named_tensors():
-    x = rows(3, 30).float()
-    for code in (Sjlt.draw("a", 30, 8), Pca.fit(lambda: [x], 3), PcaSjlt.fit(lambda: [x], 9)):
-        assert torch.equal(codes.code_of(code.tensors()).encode(x), code.encode(x))
-        assert codes.bytes_per_example(code) == 2 * code.width + 4
-    gaussian = Gaussian("a", 30, 8)
-    assert torch.equal(Gaussian.of(gaussian.tensors()).encode(x), gaussian.encode(x))
-    factored = FactoredGaussian.draw("a", (6, 5), (2, 2))
-    assert torch.equal(FactoredGaussian.of(factored.tensors()).left_PO, factored.left_PO)
-
-
-def test_grids_stay_within_their_layers():
-    assert codes.kept_grids([(64, 784), (10, 32)], 16) == ((16, 16), (10, 16))

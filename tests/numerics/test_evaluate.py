@@ -10,11 +10,9 @@ from torch.nn import functional as F
 
 from curator.influence import naive
 from curator.influence.evaluate import (
-    bootstrap,
     linear_datamodelling,
     linear_datamodelling_estimate,
     removal_curve,
-    spearman,
 )
 from curator.influence.retraining import Training, half_subsets, outcomes, retrain
 
@@ -119,9 +117,3 @@ def test_removal_stands_beside_as_many_random_drops():
     for point in curve:
         assert point.outcome < point.random.low
     assert curve[1].outcome < curve[0].outcome
-
-
-def test_a_bootstrap_interval_holds_its_figure():
-    x = noise(80)
-    found = bootstrap(spearman, x, x + noise(80, seed=1), draws=100)
-    assert found.low < found.value < found.high

@@ -99,7 +99,7 @@ def test_masked_equals_dense_then_masked(kind, shape, count, positions, seed, da
         np.testing.assert_allclose(kept[b], naive.kept(dense, mask), rtol=0, atol=1e-12)
 
 
-# --- the theory of METHOD, section 3 --------------------------------------------------------------------------
+# --- means and variances over the draw --------------------------------------------------------------------------
 
 SEEDS = 4000
 
@@ -127,7 +127,7 @@ def two_way_variance(X, p, q):
 
 
 def without_replacement(X, k):
-    """((1-q)/q) sum x^2 of METHOD is for independent draws; without replacement the mean part drops out."""
+    """((1-q)/q) sum x^2 is for independent draws; without replacement the mean part drops out."""
     N = X.size
     return (N - k) / k * N / (N - 1) * ((X**2).sum() - X.sum() ** 2 / N)
 
@@ -316,14 +316,11 @@ def test_energies_are_means_over_unit_gradients_and_add_up(count, positions, cut
     g = torch.Generator().manual_seed(count)
     a, d = (torch.randn(count, positions, n, generator=g, dtype=torch.float64) for n in (4, 3))
 
-    def measured(rows):
-        sums = EnergySums()
+    found = EnergySums()
+    for rows in (slice(0, cut), slice(cut, count)):
         for layer, factor in ((_Named("one"), 1.0), (_Named("two"), 2.0)):
-            sums(layer, a[rows], d[rows] * factor)
-        sums.close()
-        return sums
-
-    found = measured(slice(0, cut)).merge(measured(slice(cut, count)))
+            found(layer, a[rows], d[rows] * factor)
+        found.close()
     dense = [d[b].T.numpy() @ a[b].numpy() for b in range(count)]
     if count:
         np.testing.assert_allclose(found.entries["one"] / count, naive.energy(dense), atol=1e-12)

@@ -1,4 +1,4 @@
-"""The default recipe finds wrong labels on overconfident, calibrated and under-trained checkpoints alike (METHOD 6)."""
+"""The default recipe finds wrong labels on overconfident, calibrated and under-trained checkpoints alike."""
 
 import pytest
 from sklearn.datasets import load_digits

@@ -1,7 +1,7 @@
 """A small finished world for the read side: two slices, three vendors, scores, flags, refusals; no model in sight.
 
 Vectors are drawn, everything else is computed from them as the daemon would, so what a command shows can be checked
-against NumPy. Example 1 holds everything a record may do to a reader (FAULTS.md, 21).
+against NumPy. Example 1 holds everything a record may do to a reader (docs/faults.md, 21).
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import Connection, Engine, text
 
 from curator.settings import Settings
-from curator.stages import scores, upkeep, verdicts
+from curator.stages import reviews, scores, upkeep, verdicts
 from curator.stages.turn import Turn
 from curator.store import offers, work
 from curator.store import verdicts as store
@@ -264,7 +264,7 @@ def test_a_review_stands_though_the_batch_was_being_judged(arrived: Engine, sett
         batch = verdicts.claim(connection, settings)
     assert batch is not None
     with begin(arrived) as connection:
-        verdicts.review(connection, 3, Review.KEEP, actor="ada")
+        reviews.review(connection, 3, Review.KEEP, actor="ada")
     with begin(arrived) as connection:
         verdicts.record(connection, settings, batch, verdicts.compute(settings, batch))
         said = store.in_force(connection, 3)

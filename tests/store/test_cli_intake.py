@@ -134,6 +134,16 @@ def test_fields_under_other_names_are_mapped_by_source(new_curator: Curator, tmp
     assert new_curator.rows("sql", "SELECT 1 AS one")
 
 
+def test_trusted_records_are_mapped_as_arrivals_are(new_curator: Curator, tmp_path: Path) -> None:
+    """Or the same record would be two examples, and no leak would be seen."""
+    (new_curator.project / "curator.toml").write_text('[sources]\nfields = {text = "body"}\n')
+    lines = [json.dumps({"body": f"mail {n}", "label": "xy"[n % 2], "sent": n}) for n in range(8)]
+    (tmp_path / "trusted.jsonl").write_text("\n".join(lines))
+    assert new_curator("validation", "add", "trusted", str(tmp_path / "trusted.jsonl")).exit_code == 0
+    result = new_curator("ingest", str(tmp_path / "trusted.jsonl"))
+    assert "8 of the records are also in a validation set in use" in result.stderr
+
+
 @pytest.mark.parametrize("fields", ["3", "{text = 3}", '["body"]'])
 def test_a_mapping_that_is_none_is_refused_at_once(new_curator: Curator, fields: str) -> None:
     (new_curator.project / "curator.toml").write_text(f"[sources.acme]\nfields = {fields}\n")

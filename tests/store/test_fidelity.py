@@ -34,17 +34,21 @@ def test_every_day_s_figure_is_the_rank_correlation_of_its_pairs(writable: Conne
     spread(writable, 2)
     store.measure(writable)
     rows = writable.execute(text("SELECT ordinal, day, n, spearman FROM curator.fidelities")).all()
-    assert len(rows) == 2 * 2, "two slices, two days"
+    assert len(rows) == 3 * 2, "two slices and both together, two days"
     for row in rows:
+        wanted = [row.ordinal] if row.ordinal else [1, 2]
         pairs = writable.execute(
             text(
-                "SELECT s.normalised[:ordinal], g.exact[:ordinal] FROM curator.scores s JOIN curator.gradients g"
+                "SELECT s.normalised, g.exact FROM curator.scores s JOIN curator.gradients g"
                 " USING (recipe_id, example_id, direction_set_id)"
                 " WHERE g.exact IS NOT NULL AND (g.computed_at AT TIME ZONE 'UTC')::date = :day"
             ),
-            {"ordinal": row.ordinal, "day": row.day},
+            {"day": row.day},
         ).all()
-        compressed, exact = (np.array(column) for column in zip(*pairs, strict=True))
+        compressed, exact = (
+            np.array([[values[n - 1] for n in wanted] for values in column]).mean(axis=1)
+            for column in zip(*pairs, strict=True)
+        )
         ranks = [
             np.searchsorted(np.sort(x), x) + np.searchsorted(np.sort(x), x, side="right") for x in (compressed, exact)
         ]
@@ -69,16 +73,16 @@ def test_scores_of_later_directions_are_not_compared_with_exact_ones_of_former(w
     assert store.days(writable) == []
 
 
-def history(connection: Connection, figures: Sequence[tuple[float, int]]) -> None:
+def history(connection: Connection, figures: Sequence[tuple[float, int]], ordinal: int = 0) -> None:
     today = datetime.date(2026, 3, 1)
     (set_id,) = connection.scalars(text("SELECT id FROM curator.direction_sets WHERE in_use"))
     connection.execute(
         text(
             "INSERT INTO curator.fidelities (direction_set_id, ordinal, day, n, spearman)"
-            " VALUES (:set, 1, :day, :n, :s)"
+            " VALUES (:set, :ordinal, :day, :n, :s)"
         ),
         [
-            {"set": set_id, "day": today + datetime.timedelta(days=i), "n": n, "s": s}
+            {"set": set_id, "ordinal": ordinal, "day": today + datetime.timedelta(days=i), "n": n, "s": s}
             for i, (s, n) in enumerate(figures)
         ],
     )
@@ -101,6 +105,14 @@ def test_the_alarm_is_raised_below_the_floor_and_for_a_fall(
     history(writable, figures)
     (found,) = fidelity.latest(writable)
     assert (found.alarm is None) if said is None else (said in str(found.alarm))
+
+
+def test_a_single_slice_may_agree_less_but_must_not_fall(writable: Connection) -> None:
+    history(writable, [(0.4, 500), (0.42, 500), (0.41, 500)], ordinal=1)
+    history(writable, [(0.5, 500), (0.52, 500), (0.2, 500)], ordinal=2)
+    steady, fallen = fidelity.latest(writable)
+    assert steady.alarm is None
+    assert "in the first days" in str(fallen.alarm)
 
 
 def test_status_and_doctor_say_it(world_url: str) -> None:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from curator.settings import Settings, Sources
 from tests import digits
+from workers import plan
 
 
 @pytest.fixture
@@ -43,3 +45,12 @@ def test_a_plan_is_of_a_sample_and_stores_nothing(curator, digits_files: digits.
     assert rows["database"]["all"] == pytest.approx(997 * rows["database"]["one_example"], rel=1e-2)
     (count,) = json.loads(curator("sql", "SELECT count(*) AS n FROM pipeline_status", "--json").stdout)
     assert count["n"] == 0
+
+
+def test_a_plan_reads_files_as_they_would_be_taken_in(tmp_path: Path) -> None:
+    file = tmp_path / "vendor.csv"
+    file.write_text("body,label\nhello,ham\nbuy now,spam\n")
+    settings = Settings(project=tmp_path, sources=Sources(fields={"text": "body", "label": "label"}))
+    found, picked = plan.sampled(settings, [file])
+    assert found == 2
+    assert [json.loads(record.content)["text"] for record in picked] == ["hello", "buy now"]

@@ -138,9 +138,13 @@ def test_p_values_that_are_not_uniform_raise_a_banner(curator: Curator) -> None:
 
 
 def test_exact_and_compressed_scores_that_disagree_raise_a_banner(curator: Curator) -> None:
-    found = changed(curator, "UPDATE curator.gradients SET exact = ARRAY[-exact[1], exact[2]]")
+    found = changed(
+        curator,
+        "INSERT INTO curator.fidelities (direction_set_id, ordinal, day, n, spearman)"
+        " SELECT id, 0, '2026-03-01', 500, -0.3 FROM curator.direction_sets WHERE in_use",
+    )
     [warning] = found.warnings
-    assert warning.startswith("Slice science: compressed and exact influence agree poorly (Spearman -")
+    assert warning.startswith("on 2026-03-01 compressed and exact influence agree by -0.30 (Spearman, 500), below 0.7")
 
 
 def test_an_arrival_that_is_also_trusted_raises_a_banner(curator: Curator) -> None:

@@ -92,12 +92,16 @@ def test_a_word_s_pull_is_the_score_less_that_without_it(settings: Settings, eng
     runtime.close()
 
 
-def test_the_command_asks_the_model_in_a_process_of_its_own(settings: Settings) -> None:
+def test_the_command_asks_the_model_in_a_process_of_its_own(settings: Settings, engine: Engine) -> None:
     curator = Curator(settings.project, settings.database.url)
     result = curator("why", "1", "--tokens")
     assert result.exit_code == 0, result.output
     assert "weigh most on slice all (the normalised influence, less that without the word)" in result.stdout
     assert "\nposition\ttoken\tpull\n0\tthe\t" in result.stdout
+    with begin(engine) as connection:
+        blank = """UPDATE curator.examples SET record = '{"text": " ", "label": "bad"}' WHERE id = 1"""
+        connection.exec_driver_sql(blank)
+    assert "error CUR-EXM-004: " in curator("why", "1", "--tokens").stderr
     (settings.project / "base.safetensors").write_bytes(b"another")
     changed = curator("why", "1", "--tokens")
     assert (changed.exit_code, changed.stdout) == (2, "")

@@ -15,7 +15,7 @@ from sqlalchemy import Engine, text
 from curator.errors import NothingToUndo
 from curator.settings import Settings, load
 from curator.sources import jsonl
-from curator.stages import directions, examples, gradients, recipes, scores, upkeep, verdicts, yardstick
+from curator.stages import directions, examples, gradients, recipes, reviews, scores, upkeep, verdicts, yardstick
 from curator.stages.turn import Turn
 from curator.store import directions as directions_store
 from curator.store import recipes as recipes_store
@@ -130,15 +130,15 @@ def test_a_persons_word_stands_until_it_is_taken_back(walked: tuple[Engine, Sett
         flag = text("SELECT example_id, reason, review FROM curator.flagged_examples WHERE example_id = :n")
         number = connection.scalar(text("SELECT example_id FROM curator.flagged_examples ORDER BY 1 LIMIT 1"))
         before = connection.execute(flag, {"n": number}).one()
-        assert verdicts.review(connection, number, Review.DROP, actor="ada") == Verdict.HARMFUL
-        assert verdicts.review(connection, number, Review.KEEP, actor="ada", note="it is a seven") == Verdict.NEUTRAL
+        assert reviews.review(connection, number, Review.DROP, actor="ada") == Verdict.HARMFUL
+        assert reviews.review(connection, number, Review.KEEP, actor="ada", note="it is a seven") == Verdict.NEUTRAL
         assert connection.execute(flag, {"n": number}).all() == []
-        assert verdicts.review(connection, number, Review.UNDO, actor="ada") == Verdict.HARMFUL
+        assert reviews.review(connection, number, Review.UNDO, actor="ada") == Verdict.HARMFUL
         assert connection.execute(flag, {"n": number}).one().review == "drop"
-        assert verdicts.review(connection, number, Review.UNDO, actor="ada") == Verdict.HARMFUL
+        assert reviews.review(connection, number, Review.UNDO, actor="ada") == Verdict.HARMFUL
         assert connection.execute(flag, {"n": number}).one() == before
         with pytest.raises(NothingToUndo):
-            verdicts.review(connection, number, Review.UNDO, actor="ada")
+            reviews.review(connection, number, Review.UNDO, actor="ada")
         n = connection.scalar(text("SELECT count(*) FROM curator.verdict_history WHERE example_id = :n"), {"n": number})
     assert n == 5, "nothing that was said is ever removed"
 

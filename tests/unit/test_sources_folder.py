@@ -147,6 +147,55 @@ def test_new_content_under_an_old_name_comes_again(folder):
     assert "mail.jsonl" not in settled(first, look(folder, 5), 5)
 
 
+def job(folder, *, done=0, at_work=False):
+    """A folder as Spark leaves it: a part and one of a partition, written at 5; ``_SUCCESS`` at ``done``."""
+    for name in ("part-0", "day=1/part-0"):
+        path = folder / "spark" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"1")
+        os.utime(path, ns=(5, 5))
+    if done:
+        (folder / "spark" / "_SUCCESS").touch()
+        os.utime(folder / "spark" / "_SUCCESS", ns=(done, done))
+    if at_work:
+        (folder / "spark" / "_temporary").mkdir()
+
+
+def parts(look):
+    return tuple(name for name in settled(Look(look.at, {}), look, 60) if name.startswith("spark/"))
+
+
+def test_a_folder_whose_writer_says_it_is_done_is_taken_at_once(folder):
+    job(folder, done=5)
+    assert settled(seen(0), look(folder, 0), 60) == ("spark/day=1/part-0", "spark/part-0")
+
+
+def test_what_was_written_after_its_writer_was_done_has_to_stand_still(folder):
+    job(folder, done=4)
+    first, second = look(folder, 0), look(folder, 60)
+    assert parts(first) == ()
+    assert {"spark/part-0", "spark/day=1/part-0"} <= set(settled(first, second, 60))
+
+
+def test_a_file_that_was_seen_before_is_whole_once_its_writer_is_done(folder):
+    job(folder)
+    first = look(folder, 0)
+    job(folder, done=5)
+    assert "spark/part-0" in settled(first, look(folder, 1), 60)
+
+
+def test_a_folder_whose_writer_is_at_work_is_left_and_its_neighbours_are_not(folder):
+    job(folder, at_work=True)
+    assert set(look(folder, 0).files) == {"mail.jsonl", "vendor_a/2026/x"}
+
+
+def test_a_job_that_adds_to_another_s_folder_takes_its_word_back(folder):
+    job(folder, done=9, at_work=True)
+    found = look(folder, 0)
+    assert "spark/part-0" in found.files
+    assert parts(found) == ()
+
+
 @pytest.mark.parametrize("name", ["gone", "mail.jsonl"])
 def test_a_folder_that_is_none_is_refused(folder, name):
     with pytest.raises(Unreadable):
