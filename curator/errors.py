@@ -822,7 +822,7 @@ class CheckpointForeign(DataError):
 
 
 class AdapterBaseMissing(DataError):
-    """The adapter at {path} belongs to the base model {base!r}, which is no local folder."""
+    """The adapter at {path} belongs to a base model, {base}, which is no local folder."""
 
     code = "CUR-CKP-013"
     hint = (

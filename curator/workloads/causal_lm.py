@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -243,5 +243,12 @@ def _head(model: nn.Module) -> nn.Module | None:
 
 
 def build(*, project: Path, **options: Any) -> CausalLM:
-    """The workload of a project; see ``Options``."""
+    """The workload of a project; see ``Options``.
+
+    Raises:
+        BadWorkloadOption: an option that is not there, or a value that is none of its own.
+    """
+    known = [option.name for option in fields(Options)]
+    if unknown := sorted(options.keys() - set(known)):
+        raise BadWorkloadOption(kind=KIND, reason=f"there is no {', '.join(unknown)}; there are {', '.join(known)}")
     return CausalLM(project, Options(**options))

@@ -53,7 +53,7 @@ def adapter_base(folder: Path) -> Path | None:
     named = json.loads((folder / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path") or ""
     base = Path(named) if Path(named).is_absolute() else folder / named
     if not named or not base.is_dir():
-        raise AdapterBaseMissing(path=folder, base=named)
+        raise AdapterBaseMissing(path=folder, base=repr(named) if named else "that it does not name")
     return base
 
 

@@ -346,7 +346,10 @@ def test_an_adapter_is_its_base_too(folder, adapter, tmp_path):
 def test_an_adapter_without_its_base_is_refused(folder, adapter):
     config = adapter / "adapter_config.json"
     config.write_text(config.read_text().replace(str(folder), "someone/on-a-hub"))
-    with pytest.raises(AdapterBaseMissing, match="someone/on-a-hub"):
+    with pytest.raises(AdapterBaseMissing, match="'someone/on-a-hub'"):
+        base.load_model(CausalLM(), adapter, CPU)
+    config.write_text(config.read_text().replace("someone/on-a-hub", ""))
+    with pytest.raises(AdapterBaseMissing, match="that it does not name"):
         base.load_model(CausalLM(), adapter, CPU)
 
 
@@ -367,3 +370,8 @@ def test_bfloat16_weights_give_float32_vectors_near_those_of_float32(workload, f
     assert found[0].unit_BK.dtype == torch.float32
     torch.testing.assert_close(found[0].loss_B, found[1].loss_B, rtol=2e-2, atol=0)  # 8 bits of mantissa
     assert torch.nn.functional.cosine_similarity(found[0].unit_BK, found[1].unit_BK).min() > 0.9
+
+
+def test_an_option_that_is_not_there_is_named_with_those_that_are(folder):
+    with pytest.raises(BadWorkloadOption, match=r"no weihgts; there are max_tokens, .*weights"):
+        registry.build("causal-lm", folder, {"weihgts": "adapter"})
