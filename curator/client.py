@@ -17,11 +17,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from importlib import import_module
 from os import PathLike, fspath
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
+from curator.errors import FramesMissing
 from curator.runtime import Runtime, handshake
 from curator.settings import load
 
@@ -108,7 +110,8 @@ class Client:
         """The scores in use: a row an example and validation slice, the columns of ``curator.influence_scores``.
 
         Raises:
-            ExtraMissing: pyarrow (or pandas, or polars) is not installed.
+            ExtraMissing: pyarrow is not installed.
+            FramesMissing: pandas or polars is not.
         """
         return self.query("SELECT * FROM curator.influence_scores WHERE in_use ORDER BY example_id", kind)
 
@@ -116,7 +119,7 @@ class Client:
         """The flags in force, surest first: the columns of ``curator.flagged_examples``.
 
         Raises:
-            ExtraMissing: as ``scores``.
+            ExtraMissing, FramesMissing: as ``scores``.
         """
         return self.query("SELECT * FROM curator.flagged_examples ORDER BY q_value, p_value, example_id", kind)
 
@@ -124,7 +127,7 @@ class Client:
         """One read-only statement over the views of schema ``curator``.
 
         Raises:
-            ExtraMissing: as ``scores``.
+            ExtraMissing, FramesMissing: as ``scores``.
             QueryRefused: it is not one statement that only reads.
         """
         from curator.store import arrow, engine
@@ -133,11 +136,11 @@ class Client:
             table = arrow.fetch(connection, sql)
         if kind == "arrow":
             return table
-        if kind == "pandas":
-            return table.to_pandas()
-        import polars
-
-        return polars.from_arrow(table)
+        try:
+            library = import_module(kind)
+        except ImportError as error:
+            raise FramesMissing(package=kind) from error
+        return table.to_pandas() if kind == "pandas" else library.from_arrow(table)
 
     def select(
         self,

@@ -793,6 +793,13 @@ class ExtraMissing(UsageError):
     hint = "pip install 'gradient-curator[{extra}]'"
 
 
+class FramesMissing(UsageError):
+    """A frame of {package} was asked for, which is not installed."""
+
+    code = "CUR-WRK-014"
+    hint = "pip install {package}, or take the Arrow table."
+
+
 class CheckpointMissing(DataError):
     """There are no safetensors weights at {path}."""
 

@@ -59,7 +59,7 @@ def ingest(here: Invocation, files: tuple[str, ...], source: str, dry_run: bool,
     if leaks:
         what = "1 record is" if leaks == 1 else f"{leaks} records are"
         say(f"warning: {what} also in a validation set in use, where influence says nothing: curator.validation_leaks")
-    if not runs and any(row.accepted for row in counts):
+    if not runs and any(row.accepted for row in counts if row.file not in before):
         say("next: curator drain, or curator up: the daemon is not running")
     if [problem for row in counts for problem in _said(row, row.file in before)]:
         raise click.exceptions.Exit(EXIT_FINDINGS)

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import curator as package
-from curator.errors import NoSuchFile, QueryRefused, SelectionExists
+from curator.errors import FramesMissing, NoSuchFile, QueryRefused, SelectionExists
 from curator.training import CuratedDataset
 from tests.store.conftest import Curator
 
@@ -56,7 +56,20 @@ def test_scores_are_a_table_with_the_types_of_the_database(client: package.Clien
     assert (kinds["example_id"], kinds["influence"]) == (pa.int64(), pa.float32())
     assert kinds["arrived_at"] == pa.timestamp("us", tz="UTC")
     assert set(client.flagged()["example_id"].to_pylist()) <= set(table["example_id"].to_pylist())
-    assert list(client.scores("pandas").columns) == table.column_names
+
+
+@pytest.mark.parametrize("kind", ["pandas", "polars"])
+def test_scores_are_a_frame_where_its_library_is(client: package.Client, kind: str) -> None:
+    pytest.importorskip(kind)
+    assert list(client.scores(kind).columns) == client.scores().column_names
+
+
+@pytest.mark.parametrize("kind", ["pandas", "polars"])
+def test_a_frame_whose_library_is_missing(client: package.Client, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pyarrow")
+    monkeypatch.setitem(sys.modules, kind, None)
+    with pytest.raises(FramesMissing, match=kind):
+        client.flagged(kind)
 
 
 def test_a_query_reads_only(client: package.Client) -> None:
