@@ -1,4 +1,4 @@
-"""Half an hour of arrivals, day in, day out in small: memory, files and connections stay what they were."""
+"""Half an hour of arrivals at full load: memory, files and connections stay what they were."""
 
 from __future__ import annotations
 
@@ -24,8 +24,11 @@ from tests import digits
 from tests.faults import chaos
 
 SECONDS = float(os.environ.get("CURATOR_SOAK_SECONDS", "1800"))
-RATE = float(os.environ.get("CURATOR_SOAK_RATE", "20"))
+# Records a second at most. Without a limit the next file comes as soon as fewer than BACKLOG wait: the workers never idle.
+RATE = float(os.environ.get("CURATOR_SOAK_RATE", "inf"))
+BACKLOG = int(os.environ.get("CURATOR_SOAK_BACKLOG", "96"))
 FILE_RECORDS = 100
+POLL_SECONDS = 0.05
 LOOK_SECONDS = 5.0
 # The first minutes fill caches, pools and the interpreter's own arenas.
 WARM = 0.2
@@ -34,7 +37,7 @@ GROWTH, SLACK_MB, SLACK = 1.1, 8.0, 4
 
 @dataclass
 class Soak:
-    """A daemon, someone who delivers at an even pace, and someone who looks."""
+    """A daemon, someone who delivers as fast as it can be taken or at an even pace, and someone who looks."""
 
     project: Path
     servers: chaos.Servers
@@ -48,13 +51,13 @@ class Soak:
         begin = time.monotonic()
         due = looked = begin
         while (now := time.monotonic()) < begin + seconds:
-            if now >= due:
+            if now >= due and self.left() < BACKLOG:
                 self._deliver(rng)
-                due += FILE_RECORDS / RATE
+                due = max(now, due + FILE_RECORDS / RATE)
             if now >= looked:
                 self._look()
                 looked += LOOK_SECONDS
-            time.sleep(max(0.0, min(due, looked) - time.monotonic()))
+            time.sleep(POLL_SECONDS)
 
     def _deliver(self, rng: np.random.Generator) -> None:
         lines = []
