@@ -978,6 +978,62 @@ class TrainingDiverged(DataError):
     hint = "Lower the learning rate of the workload's training(); if it stays, a record's own loss is not finite."
 
 
+class NothingToVerify(UsageError):
+    """No example has been judged yet at the checkpoint and validation sets in use, so there is nothing to verify."""
+
+    code = "CUR-VRF-002"
+    hint = "`curator drain`, or a running daemon, judges what has arrived; `curator status` shows what is missing."
+
+
+class NothingToCompare(UsageError):
+    """No flag is in force and there is no selection: every arm would be trained on the same examples."""
+
+    code = "CUR-VRF-003"
+    hint = "`curator select --budget N` makes a selection to verify; `curator flagged` lists the flags."
+
+
+class TooFewRuns(UsageError):
+    """{n} {what} are too few for an interval: at least {needed} are needed."""
+
+    code = "CUR-VRF-004"
+    hint = "Leave --{what} out for the default; more of them make the intervals shorter, and cost as much more time."
+
+
+class TooFewHeldOut(UsageError):
+    """{where}: {n} held-out examples that no direction knows, and at least {needed} are needed."""
+
+    code = "CUR-VRF-005"
+    hint = "Give --held-out a file of trusted examples that no validation set holds, or add references to one."
+
+
+class RunFailed(DataError):
+    """Verification {verification} failed in {run}"""
+
+    code = "CUR-VRF-006"
+    hint = "Mend what it names, then verify again; --learning-rate, --epochs and --batch change how it is trained."
+
+
+class VerificationCancelled(UsageError):
+    """Verification {verification} was cancelled."""
+
+    code = "CUR-VRF-007"
+    hint = "`curator verify` asks for another one."
+
+
+class NoSuchVerification(UsageError):
+    """There is no verification{which}."""
+
+    code = "CUR-VRF-008"
+    hint = "`curator verifications list` shows them; `curator verify` makes one."
+
+
+class NotRunning(UsageError):
+    """Verification {verification} is not running: it is {state}."""
+
+    code = "CUR-VRF-009"
+    hint = "`curator verifications show {verification}` shows what it found."
+
+
 # --- daemon and intake ------------------------------------------------------------------------------------
 
 

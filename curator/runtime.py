@@ -34,7 +34,8 @@ WAKE_SECONDS = 300
 
 # Stages that need the model run where the GPU is; the others must not wait behind them.
 MODEL_QUEUE, TABLE_QUEUE = "model", "table"
-QUEUES = {stage: MODEL_QUEUE if stage in (Stage.DIRECTIONS, Stage.GRADIENTS) else TABLE_QUEUE for stage in Stage}
+_OF_THE_MODEL = (Stage.DIRECTIONS, Stage.GRADIENTS, Stage.VERIFICATIONS)
+QUEUES = {stage: MODEL_QUEUE if stage in _OF_THE_MODEL else TABLE_QUEUE for stage in Stage}
 
 
 def doorbells() -> list[Queue]:

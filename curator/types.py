@@ -9,13 +9,14 @@ from typing import Final, NamedTuple
 
 
 class Stage(StrEnum):
-    """A step of the path. The order of the members is the order of the path."""
+    """A step of the path, in its order; the last, which is on demand, proves by training what the others said."""
 
     EXAMPLES = "examples"
     DIRECTIONS = "directions"
     GRADIENTS = "gradients"
     SCORES = "scores"
     VERDICTS = "verdicts"
+    VERIFICATIONS = "verifications"
 
 
 class GradientState(StrEnum):
@@ -42,6 +43,18 @@ class Review(StrEnum):
     DROP = "drop"
     RELABEL = "relabel"
     UNDO = "undo"
+
+
+class Arm(StrEnum):
+    """A way of choosing what a verification trains on: all, with or without curator's say, and the controls."""
+
+    BASE = "base"
+    ALL = "all"
+    KEPT = "kept"
+    RANDOM_DROPPED = "random-dropped"
+    HIGHEST_LOSS_DROPPED = "highest-loss-dropped"
+    SELECTED = "selected"
+    RANDOM_SELECTED = "random-selected"
 
 
 # Celery task names are part of the wire: a worker of the last release must still understand them.

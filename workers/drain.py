@@ -1,4 +1,7 @@
-"""``python -m workers.drain``: all pending work in this process, then the end. No broker is needed."""
+"""``python -m workers.drain [STAGE...]``: all pending work, or that of some stages, in this process, then the end.
+
+No broker is needed.
+"""
 
 from __future__ import annotations
 
@@ -6,46 +9,50 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Sequence
 
 from sqlalchemy import Connection
 
 from curator import settings
 from curator.errors import CuratorError
 from curator.runtime import Runtime
-from curator.stages import directions, examples, gradients, likeness, scores, upkeep, verdicts
+from curator.stages import directions, examples, gradients, likeness, scores, upkeep, verdicts, verifications
 from curator.stages.turn import StageModule, Turn
 from curator.store import fidelity, migrate, offers, work
 from curator.store.engine import read, transact
 from workers.base import stopping
 
-STAGES: tuple[StageModule, ...] = (examples, directions, gradients, scores, verdicts)
+STAGES: tuple[StageModule, ...] = (examples, directions, gradients, scores, verdicts, verifications)
 PATIENCE_SECONDS = 0.5
 STOPPED = 128 + signal.SIGTERM
 
 
-def drain(runtime: Runtime) -> bool:
-    """Run every stage until nothing is left. False when asked to stop before that.
+def drain(runtime: Runtime, stages: Sequence[StageModule]) -> bool:
+    """Run those stages until nothing of theirs is left. False when asked to stop before that.
 
     Raises:
         UsageError: the operator has to mend something; the work waits for it.
     """
     turn = Turn(runtime.engine, runtime.settings, stopping.is_set, strict=True, abandon=lambda: os._exit(STOPPED))
+    everything = len(stages) == len(STAGES)
     while not stopping.is_set():
         transact(runtime.engine, lambda connection: upkeep.run(connection, runtime.settings))
-        for stage in STAGES:
+        for stage in stages:
             turn.run(stage, runtime.settings.limits.turn_seconds)
-        likeness.run(runtime.engine, runtime.settings.sources.similarity, runtime.settings.limits.turn_seconds)
-        if not transact(runtime.engine, lambda connection: _left(connection, runtime)):
+        if everything:
+            likeness.run(runtime.engine, runtime.settings.sources.similarity, runtime.settings.limits.turn_seconds)
+        if not transact(runtime.engine, lambda connection: _left(connection, runtime, stages, everything)):
             transact(runtime.engine, fidelity.measure)
             return True
         stopping.wait(PATIENCE_SECONDS)
     return False
 
 
-def _left(connection: Connection, runtime: Runtime) -> bool:
+def _left(connection: Connection, runtime: Runtime, stages: Sequence[StageModule], everything: bool) -> bool:
     """Whether something is to be done; also what nobody has offered."""
-    backfill = runtime.settings.schedule.backfill
-    return work.pending(connection, backfill=backfill) or bool(offers.missing(connection))
+    names = [stage.STAGE for stage in stages]
+    left = work.pending(connection, names, backfill=runtime.settings.schedule.backfill)
+    return left or (everything and bool(offers.missing(connection)))
 
 
 def main() -> int:
@@ -57,7 +64,8 @@ def main() -> int:
     try:
         with read(runtime.engine) as connection:
             migrate.require_revision(connection)
-        return 0 if drain(runtime) else STOPPED
+        named = [stage for stage in STAGES if stage.STAGE in sys.argv[1:]]
+        return 0 if drain(runtime, named or STAGES) else STOPPED
     except CuratorError as error:
         sys.stderr.write(f"error {error.code}: {error}\nfix: {error.fix}\n")
         return error.exit_code

@@ -44,6 +44,8 @@ COMMANDS: Final[Mapping[str, tuple[str, str]]] = {
     "reviews": ("curator.cli.reviews:reviews", "Find what is worth a look, and measure how many flags hold."),
     "select": ("curator.cli.selections:select", "Choose the examples of the next training run."),
     "selections": ("curator.cli.selections:selections", "List what was selected, and compare two selections."),
+    "verify": ("curator.cli.verifications:verify", "Prove by training that what is kept or selected is better."),
+    "verifications": ("curator.cli.verifications:verifications", "List what was verified before; give one up."),
     "export": ("curator.cli.exports:export", "Write examples as JSONL with a manifest."),
     "report": ("curator.cli.exports:report", "Write one HTML page with plots, flags and sources."),
     "quarantine": ("curator.cli.quarantine:quarantine", "Look at the records that were refused, and try again."),

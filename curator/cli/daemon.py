@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -159,22 +160,32 @@ def drain(here: Invocation, timeout: float | None) -> None:
 
     with runtime.opened(here.settings()) as opened:
         _ask_again(opened)
-        # A process of its own, because it needs torch and this command line must not.
-        environment = {
-            **os.environ,
-            "CURATOR_PROJECT": str(opened.settings.project),
-            "CURATOR_DATABASE_URL": opened.database_url,
-        }
-        child = subprocess.Popen([sys.executable, "-m", "workers.drain"], env=environment, cwd=opened.settings.project)
-        before = signal.signal(
-            signal.SIGTERM, lambda *_: child.terminate()
-        )  # it gives its work back; we end as it does
-        code = _follow(opened, child, timeout)
-        signal.signal(signal.SIGTERM, before)
+        with draining(opened) as child:
+            code = _follow(opened, child, timeout)
         if code == 0:
             say(_drained(opened))
     if code:
         raise click.exceptions.Exit(code)
+
+
+@contextmanager
+def draining(opened: Runtime, *stages: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that drains (some stages), because that needs torch and this command line must not.
+
+    A stop is passed on: the process gives its work back, and we end as it does.
+    """
+    environment = {
+        **os.environ,
+        "CURATOR_PROJECT": str(opened.settings.project),
+        "CURATOR_DATABASE_URL": opened.database_url,
+    }
+    argv = [sys.executable, "-m", "workers.drain", *stages]
+    child = subprocess.Popen(argv, env=environment, cwd=opened.settings.project)
+    before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    try:
+        yield child
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _drained(opened: Runtime) -> str:
@@ -192,7 +203,7 @@ def _follow(opened: Runtime, child: subprocess.Popen[bytes], timeout: float | No
     end = None if timeout is None else time.monotonic() + timeout
     with tqdm(unit=" steps", desc="draining", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
         try:
-            while not _ended(child, 1.0):
+            while not ended(child, 1.0):
                 _show_progress(opened, bar)
                 if end is not None and time.monotonic() > end:
                     child.terminate()
@@ -205,7 +216,8 @@ def _follow(opened: Runtime, child: subprocess.Popen[bytes], timeout: float | No
     return child.returncode if child.returncode >= 0 else 128 - child.returncode
 
 
-def _ended(child: subprocess.Popen[bytes], seconds: float) -> bool:
+def ended(child: subprocess.Popen[bytes], seconds: float) -> bool:
+    """Whether a process ends within so many seconds."""
     try:
         return child.wait(seconds) is not None
     except subprocess.TimeoutExpired:

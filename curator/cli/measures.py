@@ -119,8 +119,8 @@ def add_validation(here: Invocation, name: str, file: Path, field: str, contrast
     from curator.store import validation as stored
 
     settings = here.settings()
-    good = _trusted(settings, file)
-    bad = _trusted(settings, contrast) if contrast else []
+    good = trusted_records(settings, file)
+    bad = trusted_records(settings, contrast) if contrast else []
     with here.runtime() as opened:
         with engine.begin(opened.engine) as connection:
             slices = recipes.add_validation(connection, settings, name, field, good, bad)
@@ -176,7 +176,7 @@ def _reach(references: int, fdr: float, slices: int) -> str:
     )
 
 
-def _trusted(settings: Settings, file: Path) -> list[Record]:
+def trusted_records(settings: Settings, file: Path) -> list[Record]:
     """The records of a trusted file, all of them or none."""
     from curator.sources.files import open_records
     from curator.types import Record, Refusal

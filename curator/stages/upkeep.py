@@ -11,7 +11,7 @@ from sqlalchemy import Connection
 from curator.errors import WorkerKilled
 from curator.settings import Settings
 from curator.stages import policies
-from curator.store import directions, examples, offers, retention, work
+from curator.store import directions, examples, offers, retention, verifications, work
 from curator.store.work import WornOut
 from curator.types import Stage
 
@@ -57,6 +57,8 @@ def _give_up(connection: Connection, item: WornOut, settings: Settings) -> None:
         examples.quarantine_example(connection, item.subject, code, detail)
     elif item.stage == Stage.DIRECTIONS:
         directions.direction_set_failed(connection, item.subject, detail)
+    elif item.stage == Stage.VERIFICATIONS:
+        verifications.fail(connection, item.subject, detail)
     elif item.stage == Stage.EXAMPLES and item.kind == "file":
         examples.give_up_intake(connection, item.subject, code, detail)
     elif item.stage == Stage.EXAMPLES:

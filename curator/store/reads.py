@@ -7,6 +7,8 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, text
 
+from curator.types import Stage
+
 Rows = list[Row[Any]]
 
 # A server-side cursor: a list of a million flags does not have to fit into memory.
@@ -228,10 +230,11 @@ def pipeline(connection: Connection) -> Rows:
             text(
                 """
                 SELECT stage, state, n, oldest_seconds FROM curator.pipeline_status
-                ORDER BY array_position(ARRAY['examples', 'directions', 'gradients', 'scores', 'verdicts'], stage),
+                ORDER BY array_position(CAST(:stages AS text[]), stage),
                          array_position(ARRAY['ready', 'leased', 'done', 'quarantined'], state)
                 """
-            )
+            ),
+            {"stages": list(Stage)},
         )
     )
 

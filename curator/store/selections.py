@@ -141,7 +141,7 @@ def find(connection: Connection, name: str | None) -> Row[Any] | None:
     """A selection by name; the latest when ``name`` is None."""
     return connection.execute(
         text(
-            "SELECT id, name, budget, gain, actor, at FROM curator.selections"
+            "SELECT id, name, budget, unit, gain, actor, at FROM curator.selections"
             " WHERE CAST(:name AS text) IS NULL OR name = :name ORDER BY id DESC LIMIT 1"
         ),
         {"name": name},

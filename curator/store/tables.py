@@ -600,6 +600,89 @@ selection_examples = Table(
     UniqueConstraint("selection_id", "rank"),
 )
 
+# --- what training has shown ------------------------------------------------------------------------------
+
+verifications = Table(
+    "verifications",
+    metadata,
+    _id(),
+    _ref("recipe_id", "recipes"),
+    _ref("direction_set_id", "direction_sets"),
+    Column("selection", Text, comment="whose choice is verified too; NULL: none"),
+    Column("held_out", Text, comment="the file of held-out examples; NULL: the references"),
+    Column("seeds", Integer, nullable=False),
+    Column("draws", Integer, nullable=False, comment="of each random arm, for each seed"),
+    Column("seed", BigInteger, nullable=False),
+    Column("epochs", Integer, comment="NULL, as below: what the workload says"),
+    Column("batch", Integer),
+    Column("learning_rate", Double),
+    Column("pool", ARRAY(BigInteger), nullable=False, comment="the examples there were to train on"),
+    Column("state", Text, nullable=False, server_default="running"),
+    Column("detail", Text, comment="what it failed of"),
+    Column("actor", Text, nullable=False),
+    _now("at"),
+    Column("finished_at", DateTime(timezone=True)),
+    _one_of("state", "running", "done", "failed", "cancelled"),
+    comment="Proof by training. What each run is trained on and measured with is decided when it is asked for.",
+)
+
+verification_records = Table(
+    "verification_records",
+    metadata,
+    _ref("verification_id", "verifications"),
+    Column("position", BigInteger, nullable=False),
+    Column("record", JSON, nullable=False),
+    PrimaryKeyConstraint("verification_id", "position"),
+    comment="Held-out examples that came from a file.",
+)
+
+verification_trials = Table(
+    "verification_trials",
+    metadata,
+    _id(),
+    _ref("verification_id", "verifications"),
+    Column("arm", Text, nullable=False),
+    Column("draw", Integer, nullable=False, comment="of a random arm, from 1; 0: it is no random one"),
+    Column("picked", ARRAY(BigInteger), comment="these of the pool; NULL: all of it"),
+    Column("left_out", ARRAY(BigInteger), comment="less these"),
+    Column("examples", Integer, nullable=False),
+    Index(None, "verification_id"),
+)
+
+verification_runs = Table(
+    "verification_runs",
+    metadata,
+    _id(),
+    _ref("trial_id", "verification_trials"),
+    Column("seed", BigInteger, nullable=False),
+    Column("validation_loss", ARRAY(REAL), comment="of each example behind the directions, in their order"),
+    Column("validation_correct", ARRAY(REAL)),
+    Column("held_out_loss", ARRAY(REAL)),
+    Column("held_out_correct", ARRAY(REAL)),
+    Column("training", Text, comment="how it was trained"),
+    Column("seconds", REAL),
+    Column("finished_at", DateTime(timezone=True)),
+    UniqueConstraint("trial_id", "seed", comment="Trained twice, it is kept once."),
+)
+
+verification_results = Table(
+    "verification_results",
+    metadata,
+    _ref("verification_id", "verifications"),
+    Column("arm", Text, nullable=False),
+    Column("beside", Text, nullable=False, comment="the arm it is compared with"),
+    Column("part", Text, nullable=False),
+    Column("slice", Text, nullable=False, comment="set/slice; empty: all of them together"),
+    Column("measure", Text, nullable=False),
+    Column("mean", Double, nullable=False, comment="of the arm itself"),
+    Column("effect", Double, nullable=False, comment="how much better than the other; positive helps"),
+    Column("ci_low", Double, nullable=False),
+    Column("ci_high", Double, nullable=False),
+    PrimaryKeyConstraint("verification_id", "arm", "beside", "part", "slice", "measure"),
+    _one_of("part", "validation", "held-out"),
+    _one_of("measure", "loss", "accuracy"),
+)
+
 # --- what is left to do -----------------------------------------------------------------------------------
 
 work = Table(
@@ -612,7 +695,7 @@ work = Table(
         "subject",
         BigInteger,
         nullable=False,
-        comment="inbox row or intake, direction set, example or batch: by the stage",
+        comment="inbox row or intake, direction set, example, batch or run: by the stage",
     ),
     Column("kind", Text, nullable=False, server_default="", comment="examples: inbox or file"),
     Column("batch_id", BigInteger),

@@ -329,11 +329,12 @@ def withdraw(connection: Connection, recipe_id: int, direction_set_id: int) -> i
     """Take back what was asked for under another recipe, or for directions that nobody asks for any more.
 
     What is leased is left to its owner: it finishes, or fails, on its own account. A recipe that comes back to use
-    is offered its work again with it.
+    is offered its work again with it. A verification is of the checkpoint that it was asked for, whatever is in use.
     """
     return connection.execute(
         text(
-            "DELETE FROM curator.work WHERE state IN ('ready', 'quarantined') AND stage <> 'examples'"
+            "DELETE FROM curator.work WHERE state IN ('ready', 'quarantined')"
+            " AND stage NOT IN ('examples', 'verifications')"
             " AND (recipe_id <> :recipe_id OR (stage = 'directions' AND subject <> :set_id))"
         ),
         {"recipe_id": recipe_id, "set_id": direction_set_id},
@@ -352,13 +353,14 @@ def waiting(connection: Connection, *, backfill: bool = True) -> dict[Stage, int
     return {Stage(stage): n for stage, n in rows}
 
 
-def pending(connection: Connection, *, backfill: bool = True) -> bool:
-    """Whether anything waits or is held. One look into an index for each stage, however much there is."""
+def pending(connection: Connection, stages: Sequence[Stage] = tuple(Stage), *, backfill: bool = True) -> bool:
+    """Whether anything of those stages waits or is held. One look into an index for each, however much there is."""
     return bool(
         connection.scalar(
             text(
                 """
-                SELECT EXISTS (SELECT FROM curator.work WHERE state = 'leased' AND priority <= :most)
+                SELECT EXISTS (SELECT FROM curator.work
+                               WHERE state = 'leased' AND priority <= :most AND stage = ANY(:stages))
                     OR EXISTS (
                         SELECT FROM unnest(CAST(:stages AS text[])) s CROSS JOIN LATERAL (
                             SELECT FROM curator.work w
@@ -367,7 +369,7 @@ def pending(connection: Connection, *, backfill: bool = True) -> bool:
                         ) first)
                 """
             ),
-            {"stages": list(Stage)} | _up_to(backfill),
+            {"stages": list(stages)} | _up_to(backfill),
         )
     )
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +27,7 @@ from curator.workloads.base import Record
 from curator.workloads.experts import take_apart
 from curator.workloads.huggingface import Weights, pretrained
 from curator.workloads.tokens import IGNORED, TokenBatch, Tokens, padded, tokenized
-from curator.workloads.training import Training
+from curator.workloads.training import Training, descend
 from curator.workloads.turns import chat_segments, conversation, last_only, plain_segments, preference
 
 KIND = "causal-lm"
@@ -92,6 +93,7 @@ class CausalLM:
             AdapterBaseMissing, CheckpointForeign, ExtraMissing: see ``pretrained``.
         """
         model, self._tokenizer = self._pretrained(checkpoint, device)
+        self._reference = None
         if self.options.chat_template:
             self._take_template(self.project / self.options.chat_template)
         if self.options.objective == "dpo" and self.options.reference:
@@ -187,6 +189,17 @@ class CausalLM:
     def training(self) -> Training:
         """A pass of fine-tuning."""
         return Training(epochs=1, batch=8, learning_rate=2e-5)
+
+    def train(
+        self, model: nn.Module, records: Sequence[Record], *, seed: int, device: torch.device, how: Training
+    ) -> None:
+        """As by default; preferences are learned, and measured afterwards, against the checkpoint it began with.
+
+        Without a reference of its own a model is measured against itself, which every model ties with.
+        """
+        if self.options.objective == "dpo" and self._reference is None:
+            self._reference = deepcopy(model).eval().requires_grad_(False)
+        descend(self, model, records, device, how)
 
     def n_tokens(self, record: Record) -> int:
         """Tokens of the record after cutting."""

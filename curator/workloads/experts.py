@@ -23,8 +23,9 @@ class Experts(nn.Module):
     def __init__(self, fused: Any) -> None:
         super().__init__()
         up = fused.gate_up_proj if fused.has_gate else fused.up_proj
-        self.up = nn.ModuleList(_linear(weight) for weight in up.detach())
-        self.down = nn.ModuleList(_linear(weight) for weight in fused.down_proj.detach())
+        trained = fused.down_proj.requires_grad
+        self.up = nn.ModuleList(_linear(weight, trained) for weight in up.detach())
+        self.down = nn.ModuleList(_linear(weight, trained) for weight in fused.down_proj.detach())
         self.act_fn = fused.act_fn
         self._gate = type(fused)._apply_gate if fused.has_gate else None
 
@@ -44,10 +45,10 @@ class Experts(nn.Module):
         return between
 
 
-def _linear(weight_OI: Tensor) -> nn.Linear:
+def _linear(weight_OI: Tensor, trained: bool) -> nn.Linear:
     """A linear layer over a slice of the fused weight: nothing is copied."""
     layer = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=False, device="meta")
-    layer.weight = nn.Parameter(weight_OI, requires_grad=False)
+    layer.weight = nn.Parameter(weight_OI, requires_grad=trained)
     return layer
 
 

@@ -79,8 +79,11 @@ def _quiet(transformers: Any) -> Iterator[None]:
 
 def _adapted(model: Any, folder: Path, weights: Weights) -> Any:
     peft = _library("peft", "A PEFT adapter")
-    adapted = peft.PeftModel.from_pretrained(model, folder, use_safetensors=True, local_files_only=True)
-    return adapted if weights == "adapter" else adapted.merge_and_unload()
+    adapted = peft.PeftModel.from_pretrained(
+        model, folder, use_safetensors=True, local_files_only=True, is_trainable=weights == "adapter"
+    )
+    # peft froze the model, and a training of what it merged would find nothing to train.
+    return adapted if weights == "adapter" else adapted.merge_and_unload().requires_grad_(True)
 
 
 def _library(package: str, purpose: str) -> Any:

@@ -24,6 +24,10 @@ class Training:
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
 
+    def __str__(self) -> str:
+        """As a person would say it."""
+        return f"epochs {self.epochs}, batch {self.batch}, learning rate {self.learning_rate:g}"
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -49,7 +53,8 @@ def trained(
 
     The workload's own ``train`` if it has one. The default is AdamW on the mean of ``losses`` over shuffled batches,
     for ``how.epochs`` passes: arms of different size take a different number of steps, as the runs would that they
-    stand for.
+    stand for. What requires a gradient is trained: of an adapter its own matrices. Weights of half precision become
+    float32, trained on or not, since a step of fine-tuning is smaller than what they round to.
     The same seed gives the same order of batches; the caller's random state is left alone.
 
     Raises:
@@ -57,17 +62,31 @@ def trained(
     """
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
+        model = _in_full(model)
         if train := getattr(workload, "train", None):
             with users_code("train"):
                 model = train(model, records, seed=seed, device=device, how=how) or model
-        elif records:
-            _descend(workload, model.train(), records, device, how)
+        else:
+            descend(workload, model, records, device, how)
     return model.eval()
 
 
-def _descend(
+def _in_full(model: nn.Module) -> nn.Module:
+    halves = (torch.float16, torch.bfloat16)
+    return model.to(torch.float32) if any(p.dtype in halves for p in model.parameters()) else model
+
+
+def descend(
     workload: Workload, model: nn.Module, records: Sequence[Record], device: torch.device, how: Training
 ) -> None:
+    """The default training, in place; of no records, none.
+
+    Raises:
+        TrainingDiverged: a batch's loss was not finite.
+    """
+    if not records:
+        return
+    model.train()
     losses = losses_of(workload)
     weights = [p for p in model.parameters() if p.requires_grad]
     adamw = torch.optim.AdamW(weights, lr=how.learning_rate, weight_decay=how.weight_decay)

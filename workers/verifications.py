@@ -1,0 +1,15 @@
+"""Train and measure the runs of verifications."""
+
+from __future__ import annotations
+
+from celery import shared_task
+
+from curator.stages import verifications
+from curator.types import TASKS, Stage
+from workers.base import StageTask
+
+
+@shared_task(base=StageTask, bind=True, name=TASKS[Stage.VERIFICATIONS])  # type: ignore[untyped-decorator]
+def run(self: StageTask) -> str:
+    """Drain the stage for one turn."""
+    return self.turn(verifications)
