@@ -55,6 +55,7 @@ class Arm(StrEnum):
     HIGHEST_LOSS_DROPPED = "highest-loss-dropped"
     SELECTED = "selected"
     RANDOM_SELECTED = "random-selected"
+    RANDOM_KEPT = "random-kept"
 
 
 # Celery task names are part of the wire: a worker of the last release must still understand them.

@@ -172,7 +172,7 @@ def drain(here: Invocation, timeout: float | None) -> None:
 def draining(opened: Runtime, *stages: str) -> Iterator[subprocess.Popen[bytes]]:
     """A process that drains (some stages), because that needs torch and this command line must not.
 
-    A stop is passed on: the process gives its work back, and we end as it does.
+    A stop is passed on: the process gives its work back, and we end as it does. It does not outlive its caller.
     """
     environment = {
         **os.environ,
@@ -185,6 +185,9 @@ def draining(opened: Runtime, *stages: str) -> Iterator[subprocess.Popen[bytes]]
     try:
         yield child
     finally:
+        if child.poll() is None:
+            child.terminate()
+        child.wait()
         signal.signal(signal.SIGTERM, before)
 
 

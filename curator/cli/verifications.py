@@ -135,11 +135,15 @@ def _follow(
 
     waits_for = None
     with tqdm(unit=" runs", desc="training", file=sys.stderr, disable=not sys.stderr.isatty(), leave=False) as bar:
-        while (found := _progress(opened, number)).state == "running":
+        while True:
+            code = None if child is None else child.poll()  # before the look, or its last run would not be seen
+            found = _progress(opened, number)
             bar.total, bar.n = found.runs, found.finished
             bar.refresh()
-            if child is not None and child.poll() is not None:
-                raise click.exceptions.Exit(child.returncode if child.returncode >= 0 else 128 - child.returncode)
+            if found.state != "running":
+                break
+            if code is not None:
+                raise click.exceptions.Exit(code if code >= 0 else 128 - code)
             if found.waits_for not in (None, waits_for):
                 say(f"it waits until this is mended: {found.waits_for}")
             waits_for = found.waits_for

@@ -80,7 +80,7 @@ def trials(pool: Pool, chosen: Longs | None, wish: Wish, *, by_tokens: bool = Fa
         wish: seeds and draws.
         by_tokens: what is drawn beside the selection costs as many tokens, rather than being as many examples.
     """
-    seeds = tuple(wish.seed + s for s in range(wish.seeds))
+    seeds = _seeds(wish)
     found = [Trial(Arm.BASE, seeds[:1], picked=pool.ids_N[:0]), Trial(Arm.ALL, seeds)]
     dropped = pool.ids_N[pool.flagged_N]
     if n := len(dropped):
@@ -89,13 +89,26 @@ def trials(pool: Pool, chosen: Longs | None, wish: Wish, *, by_tokens: bool = Fa
         for seed, draw, order in _orders(pool, Arm.RANDOM_DROPPED, seeds, wish.draws):
             found.append(Trial(Arm.RANDOM_DROPPED, (seed,), left_out=pool.ids_N[np.sort(order[:n])], draw=draw))
     if chosen is not None:
-        cost_N = pool.tokens_N if by_tokens else np.ones_like(pool.ids_N)
-        spent = cost_N[np.isin(pool.ids_N, chosen)].sum()
-        found.append(Trial(Arm.SELECTED, seeds, picked=chosen))
-        for seed, draw, order in _orders(pool, Arm.RANDOM_SELECTED, seeds, wish.draws):
-            taken = order[np.cumsum(cost_N[order]) <= spent]
-            found.append(Trial(Arm.RANDOM_SELECTED, (seed,), picked=pool.ids_N[np.sort(taken)], draw=draw))
+        found += [Trial(Arm.SELECTED, seeds, picked=chosen), *_beside(pool, chosen, wish, by_tokens)]
     return found
+
+
+def _beside(pool: Pool, chosen: Longs, wish: Wish, by_tokens: bool) -> Iterator[Trial]:
+    """As much at random as was chosen: of everything, and of what is not flagged, so that flags alone claim nothing."""
+    cost_N = pool.tokens_N if by_tokens else np.ones_like(pool.ids_N)
+    spent = cost_N[np.isin(pool.ids_N, chosen)].sum()
+    among = {Arm.RANDOM_SELECTED: np.ones(len(pool.ids_N), bool), Arm.RANDOM_KEPT: ~pool.flagged_N}
+    for arm, allowed_N in among.items():
+        if arm == Arm.RANDOM_KEPT and allowed_N.all():
+            continue
+        for seed, draw, order in _orders(pool, arm, _seeds(wish), wish.draws):
+            order = order[allowed_N[order]]
+            taken = order[np.cumsum(cost_N[order]) <= spent]
+            yield Trial(arm, (seed,), picked=pool.ids_N[np.sort(taken)], draw=draw)
+
+
+def _seeds(wish: Wish) -> tuple[int, ...]:
+    return tuple(wish.seed + s for s in range(wish.seeds))
 
 
 def _orders(pool: Pool, arm: Arm, seeds: Sequence[int], draws: int) -> Iterator[tuple[int, int, Longs]]:

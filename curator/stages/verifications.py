@@ -161,8 +161,9 @@ BESIDE: Mapping[Arm, tuple[Arm, ...]] = {
     Arm.KEPT: (Arm.BASE, Arm.ALL, Arm.RANDOM_DROPPED, Arm.HIGHEST_LOSS_DROPPED),
     Arm.RANDOM_DROPPED: (Arm.BASE, Arm.ALL),
     Arm.HIGHEST_LOSS_DROPPED: (Arm.BASE, Arm.ALL, Arm.RANDOM_DROPPED),
-    Arm.SELECTED: (Arm.BASE, Arm.ALL, Arm.RANDOM_SELECTED),
+    Arm.SELECTED: (Arm.BASE, Arm.ALL, Arm.RANDOM_SELECTED, Arm.RANDOM_KEPT),
     Arm.RANDOM_SELECTED: (Arm.BASE, Arm.ALL),
+    Arm.RANDOM_KEPT: (Arm.BASE, Arm.ALL, Arm.RANDOM_SELECTED),
 }
 """What each arm is compared with: no training, all data, as much at random, the control."""
 

@@ -97,8 +97,7 @@ def _beside(row: Row[Any]) -> Iterator[tuple[str, float, float, float]]:
     yield row.random_arm, row.beside_random, row.beside_random_low, row.beside_random_high
     yield "all", row.beside_all, row.beside_all_low, row.beside_all_high
     if row.beside_control is not None:
-        control = "the control highest-loss-dropped"
-        yield control, row.beside_control, row.beside_control_low, row.beside_control_high
+        yield f"the control {row.control_arm}", row.beside_control, row.beside_control_low, row.beside_control_high
     yield "the untrained checkpoint", row.held_out_effect, row.held_out_low, row.held_out_high
 
 

@@ -11,13 +11,27 @@ SELECT v.id                     AS verification,
        t.examples               AS examples,
        t.runs                   AS runs,
        t.finished               AS finished,
-       nullif(r.slice, '')      AS slice,
-       r.measure                AS measure,
-       r.validation_mean, r.validation_effect, r.validation_low, r.validation_high,
-       r.held_out_mean, r.held_out_effect, r.held_out_low, r.held_out_high,
-       r.beside_all, r.beside_all_low, r.beside_all_high,
-       r.random_arm, r.beside_random, r.beside_random_low, r.beside_random_high,
-       r.beside_control, r.beside_control_low, r.beside_control_high
+       nullif(m.slice, '')      AS slice,
+       m.measure                AS measure,
+       val.mean                 AS validation_mean,
+       val.effect               AS validation_effect,
+       val.ci_low               AS validation_low,
+       val.ci_high              AS validation_high,
+       out.mean                 AS held_out_mean,
+       out.effect               AS held_out_effect,
+       out.ci_low               AS held_out_low,
+       out.ci_high              AS held_out_high,
+       everything.effect        AS beside_all,
+       everything.ci_low        AS beside_all_low,
+       everything.ci_high       AS beside_all_high,
+       random.beside            AS random_arm,
+       random.effect            AS beside_random,
+       random.ci_low            AS beside_random_low,
+       random.ci_high           AS beside_random_high,
+       control.beside           AS control_arm,
+       control.effect           AS beside_control,
+       control.ci_low           AS beside_control_low,
+       control.ci_high          AS beside_control_high
 FROM curator.verifications v
 JOIN curator.recipes p ON p.id = v.recipe_id
 JOIN curator.checkpoints c ON c.id = p.checkpoint_id
@@ -26,29 +40,18 @@ JOIN (
     FROM curator.verification_trials t JOIN curator.verification_runs r ON r.trial_id = t.id
     GROUP BY t.verification_id, t.arm
 ) t ON t.verification_id = v.id
-LEFT JOIN (
-    SELECT verification_id, arm, slice, measure,
-           max(mean) FILTER (WHERE part = 'validation' AND beside = 'base')      AS validation_mean,
-           max(effect) FILTER (WHERE part = 'validation' AND beside = 'base')    AS validation_effect,
-           max(ci_low) FILTER (WHERE part = 'validation' AND beside = 'base')    AS validation_low,
-           max(ci_high) FILTER (WHERE part = 'validation' AND beside = 'base')   AS validation_high,
-           max(mean) FILTER (WHERE part = 'held-out' AND beside = 'base')        AS held_out_mean,
-           max(effect) FILTER (WHERE part = 'held-out' AND beside = 'base')      AS held_out_effect,
-           max(ci_low) FILTER (WHERE part = 'held-out' AND beside = 'base')      AS held_out_low,
-           max(ci_high) FILTER (WHERE part = 'held-out' AND beside = 'base')     AS held_out_high,
-           max(effect) FILTER (WHERE part = 'held-out' AND beside = 'all')       AS beside_all,
-           max(ci_low) FILTER (WHERE part = 'held-out' AND beside = 'all')       AS beside_all_low,
-           max(ci_high) FILTER (WHERE part = 'held-out' AND beside = 'all')      AS beside_all_high,
-           max(beside) FILTER (WHERE beside LIKE 'random-%')                     AS random_arm,
-           max(effect) FILTER (WHERE part = 'held-out' AND beside LIKE 'random-%')  AS beside_random,
-           max(ci_low) FILTER (WHERE part = 'held-out' AND beside LIKE 'random-%')  AS beside_random_low,
-           max(ci_high) FILTER (WHERE part = 'held-out' AND beside LIKE 'random-%') AS beside_random_high,
-           max(effect) FILTER (WHERE part = 'held-out' AND beside = 'highest-loss-dropped')  AS beside_control,
-           max(ci_low) FILTER (WHERE part = 'held-out' AND beside = 'highest-loss-dropped')  AS beside_control_low,
-           max(ci_high) FILTER (WHERE part = 'held-out' AND beside = 'highest-loss-dropped') AS beside_control_high
-    FROM curator.verification_results
-    GROUP BY verification_id, arm, slice, measure
-) r ON r.verification_id = v.id AND r.arm = t.arm;
+LEFT JOIN (SELECT DISTINCT verification_id, arm, slice, measure FROM curator.verification_results) m
+    ON m.verification_id = t.verification_id AND m.arm = t.arm
+LEFT JOIN curator.verification_results val ON val.part = 'validation' AND val.beside = 'base'
+    AND (val.verification_id, val.arm, val.slice, val.measure) = (m.verification_id, m.arm, m.slice, m.measure)
+LEFT JOIN curator.verification_results out ON out.part = 'held-out' AND out.beside = 'base'
+    AND (out.verification_id, out.arm, out.slice, out.measure) = (m.verification_id, m.arm, m.slice, m.measure)
+LEFT JOIN curator.verification_results everything ON everything.part = 'held-out' AND everything.beside = 'all'
+    AND (everything.verification_id, everything.arm, everything.slice, everything.measure) = (m.verification_id, m.arm, m.slice, m.measure)
+LEFT JOIN curator.verification_results random ON random.part = 'held-out' AND random.beside IN ('random-dropped', 'random-selected')
+    AND (random.verification_id, random.arm, random.slice, random.measure) = (m.verification_id, m.arm, m.slice, m.measure)
+LEFT JOIN curator.verification_results control ON control.part = 'held-out' AND control.beside IN ('highest-loss-dropped', 'random-kept')
+    AND (control.verification_id, control.arm, control.slice, control.measure) = (m.verification_id, m.arm, m.slice, m.measure);
 
 COMMENT ON VIEW curator.verification_arms IS
 'One row for each arm of a verification, slice and measure: what the checkpoint became by training on it. Every difference is positive where the arm is better.';
@@ -58,7 +61,7 @@ COMMENT ON COLUMN curator.verification_arms.at IS 'when it was asked for, and it
 COMMENT ON COLUMN curator.verification_arms.selection IS 'whose choice is the arm selected; NULL: none is verified';
 COMMENT ON COLUMN curator.verification_arms.held_out IS 'where the held-out examples are from: references, or a file';
 COMMENT ON COLUMN curator.verification_arms.arm IS
-'base (untrained), all, kept (flags dropped), random-dropped (as many at random), highest-loss-dropped (control: as many, by the loss at the checkpoint), selected, random-selected (as many at random)';
+'base (untrained), all, kept (flags dropped), random-dropped (as many at random), highest-loss-dropped (control: as many, by the loss at the checkpoint), selected, random-selected (as many at random), random-kept (control: as many of the unflagged)';
 COMMENT ON COLUMN curator.verification_arms.examples IS 'how many it is trained on';
 COMMENT ON COLUMN curator.verification_arms.runs IS 'trainings: one a seed, of a random arm one a seed and draw';
 COMMENT ON COLUMN curator.verification_arms.finished IS 'of these, how many are done';
@@ -75,8 +78,9 @@ COMMENT ON COLUMN curator.verification_arms.beside_all IS 'on held-out examples:
 COMMENT ON COLUMN curator.verification_arms.random_arm IS 'the random arm it is compared with; NULL: it has none';
 COMMENT ON COLUMN curator.verification_arms.beside_random IS
 'on held-out examples: how much better than that random arm; where the interval holds zero, nothing is shown';
-COMMENT ON COLUMN curator.verification_arms.beside_control IS
-'of kept, on held-out examples: how much better than dropping as many by the loss at the checkpoint';
+COMMENT ON COLUMN curator.verification_arms.control_arm IS
+'what does the same without curator''s part in it: highest-loss-dropped of kept, random-kept of selected';
+COMMENT ON COLUMN curator.verification_arms.beside_control IS 'on held-out examples: how much better than that control';
 
 DO $$
 BEGIN
