@@ -14,9 +14,10 @@ from curator import __version__
 from curator.influence.groups import Sample
 from curator.store import figures, reads
 from curator.store import reviews as stored
-from curator.views import fidelity, flags, groups, reviews
+from curator.views import fidelity, flags, groups, reviews, verifications
 from curator.views.reviews import Precision
 from curator.views.text import place, preview
+from curator.views.verifications import Verification
 
 HARM_BINS = 40
 P_BINS = 20
@@ -112,6 +113,7 @@ class Report:
     controls: tuple[Mapping[str, Any], ...]
     precision: tuple[Precision, ...]
     level: float | None
+    verification: Verification | None
     refusals: tuple[Mapping[str, Any], ...]
 
 
@@ -155,6 +157,7 @@ def report(connection: Connection, project: str = "", by: str | None = None) -> 
         controls=tuple(dict(row._mapping) for row in figures.controls(connection)),
         precision=precision,
         level=level,
+        verification=verifications.latest(connection),
         refusals=tuple(
             {**row._mapping, "detail": preview(row.detail), "origin": row.origin and place(row.origin)}
             for row in reads.quarantine_counts(connection)

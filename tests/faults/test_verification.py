@@ -20,7 +20,9 @@ from curator.stages.arms import Wish
 from curator.stages.turn import Turn
 from curator.store.engine import begin, make_engine, read
 from curator.types import Counts
+from curator.views import page
 from curator.views import verifications as view
+from curator.views.report import report
 from tests import digits
 from tests.conftest import admin, open_folder, sibling
 from tests.tour.test_tour import walk
@@ -136,7 +138,10 @@ def test_dropping_the_flags_is_better_than_dropping_as_many_at_random(home: Home
     home.work()
     with read(home.engine) as connection:
         found = view.show(connection, number)
+        body = page.render(report(connection))
     assert found.is_proved
+    assert "Proof by training" in body
+    assert all(line in body for line in found.conclusions)
     assert any(line.startswith("kept is better than random-dropped: held-out loss") for line in found.conclusions)
     rows = {(row.arm, row.measure): row for row in found.arms}
     assert rows["kept", "accuracy"].held_out_mean > rows["all", "accuracy"].held_out_mean
