@@ -1,6 +1,6 @@
 """How much of an example the model did not see.
 
-Revision ID: 0004
+Revision ID: 0002
 """
 
 from pathlib import Path
@@ -8,7 +8,7 @@ from pathlib import Path
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0004"
+revision = "0002"
 down_revision = "0001"
 branch_labels = None
 depends_on = None
@@ -25,7 +25,7 @@ def upgrade() -> None:
         comment="beyond the limit: not seen",
     )
     op.add_column("gradients", cut, schema="curator")
-    op.get_bind().connection.driver_connection.execute((SQL / "0004_views.sql").read_text(encoding="utf-8"))
+    op.get_bind().connection.driver_connection.execute((SQL / "0002_views.sql").read_text(encoding="utf-8"))
 
 
 def downgrade() -> None:
