@@ -1,7 +1,7 @@
 """Verifications: proof by training.
 
-Revision ID: 0002
-Revises: 0001
+Revision ID: 0003
+Revises: 0002
 """
 
 from pathlib import Path
@@ -10,12 +10,12 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import postgresql
 
-revision = "0002"
-down_revision = "0001"
+revision = "0003"
+down_revision = "0002"
 branch_labels = None
 depends_on = None
 
-SQL = Path(__file__).parents[1] / "sql" / "0002_views.sql"
+SQL = Path(__file__).parents[1] / "sql" / "0003_views.sql"
 TABLES = ("results", "runs", "trials", "records")
 
 
