@@ -66,9 +66,13 @@ class Result:
 
 
 def claim(connection: Connection, settings: Settings) -> Batch | None:
-    """Lease one run."""
-    lease = work.claim(connection, STAGE, 1, settings.limits.lease_seconds)
-    return None if lease is None else Batch(lease, verifications.run(connection, lease.subjects[0]))
+    """Lease one run; one that came back to a verification that is over is nobody's work any more."""
+    while lease := work.claim(connection, STAGE, 1, settings.limits.lease_seconds):
+        run = verifications.run(connection, lease.subjects[0])
+        if run.state == "running":
+            return Batch(lease, run)
+        work.finish(connection, lease)
+    return None
 
 
 def load(engine: Engine, settings: Settings, batch: Batch) -> Bench:

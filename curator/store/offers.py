@@ -17,7 +17,7 @@ from curator.types import PRIORITY_BACKFILL, PRIORITY_FRESH, Stage
 
 def missing(connection: Connection) -> int:
     """Offer whatever nobody offered; returns how much. Reads the tables from end to end: rare by design."""
-    return inbox(connection) + recipe_in_use(connection)
+    return inbox(connection) + recipe_in_use(connection) + verifications(connection)
 
 
 def recipe_in_use(connection: Connection) -> int:
@@ -35,6 +35,19 @@ def inbox(connection: Connection) -> int:
             "INSERT INTO curator.work (stage, kind, subject) SELECT 'examples', 'inbox', i.id FROM curator.inbox i"
             " WHERE NOT EXISTS (SELECT FROM curator.work w WHERE w.stage = 'examples' AND w.kind = 'inbox'"
             " AND w.recipe_id = 0 AND w.subject = i.id) ON CONFLICT DO NOTHING"
+        )
+    ).rowcount
+
+
+def verifications(connection: Connection) -> int:
+    """Offer the runs that a verification still lacks."""
+    return connection.execute(
+        text(
+            "INSERT INTO curator.work (stage, subject) SELECT 'verifications', r.id FROM curator.verification_runs r"
+            " JOIN curator.verification_trials t ON t.id = r.trial_id"
+            " JOIN curator.verifications v ON v.id = t.verification_id AND v.state = 'running'"
+            " WHERE r.finished_at IS NULL AND NOT EXISTS (SELECT FROM curator.work w"
+            " WHERE w.stage = 'verifications' AND w.subject = r.id) ORDER BY r.seed, r.id ON CONFLICT DO NOTHING"
         )
     ).rowcount
 

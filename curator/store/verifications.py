@@ -18,6 +18,7 @@ class Run:
 
     id: int
     verification_id: int
+    state: str
     recipe_id: int
     arm: str
     draw: int
@@ -136,8 +137,8 @@ def run(connection: Connection, run_id: int) -> Run:
     """A run, and what it is to be trained on."""
     row = connection.execute(
         text(
-            "SELECT r.id, v.id AS verification_id, v.recipe_id, t.arm, t.draw, r.seed, t.picked, t.left_out, v.epochs,"
-            f" v.batch, v.learning_rate {_OF_RUN} WHERE r.id = :id"
+            "SELECT r.id, v.id AS verification_id, v.state, v.recipe_id, t.arm, t.draw, r.seed, t.picked, t.left_out,"
+            f" v.epochs, v.batch, v.learning_rate {_OF_RUN} WHERE r.id = :id"
         ),
         {"id": run_id},
     ).one()

@@ -11,7 +11,11 @@ import pytest
 from numpy.typing import NDArray
 from sqlalchemy import text
 
+from curator.settings import Limits, Settings
+from curator.sources.files import open_records
+from curator.stages import verifications
 from curator.stages.arms import Pool, Trial, Wish, members, trials
+from curator.store import offers, work
 from curator.store.engine import begin, make_engine, read
 from curator.types import Arm
 from tests.store.conftest import Curator
@@ -166,9 +170,6 @@ def test_nothing_is_trained_on_that_it_is_measured_with(curator: Curator, tmp_pa
     file = tmp_path / "held.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in [arrived, *others]))
     with begin(make_engine(curator.url, pooled=False)) as connection:  # its digest as the file's reader computes it
-        from curator.settings import Limits
-        from curator.sources.files import open_records
-
         digest = next(iter(open_records(file, Limits()))).digest  # type: ignore[union-attr]
         connection.execute(text("UPDATE curator.examples SET digest = :d WHERE id = 9"), {"d": digest})
     number = ask(curator, "--held-out", str(file))
@@ -231,10 +232,26 @@ def test_one_that_is_cancelled_leaves_no_work(curator: Curator) -> None:
         assert "CUR-VRF-008" in curator("verifications", command, "99").stderr
 
 
+def test_a_run_that_comes_back_to_a_cancelled_verification_is_not_begun(curator: Curator) -> None:
+    number = ask(curator)
+    engine = make_engine(curator.url, pooled=False)
+    with begin(engine) as connection:
+        connection.execute(text("DELETE FROM curator.work WHERE stage = 'verifications'"))
+        assert offers.missing(connection) >= 31, "a ledger that lost its rows has them again"
+        batch = verifications.claim(connection, Settings(curator.project))
+        assert batch is not None
+    curator("verifications", "cancel", str(number))
+    with begin(engine) as connection:
+        work.give_back(connection, batch.lease)
+        assert verifications.claim(connection, Settings(curator.project)) is None
+        assert offers.verifications(connection) == 0
+    assert {
+        row["state"]: row["n"] for row in curator.rows("status")[0]["stages"] if row["stage"] == "verifications"
+    } == {"done": 1}
+
+
 def test_another_checkpoint_or_validation_set_takes_no_run_away(curator: Curator) -> None:
     """What is withdrawn with a recipe is what was to be measured under it."""
-    from curator.store import work
-
     ask(curator)
     with begin(make_engine(curator.url, pooled=False)) as connection:
         work.withdraw(connection, 99, 99)
