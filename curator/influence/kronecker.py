@@ -107,7 +107,7 @@ class KroneckerRoots:
         the other side is wide, the other side's rows or columns of the gradient itself.
         """
         A, S = self.inputs[layer.name], self.outputs[layer.name]
-        positions, (n_out, n_in) = a_BTI.shape[1], layer.shape
+        positions, n_in, n_out = a_BTI.shape[1], a_BTI.shape[2], d_BTO.shape[2]
         is_whole = n_out * n_in <= LARGEST_WHOLE
         a_late, d_late = is_whole and A.ndim == 2 and positions > n_out, is_whole and S.ndim == 2 and positions > n_in
         a = a_BTI.to(A.dtype) if a_late else times(a_BTI, A)

@@ -53,13 +53,13 @@ def texts() -> dict[str, list[str]]:
     return {source: lm_sources.passages(source) for source in SOURCES}
 
 
-def drawn(seed: int) -> dict[str, list[Record]]:
+def drawn(seed: int, sizes: Mapping[str, int]) -> dict[str, list[Record]]:
     """The parts of one seed, each with as many texts of every source, in random order."""
     rng = np.random.Generator(np.random.Philox(seed))
-    found: dict[str, list[Record]] = {part: [] for part in PARTS}
+    found: dict[str, list[Record]] = {part: [] for part in sizes}
     for source, every in texts().items():
         chosen = iter(rng.permutation(len(every)).tolist())
-        for part, n in PARTS.items():
+        for part, n in sizes.items():
             found[part] += [{"text": every[next(chosen)], "source": source} for _ in range(n)]
     return {part: [rows[i] for i in rng.permutation(len(rows))] for part, rows in found.items()}
 
@@ -102,10 +102,10 @@ class World:
     parts: Mapping[str, list[Record]]
 
     @classmethod
-    def make(cls, seed: int, folder: Path) -> World:
+    def make(cls, seed: int, folder: Path, sizes: Mapping[str, int] = PARTS) -> World:
         """Train on the base, which nothing else is taken from."""
         torch.set_num_threads(1)
-        parts = drawn(seed)
+        parts = drawn(seed, sizes)
         save_untrained(folder, parts["base"], seed)
         workload = CausalLM(options=Options(max_tokens=TOKENS))
         model = base.load_model(workload, folder, CPU)
@@ -164,10 +164,10 @@ def sources_asked(world: World) -> Asked:
     return Asked(rows)
 
 
-def fitted(world: World, spec: RecipeSpec = SPEC) -> Attributor:
-    """The recipe, fitted on the trusted texts of all sources."""
+def fitted(world: World, asked: Asked, spec: RecipeSpec = SPEC) -> Attributor:
+    """The recipe, fitted on all that is trusted."""
     spec = replace(spec, layers=world.workload.layers(world.model))
-    batches = [batch for _, batch in world.batches(world.parts["trusted"])]
+    batches = [batch for rows in asked.rows.values() for _, batch in world.batches(rows)]
     return Attributor.fit(world.model, base.losses_of(world.workload), batches, spec)
 
 

@@ -8,6 +8,8 @@ writes results/lm_mixture.json and, from all seeds in it, lm_mixture.md. Says wh
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,7 +18,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from curator.influence.evaluate import spearman
 from curator.influence.groups import wilson
+from curator.settings import load
+from curator.sources import jsonl
+from curator.stages import trusted
+from curator.types import Record
 from tests.benchmarks import lm_mixture as mixture
 from tests.benchmarks import lm_sources
 from tests.benchmarks.lm_mixture import SHARE, SOURCES, World, top
@@ -44,7 +51,8 @@ def world(request, tmp_path):
 
 
 def test_influence_finds_a_sources_texts_and_what_was_planted(world):
-    attributor, asked = mixture.fitted(world), mixture.sources_asked(world)
+    asked = mixture.sources_asked(world)
+    attributor = mixture.fitted(world, asked)
     pool = world.parts["pool"]
     judged = mixture.by_influence(world, attributor, asked, pool)
     judged |= mixture.by_controls(world, attributor, asked, pool)
@@ -52,6 +60,70 @@ def test_influence_finds_a_sources_texts_and_what_was_planted(world):
     keep(world.seed, "planted", {kind: found(world, attributor, kind) for kind in ("phrase", "scripture")})
     for name, arms in perplexities(world, judged):
         keep(world.seed, "perplexity", {name: arms})
+
+
+# --- the product's own path ---------------------------------------------------------------------------------
+
+SMALL = {"base": 60, "pool": 50, "trusted": 24}
+
+
+def test_the_command_line_gives_what_the_functions_give(tmp_path):
+    """Stored vectors are in half precision, and batches other ones: a score may differ in its fourth digit."""
+    world = World.make(0, tmp_path / "model", SMALL)
+    project = tmp_path / "project"
+    by_commands = commanded(world, project)
+    settings = load(project)
+    good = [r for r in jsonl.open_records(project / "trusted.jsonl", settings.limits) if isinstance(r, Record)]
+    chosen = trusted.examples("texts", "kind", good, (), settings.scores.references)
+    names = sorted({row.slice for row in chosen})
+    asked = mixture.Asked(
+        {s: [json.loads(r.record) for r in chosen if (r.slice, r.role) == (s, "direction")] for s in names}
+    )
+    judged = mixture.by_influence(world, mixture.fitted(world, asked), asked, world.parts["pool"])
+    judged |= mixture.by_controls(world, mixture.fitted(world, asked), asked, world.parts["pool"])
+    for column, name in COLUMNS.items():
+        for s, target in enumerate(names):
+            there = np.array([by_commands[str(i), target][column] for i in range(len(world.parts["pool"]))])
+            here = judged[name][:, s]
+            assert np.abs(there - here).max() < 2e-3 * np.abs(here).max(), (name, target)
+            assert spearman(there, here) > 0.9999, (name, target)
+            print(name, target, np.abs(there - here).max(), spearman(there, here))
+
+
+COLUMNS = {
+    "normalised_influence": "normalised influence",
+    "exact_influence": "exact normalised influence",
+    "embedding_similarity": "embedding similarity",
+    "bm25": "BM25",
+}
+QUERY = f"SELECT external_id, slice, {', '.join(COLUMNS)} FROM curator.influence_scores"
+
+
+def commanded(world: World, project: Path) -> dict[tuple[str, str], dict[str, float]]:
+    """By text and slice, what a user reads who does all of it with commands."""
+
+    def curator(*arguments: str | Path) -> str:
+        command = [sys.executable, "-m", "curator", *arguments]
+        return subprocess.run(command, cwd=project, capture_output=True, text=True, check=True).stdout
+
+    project.mkdir()
+    curator("init", "--kind", "causal-lm")
+    toml = project / "curator.toml"
+    told = f"options = {{ max_tokens = {mixture.TOKENS} }}"
+    toml.write_text(toml.read_text().replace("# options = {}", told), encoding="utf-8")
+    rows = [{"kind": row["source"], "text": row["text"]} for row in world.parts["trusted"]]
+    (project / "trusted.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pool = [{"id": str(i), "text": row["text"]} for i, row in enumerate(world.parts["pool"])]
+    (project / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pool))
+    curator("checkpoint", "add", "base", world.folder)
+    curator("validation", "add", "texts", "trusted.jsonl", "--slice", "kind")
+    curator("ingest", "pool.jsonl")
+    curator("drain")
+    lines = curator("sql", "--jsonl", QUERY).splitlines()
+    return {(row["external_id"], row["slice"]): row for row in map(json.loads, lines)}
+
+
+# --- what is asked of a world -------------------------------------------------------------------------------
 
 
 def shares(world: World, score_NS: mixture.Floats) -> dict[str, list[float]]:
