@@ -32,7 +32,8 @@ class KroneckerSums:
 
     F is modelled as A (x) S with A = mean over positions of a a^T, S = sum over positions of d d^T an example.
     ``angular`` divides an example's d by the length of its gradient in the layer first, as the Fisher does. An example
-    whose values are not finite is left out.
+    whose values are not finite is left out, and so is a position whose d is zero: it is padding, or has no part in the
+    loss, and its a would be learned from all the same.
     """
 
     angular: bool = True
@@ -51,8 +52,9 @@ class KroneckerSums:
             d_BTO = d_BTO / torch.where(length_B > 0, length_B, 1.0)[:, None, None]
         name = layer.name
         self.examples[name] = self.examples.get(name, 0) + len(a_BTI)
-        self.positions[name] = self.positions.get(name, 0) + a_BTI.shape[0] * a_BTI.shape[1]
-        self.inputs[name] = plus(self.inputs.get(name), _second_moment(a_BTI.flatten(0, 1)))
+        used_BT = (d_BTO != 0).any(dim=2)
+        self.positions[name] = self.positions.get(name, 0) + int(used_BT.sum())
+        self.inputs[name] = plus(self.inputs.get(name), _second_moment(a_BTI[used_BT]))
         self.outputs[name] = plus(self.outputs.get(name), _second_moment(d_BTO.flatten(0, 1)))
 
     def merge(self, other: KroneckerSums) -> KroneckerSums:

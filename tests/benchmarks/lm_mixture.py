@@ -33,7 +33,7 @@ Floats = NDArray[np.float64]
 
 CPU = torch.device("cpu")
 SOURCES = tuple(lm_sources.SOURCES)
-PARTS = {"base": 500, "pool": 500, "trusted": 60, "test": 100}
+PARTS = {"base": 300, "pool": 300, "trusted": 60, "test": 60}
 """Texts of each source. Nothing is in two parts."""
 VOCABULARY, TOKENS = 2048, 160
 WIDTH, DEPTH = 128, 4
@@ -132,16 +132,19 @@ class World:
 
     # --- what training makes of it ------------------------------------------------------------------------
 
-    def after(self, rows: Sequence[Record]) -> Floats:
-        """(N, 2): summed loss and number of tokens of each test text, once the base is trained further on the rows."""
+    def after(self, rows: Sequence[Record], sources: Sequence[str] = SOURCES) -> dict[str, float]:
+        """Perplexity on the test texts of each source, once the base is trained further on the rows."""
         model = copy.deepcopy(self.model)
         if rows:
             model = trained(self.workload, model, rows, seed=self.seed, device=CPU, how=FURTHER)
         summed = CausalLM(options=replace(self.workload.options, reduction="sum"))
         summed._tokenizer = self.workload.tokenizer
-        test = self.parts["test"]
-        loss_N = outcome(summed, model, test, CPU, 64).loss_N
-        return np.stack([loss_N, [self.workload.n_tokens(row) - 1 for row in test]], axis=1)
+        found = {}
+        for source in sources:
+            test = [row for row in self.parts["test"] if row["source"] == source]
+            predicted = sum(self.workload.n_tokens(row) - 1 for row in test)
+            found[source] = round(float(np.exp(outcome(summed, model, test, CPU, 32).loss_N.sum() / predicted)), 3)
+        return found
 
 
 # --- judgements -----------------------------------------------------------------------------------------------
@@ -171,44 +174,54 @@ def fitted(world: World, asked: Asked, spec: RecipeSpec = SPEC) -> Attributor:
     return Attributor.fit(world.model, base.losses_of(world.workload), batches, spec)
 
 
-def by_influence(world: World, attributor: Attributor, asked: Asked, rows: Sequence[Record]) -> dict[str, Floats]:
-    """(N, S) a score: of stored vectors in half precision, and of full gradients where the recipe takes them."""
-    slices = {name: [world.measured(attributor, trusted)] for name, trusted in asked.rows.items()}
+def judged(world: World, attributor: Attributor, asked: Asked, rows: Sequence[Record]) -> dict[str, Floats]:
+    """(N, S) a judgement, from one pass over the rows: influence, and the controls that a report shows beside it."""
+    slices = {name: world.measured(attributor, trusted) for name, trusted in asked.rows.items()}
     batches = {name: [batch for _, batch in world.batches(trusted)] for name, trusted in asked.rows.items()}
-    towards = attributor.exact_directions(batches, asked.mixtures) if attributor.spec.exact else None
-    made = attributor.directions(slices).mixed(asked.weights)
+    towards = attributor.exact_directions(batches, asked.mixtures)
     m = world.measured(attributor, rows, towards)
+    made = attributor.directions({name: [part] for name, part in slices.items()}).mixed(asked.weights)
     stored = scoring.score(m.unit_BK.half(), m.whitened_norm_B, made)
-    found = {"normalised influence": stored.normalised_BS, "plain influence": stored.influence_BS}
-    if m.exact_BS is not None and m.exact_influence_BS is not None:
-        found |= {"exact normalised influence": m.exact_BS, "exact plain influence": m.exact_influence_BS}
-    return {name: s.double().numpy() for name, s in found.items()}
+    assert m.exact_BS is not None
+    assert m.exact_influence_BS is not None
+    found = {
+        "normalised influence": stored.normalised_BS,
+        "plain influence": stored.influence_BS,
+        "exact normalised influence": m.exact_BS,
+        "exact plain influence": m.exact_influence_BS,
+    }
+    influence = {name: score_NS.double().numpy() for name, score_NS in found.items()}
+    return influence | _aimed(m, rows, slices, asked) | _blind(m, len(made.names), world.seed)
 
 
-def by_controls(world: World, attributor: Attributor, asked: Asked, rows: Sequence[Record]) -> dict[str, Floats]:
-    """The same of what needs no gradient, or no validation text."""
+def _aimed(m: Measured, rows: Sequence[Record], slices: Mapping[str, Measured], asked: Asked) -> dict[str, Floats]:
+    """Controls that know the target: hidden states and words."""
     trusted = [row for part in asked.rows.values() for row in part]
-    part_SN = np.array(
-        [
-            [weight.get(name, 0) / len(part) for name, part in asked.rows.items() for _ in part]
-            for weight in asked.weights.values()
-        ]
-    )
-    lean = Attributor(world.model, attributor.losses, replace(attributor.spec, exact=False), attributor.fitted)
-    m, hidden_NH = world.measured(lean, rows), world.measured(lean, trusted).hidden_BH
-    controls = Controls.fit(hidden_NH, [terms(words(row)) for row in trusted], part_SN)
+    part_SN = [
+        [weight.get(name, 0) / len(part) for name, part in asked.rows.items() for _ in part]
+        for weight in asked.weights.values()
+    ]
+    hidden_NH = Measured.join(list(slices.values())).hidden_BH
+    controls = Controls.fit(hidden_NH, [terms(words(row)) for row in trusted], np.array(part_SN))
     assert m.hidden_BH is not None
-    every = np.ones(len(part_SN))
-    rng = np.random.Generator(np.random.Philox(world.seed))
     return {
         "embedding similarity": controls.similarity_BS(m.hidden_BH).double().numpy(),
         "BM25": controls.bm25_BS([terms(words(row)) for row in rows]).double().numpy(),
-        "lowest loss": -np.outer(m.loss_B.double().numpy(), every),
-        "highest loss": np.outer(m.loss_B.double().numpy(), every),
-        "lowest gradient norm": -np.outer(m.gradient_norm_B.double().numpy(), every),
-        "highest gradient norm": np.outer(m.gradient_norm_B.double().numpy(), every),
-        "random": np.outer(rng.random(len(rows)), every),
     }
+
+
+def _blind(m: Measured, targets: int, seed: int) -> dict[str, Floats]:
+    """Controls that do not: either end of loss and gradient norm, and chance."""
+    loss_N, norm_N = m.loss_B.double().numpy(), m.gradient_norm_B.double().numpy()
+    chance_N = np.random.Generator(np.random.Philox(seed)).random(len(loss_N))
+    ends = {
+        "lowest loss": -loss_N,
+        "highest loss": loss_N,
+        "lowest gradient norm": -norm_N,
+        "highest gradient norm": norm_N,
+        "random": chance_N,
+    }
+    return {name: np.outer(value_N, np.ones(targets)) for name, value_N in ends.items()}
 
 
 def top(score_N: Floats, share: float) -> NDArray[np.int64]:

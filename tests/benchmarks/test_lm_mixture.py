@@ -54,8 +54,7 @@ def test_influence_finds_a_sources_texts_and_what_was_planted(world):
     asked = mixture.sources_asked(world)
     attributor = mixture.fitted(world, asked)
     pool = world.parts["pool"]
-    judged = mixture.by_influence(world, attributor, asked, pool)
-    judged |= mixture.by_controls(world, attributor, asked, pool)
+    judged = mixture.judged(world, attributor, asked, pool)
     keep(world.seed, "shares", {name: shares(world, score_NS) for name, score_NS in judged.items()})
     keep(world.seed, "planted", {kind: found(world, attributor, kind) for kind in ("phrase", "scripture")})
     for name, arms in perplexities(world, judged):
@@ -79,8 +78,7 @@ def test_the_command_line_gives_what_the_functions_give(tmp_path):
     asked = mixture.Asked(
         {s: [json.loads(r.record) for r in chosen if (r.slice, r.role) == (s, "direction")] for s in names}
     )
-    judged = mixture.by_influence(world, mixture.fitted(world, asked), asked, world.parts["pool"])
-    judged |= mixture.by_controls(world, mixture.fitted(world, asked), asked, world.parts["pool"])
+    judged = mixture.judged(world, mixture.fitted(world, asked), asked, world.parts["pool"])
     for column, name in COLUMNS.items():
         for s, target in enumerate(names):
             there = np.array([by_commands[str(i), target][column] for i in range(len(world.parts["pool"]))])
@@ -138,8 +136,7 @@ def shares(world: World, score_NS: mixture.Floats) -> dict[str, list[float]]:
 def found(world: World, attributor: mixture.Attributor, kind: str) -> dict[str, list[int]]:
     """By judgement, how many of the planted are among the lowest 1 %, and how many there are."""
     made = mixture.planted(world, kind)
-    judged = mixture.by_influence(world, attributor, made.asked, made.rows)
-    judged |= mixture.by_controls(world, attributor, made.asked, made.rows)
+    judged = mixture.judged(world, attributor, made.asked, made.rows)
     counts = {}
     for name, score_NS in judged.items():
         hits = [int(made.bad[top(-score_N, 0.01)].sum()) for score_N in score_NS.T]
@@ -153,25 +150,16 @@ def perplexities(world: World, judged: Mapping[str, mixture.Floats]) -> Iterable
     """By what was trained on, the perplexity on each source's test texts; of selections on their own target alone."""
     pool = world.parts["pool"]
     rng = np.random.Generator(np.random.Philox(key=[world.seed, 3]))
-    yield "nothing", perplexity(world, [])
+    yield "nothing", world.after([])
     for draw in range(DRAWS):
-        yield (
-            f"random {draw}",
-            perplexity(world, [pool[i] for i in rng.permutation(len(pool))[: round(SHARE * len(pool))]]),
-        )
-    yield "everything", perplexity(world, pool)
+        rows = rng.permutation(len(pool))[: round(SHARE * len(pool))]
+        yield f"random {draw}", world.after([pool[i] for i in rows])
+    yield "everything", world.after(pool)
     for name in TRAINED:
-        arms = {}
+        arms: dict[str, float] = {}
         for s, source in enumerate(SOURCES):
-            arms[source] = perplexity(world, [pool[i] for i in rng.permutation(top(judged[name][:, s], SHARE))])[source]
+            arms |= world.after([pool[i] for i in top(judged[name][:, s], SHARE)], [source])
         yield name, arms
-
-
-def perplexity(world: World, rows: list[mixture.Record]) -> dict[str, float]:
-    lost = world.after(rows)
-    of = np.array([row["source"] for row in world.parts["test"]])
-    total = {source: lost[of == source].sum(axis=0) for source in SOURCES}
-    return {source: round(float(np.exp(x[0] / x[1])), 3) for source, x in total.items()}
 
 
 # --- the page -------------------------------------------------------------------------------------------------
@@ -197,7 +185,10 @@ def mean(values: Iterable[float]) -> str:
 
 def page(every: Mapping[str, Mapping[str, Any]]) -> str:
     seeds = list(every.values())
-    parts = [described(__doc__ or ""), EXPLAINED.format(n=len(seeds))]
+    parts = [
+        described(__doc__ or ""),
+        EXPLAINED.format(n=len(seeds), **{name: len(SOURCES) * n for name, n in mixture.PARTS.items()}),
+    ]
     parts += ["## Texts of the target among the first\n", *share_lines(seeds)]
     if ready := [seed for seed in seeds if "planted" in seed]:
         parts += ["\n## Planted texts among the lowest 1 %\n", *planted_lines(ready)]
@@ -207,9 +198,10 @@ def page(every: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 EXPLAINED = """{n} seeds (texts, model, order). A Llama of a million parameters with a byte-level BPE of 2,048
-tokens, four passes over 3,000 texts; a pool of 3,000 others, 500 of each source; 60 trusted texts of a source as its
-target, all of them behind the curvature; the recipe of a new project. Influence without "exact" is of stored vectors in
-half precision. Intervals are bootstrap intervals over seeds and targets, or Wilson's.
+tokens, four passes over {base:,} texts, as many of each source; a pool of {pool:,} others, a sixth of each source;
+{trusted:,} trusted texts, those of a source as its target and all of them behind the curvature; {test:,} test texts; the
+recipe of a new project. Influence without "exact" is of stored vectors in half precision. Intervals are bootstrap
+intervals over seeds and targets, or Wilson's.
 """
 
 
