@@ -199,8 +199,8 @@ def page(every: Mapping[str, Mapping[str, Any]]) -> str:
 
 EXPLAINED = """{n} seeds (texts, model, order). A Llama of a million parameters with a byte-level BPE of 2,048
 tokens, four passes over {base:,} texts, as many of each source; a pool of {pool:,} others, a sixth of each source;
-{trusted:,} trusted texts, those of a source as its target and all of them behind the curvature; {test:,} test texts; the
-recipe of a new project. Influence without "exact" is of stored vectors in half precision. Intervals are bootstrap
+{trusted:,} trusted texts, those of a source as its target and all of them behind the curvature; {test:,} test texts;
+the recipe of a new project. Influence without "exact" is of stored vectors in half precision. Intervals are bootstrap
 intervals over seeds and targets, or Wilson's.
 """
 

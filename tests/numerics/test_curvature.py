@@ -136,6 +136,22 @@ def test_kronecker_parts_merge_to_the_whole(cut, angular):
     torch.testing.assert_close(merged.outputs["l"], whole.outputs["l"])
 
 
+def test_padding_changes_no_kronecker_sum():
+    """A padded position has inputs like any other; only its gradient is nothing."""
+    g = torch.Generator().manual_seed(5)
+    a, d = torch.randn(3, 5, 4, generator=g), torch.randn(3, 5, 2, generator=g)
+    lengths = (5, 2, 3)
+    for b, length in enumerate(lengths):
+        d[b, length:] = 0
+    padded, alone = KroneckerSums(), KroneckerSums()
+    padded(_Named, a, d)
+    for b, length in enumerate(lengths):
+        alone(_Named, a[b : b + 1, :length], d[b : b + 1, :length])
+    assert padded.positions == alone.positions == {"l": sum(lengths)}
+    torch.testing.assert_close(padded.inputs["l"], alone.inputs["l"])
+    torch.testing.assert_close(padded.outputs["l"], alone.outputs["l"])
+
+
 def test_kronecker_roots_equal_the_explicit_kronecker_matrix():
     g = torch.Generator().manual_seed(2)
     a, d = (torch.randn(6, 2, n, generator=g, dtype=torch.float64) for n in (3, 4))
