@@ -338,10 +338,11 @@ class _Tap:
         a_BTI, d_BTO = (_joined([pair[i] for pair in self.pairs]) for i in (0, 1))
         totals = self.totals
         self.pairs, self.totals = [], []
-        if self.selection is None:
-            self.read(self.layer, a_BTI, d_BTO)
-        else:
-            cast(Selective, self.read).chosen(self.layer, a_BTI, d_BTO, torch.stack(totals).sum(dim=0))
+        with _tensor_cores(d_BTO):
+            if self.selection is None:
+                self.read(self.layer, a_BTI, d_BTO)
+            else:
+                cast(Selective, self.read).chosen(self.layer, a_BTI, d_BTO, torch.stack(totals).sum(dim=0))
 
     def _by_example(self, rows: _Rows | None, x: Tensor) -> Tensor:
         if rows is not None:
@@ -358,6 +359,23 @@ class _Tap:
             return d.new_zeros(self.batch, dtype=torch.float32)
         total_L = at_least_float32(d.reshape(blocks, -1).sum(dim=1))
         return total_L if call.rows is None else call.rows.total(total_L, self.batch)
+
+
+@contextmanager
+def _tensor_cores(d: Tensor) -> Iterator[None]:
+    """Readers of a half-precision model on a GPU multiply in TF32: it holds a half exactly, and sums in float32.
+
+    Around readers only: a model may rely on float32 where it asks for it, as in the angles of rotary positions.
+    """
+    if not (d.is_cuda and d.dtype in (torch.float16, torch.bfloat16)):
+        yield
+        return
+    products = torch.backends.cuda.matmul
+    before, products.fp32_precision = products.fp32_precision, "tf32"
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

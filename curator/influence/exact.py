@@ -34,6 +34,19 @@ class ExactDirections:
     unit_SOI: Mapping[str, Tensor]
     whitened_SOI: Mapping[str, Tensor]
 
+    def scores(self, layer: Layer, roots: KroneckerRoots, a_BTI: Tensor, d_BTO: Tensor) -> tuple[Tensor, Tensor]:
+        """|W|^2, (B,), and the products (B, 2S), of one layer: the gradient is formed once for all of them."""
+        if a_BTI.shape[1] == 1:
+            a, d = roots.whiten(layer, a_BTI, d_BTO)
+            return roots.square_B(layer, a, d), ghost_products(*self.meet(layer, roots, a, d))
+        u_SOI = torch.cat([self.unit_SOI[layer.name], self.whitened_SOI[layer.name]])
+        square_B = a_BTI.new_zeros(len(a_BTI), dtype=u_SOI.dtype)
+        both_BS = u_SOI.new_zeros(len(a_BTI), len(u_SOI))
+        for some, rows, W_brI in roots.gradients(layer, a_BTI, d_BTO):
+            square_B[some] += W_brI.square().sum(dim=(1, 2))
+            both_BS[some] += W_brI.flatten(1) @ u_SOI[:, rows].flatten(1).T
+        return square_B, both_BS
+
     def meet(self, layer: Layer, roots: KroneckerRoots, a: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What to multiply in one layer: a_BTI and d_BTO as ``roots.whiten`` gives them, and u (2S, O, I).
 
@@ -102,6 +115,11 @@ class LowRankDirections:
         unit_error_S, whitened_error_S = torch.stack(lost).sum(dim=0).sqrt().chunk(2)
         return cls(whole.names, _floats(left), _floats(right), _floats(core), unit_error_S, whitened_error_S)
 
+    def scores(self, layer: Layer, roots: KroneckerRoots, a_BTI: Tensor, d_BTO: Tensor) -> tuple[Tensor, Tensor]:
+        """As of ``ExactDirections``."""
+        a, d = roots.whiten(layer, a_BTI, d_BTO)
+        return roots.square_B(layer, a, d), ghost_products(*self.meet(layer, roots, a, d))
+
     def meet(self, layer: Layer, roots: KroneckerRoots, a: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As of ``ExactDirections``, in the basis; corrections are in the directions already."""
         return a @ self.right_IR[layer.name].to(a), d @ self.left_OR[layer.name].to(d), self.core[layer.name]
@@ -158,11 +176,11 @@ class ExactScores:
 
     def __call__(self, layer: Layer, a_BTI: Tensor, d_BTO: Tensor) -> None:
         """Add one layer."""
-        a, d = self.roots.whiten(layer, a_BTI, d_BTO)
-        self.square_B[layer.name] = self.roots.square_B(layer, a, d)
-        if self.towards is not None:
-            both = ghost_products(*self.towards.meet(layer, self.roots, a, d))
-            self.towards_unit_BS[layer.name], self.towards_mean_BS[layer.name] = both.chunk(2, dim=1)
+        if self.towards is None:
+            self.square_B[layer.name] = self.roots.square_B(layer, *self.roots.whiten(layer, a_BTI, d_BTO))
+            return
+        self.square_B[layer.name], both_BS = self.towards.scores(layer, self.roots, a_BTI, d_BTO)
+        self.towards_unit_BS[layer.name], self.towards_mean_BS[layer.name] = both_BS.chunk(2, dim=1)
 
     def norm_B(self) -> Tensor:
         """|W|, over all captured layers."""

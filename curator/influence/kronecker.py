@@ -6,7 +6,7 @@ Angular like the Fisher of the kept entries, by default, and damped relative to 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,10 +14,13 @@ from torch import Tensor
 
 from curator.influence.capture import Layer
 from curator.influence.curvature import inverse_root, plus, times, under
-from curator.influence.ghost import ghost_inner, weighted_inner
+from curator.influence.ghost import LARGEST_STRIPE, ghost_inner, stripes, weighted_inner
 
 WIDEST_FACTOR = 8192
 """A Kronecker factor wider than this keeps its diagonal only: 8192^2 float64 is already half a gigabyte."""
+
+LARGEST_WHOLE = 1 << 24
+"""Elements of a layer's gradient that is whitened as a whole; a larger one is formed a few rows at a time."""
 
 LARGEST_CHUNK = 1 << 24
 """Elements of a float64 copy made at once while sums are accumulated."""
@@ -29,7 +32,8 @@ class KroneckerSums:
 
     F is modelled as A (x) S with A = mean over positions of a a^T, S = sum over positions of d d^T an example.
     ``angular`` divides an example's d by the length of its gradient in the layer first, as the Fisher does. An example
-    whose values are not finite is left out.
+    whose values are not finite is left out, and so is a position whose d is zero: it is padding, or has no part in the
+    loss, and its a would be learned from all the same.
     """
 
     angular: bool = True
@@ -48,8 +52,9 @@ class KroneckerSums:
             d_BTO = d_BTO / torch.where(length_B > 0, length_B, 1.0)[:, None, None]
         name = layer.name
         self.examples[name] = self.examples.get(name, 0) + len(a_BTI)
-        self.positions[name] = self.positions.get(name, 0) + a_BTI.shape[0] * a_BTI.shape[1]
-        self.inputs[name] = plus(self.inputs.get(name), _second_moment(a_BTI.flatten(0, 1)))
+        used_BT = (d_BTO != 0).any(dim=2)
+        self.positions[name] = self.positions.get(name, 0) + int(used_BT.sum())
+        self.inputs[name] = plus(self.inputs.get(name), _second_moment(a_BTI[used_BT]))
         self.outputs[name] = plus(self.outputs.get(name), _second_moment(d_BTO.flatten(0, 1)))
 
     def merge(self, other: KroneckerSums) -> KroneckerSums:
@@ -96,6 +101,34 @@ class KroneckerRoots:
         if (R_OI := self.corrections.get(layer.name)) is None:
             return ghost_inner(a_BTI, d_BTO)
         return weighted_inner(a_BTI, d_BTO, R_OI)
+
+    def gradients(self, layer: Layer, a_BTI: Tensor, d_BTO: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+        """W of a batch in parts: which examples, which rows of O, and (b, r, I) of them.
+
+        A side is whitened where that is cheaper: T of its vectors before they meet, or, where a sequence is longer than
+        the other side is wide, the other side's rows or columns of the gradient itself.
+        """
+        A, S = self.inputs[layer.name], self.outputs[layer.name]
+        positions, n_in, n_out = a_BTI.shape[1], a_BTI.shape[2], d_BTO.shape[2]
+        is_whole = n_out * n_in <= LARGEST_WHOLE
+        a_late, d_late = is_whole and A.ndim == 2 and positions > n_out, is_whole and S.ndim == 2 and positions > n_in
+        a = a_BTI.to(A.dtype) if a_late else times(a_BTI, A)
+        d = d_BTO.to(S.dtype) if d_late else times(d_BTO, S)
+        if not (a_late or d_late):
+            for rows, W in stripes(a, d):
+                yield slice(None), rows, self._corrected_rows(layer, rows, W)
+            return
+        size = max(LARGEST_STRIPE // (n_out * n_in), 1)
+        for start in range(0, len(a), size):
+            some = slice(start, start + size)
+            W = d[some].transpose(1, 2) @ a[some]
+            W = S.T @ W if d_late else W
+            W = W @ A if a_late else W
+            yield some, slice(None), self._corrected_rows(layer, slice(None), W)
+
+    def _corrected_rows(self, layer: Layer, rows: slice, W: Tensor) -> Tensor:
+        R_OI = self.corrections.get(layer.name)
+        return W if R_OI is None else W * R_OI[rows]
 
     def corrected(self, layer: Layer, U: Tensor) -> Tensor:
         """R o U: makes <U, W> a product with the rotated gradient, and a sum of rotated gradients one of W."""

@@ -254,14 +254,15 @@ class CausalLM:
         if self._mixture:  # its blocks see one row a token
             rows = rows.repeat_interleave(batch.id_BT.shape[1])
         named = example_L is not None or self._mixture
-        target_BT = batch.target_BT[:, 1:]
+        # Targets are shifted, and not the logits: a part of these would be copied before anything is computed.
+        target_BT = F.pad(batch.target_BT[:, 1:], (0, 1), value=IGNORED)
         with examples_of_rows(rows) if named else nullcontext():
             # All ones: transformers warns of padding where no mask is given.
             logits = model(input_ids=batch.id_BT, attention_mask=torch.ones_like(batch.id_BT), use_cache=False).logits
-        loss_BT = F.cross_entropy(
-            at_least_float32(logits[:, :-1]).transpose(1, 2), target_BT, ignore_index=IGNORED, reduction="none"
+        loss_L = F.cross_entropy(
+            at_least_float32(logits).flatten(0, 1), target_BT.flatten(), ignore_index=IGNORED, reduction="none"
         )
-        return loss_BT.sum(dim=1), (target_BT != IGNORED).sum(dim=1)
+        return loss_L.view_as(target_BT).sum(dim=1), (target_BT != IGNORED).sum(dim=1)
 
 
 def _head(model: nn.Module) -> nn.Module | None:

@@ -7,9 +7,7 @@ writes results/capture_cost.md (capture_cost_cuda.md on a GPU).
 
 from __future__ import annotations
 
-import gc
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ from curator.influence.attribution import RecipeSpec, draw_masks
 from curator.influence.capture import capture, find_layers
 from curator.influence.kept import KeptEntries
 from tests.benchmarks.machine import described
+from tests.benchmarks.steps import Step, peak, timed
 
 RESULTS = Path(__file__).parent / "results"
 ROUNDS = {"cpu": 9, "cuda": 40}
@@ -30,8 +29,6 @@ NOISE = 0.05
 SHORT = 10
 """Times as many rounds for steps of milliseconds."""
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-
-Step = Callable[[], object]
 
 
 class Block(nn.Module):
@@ -151,46 +148,6 @@ def floor(job: Job) -> Step:
                 p.requires_grad_(True)
 
     return step
-
-
-def timed(steps: dict[str, Step], device: str, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each step, all of them in turn in every round; of the processor's time where no GPU waits for it."""
-    clock = time.perf_counter if device == "cuda" else time.process_time
-    found: dict[str, list[float]] = {name: [] for name in steps}
-    for step in steps.values():
-        step()
-    for _ in range(rounds):
-        for name, step in steps.items():
-            _wait(device)
-            start = clock()
-            step()
-            _wait(device)
-            found[name].append(clock() - start)
-    return found
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def peak(step: Step, device: str) -> int:
-    """Bytes allocated at most, above what was there before."""
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    totals = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    changes = [e.nbytes() for e in sorted(totals, key=lambda e: e.start_ns())]
-    highest = now = 0
-    for change in changes:
-        now += change
-        highest = max(highest, now)
-    return highest
 
 
 def measure(job: Job, device: str) -> dict[str, tuple[float, float, float, float]]:

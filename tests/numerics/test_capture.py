@@ -1,5 +1,7 @@
 """Capture: what one backward pass gives equals what each example alone gives."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,7 +19,7 @@ from curator.errors import (
 )
 from curator.influence import naive
 from curator.influence.attribution import RecipeSpec, draw_masks
-from curator.influence.capture import capture, find_layers
+from curator.influence.capture import _tensor_cores, capture, find_layers
 from curator.influence.ghost import ghost_inner, ghost_products
 from curator.influence.kept import KeptEntries
 from tests.numerics.small_models import case, one
@@ -210,3 +212,26 @@ def test_torchs_fused_attention_layer_is_seen_through_its_linear_layers():
         lambda layer, a, d: seen.append((layer.name, a.shape, d.shape)),
     )
     assert sorted(seen) == [("linear1", (3, 4, 8), (3, 4, 16)), ("linear2", (3, 4, 16), (3, 4, 8))]
+
+
+@dataclass(frozen=True)
+class OnGpu:
+    """What is asked of a tensor before its layer is read."""
+
+    dtype: torch.dtype
+    is_cuda: bool = True
+
+
+def test_readers_of_a_half_precision_model_on_a_gpu_multiply_in_tf32():
+    """TF32 keeps 10 bits of a mantissa, float32 23: the last 13 of a widened half are zero, so it loses nothing."""
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    for dtype in (torch.bfloat16, torch.float16):
+        widened = torch.randn(100, generator=torch.Generator().manual_seed(0)).to(dtype).float()
+        assert not (widened.view(torch.int32) & 0x1FFF).any()
+        with _tensor_cores(OnGpu(dtype)):
+            assert products.fp32_precision == "tf32"
+        assert products.fp32_precision == before
+    for other in (OnGpu(torch.float32), OnGpu(torch.bfloat16, is_cuda=False)):
+        with _tensor_cores(other):
+            assert products.fp32_precision == before

@@ -136,6 +136,22 @@ def test_kronecker_parts_merge_to_the_whole(cut, angular):
     torch.testing.assert_close(merged.outputs["l"], whole.outputs["l"])
 
 
+def test_padding_changes_no_kronecker_sum():
+    """A padded position has inputs like any other; only its gradient is nothing."""
+    g = torch.Generator().manual_seed(5)
+    a, d = torch.randn(3, 5, 4, generator=g), torch.randn(3, 5, 2, generator=g)
+    lengths = (5, 2, 3)
+    for b, length in enumerate(lengths):
+        d[b, length:] = 0
+    padded, alone = KroneckerSums(), KroneckerSums()
+    padded(_Named, a, d)
+    for b, length in enumerate(lengths):
+        alone(_Named, a[b : b + 1, :length], d[b : b + 1, :length])
+    assert padded.positions == alone.positions == {"l": sum(lengths)}
+    torch.testing.assert_close(padded.inputs["l"], alone.inputs["l"])
+    torch.testing.assert_close(padded.outputs["l"], alone.outputs["l"])
+
+
 def test_kronecker_roots_equal_the_explicit_kronecker_matrix():
     g = torch.Generator().manual_seed(2)
     a, d = (torch.randn(6, 2, n, generator=g, dtype=torch.float64) for n in (3, 4))
@@ -145,6 +161,30 @@ def test_kronecker_roots_equal_the_explicit_kronecker_matrix():
     M = naive.kronecker([(a[b].numpy(), d[b].numpy()) for b in range(6)], 0.1, angular=True)
     W = np.kron(roots.outputs["l"].numpy(), roots.inputs["l"].numpy())
     np.testing.assert_allclose(W @ M @ W, np.eye(12), atol=1e-5)
+
+
+@pytest.mark.parametrize("most", [1, 40, 1 << 22])
+@pytest.mark.parametrize("is_corrected", [False, True])
+@pytest.mark.parametrize(("positions", "n_in", "n_out"), [(2, 4, 3), (5, 4, 6), (5, 6, 4), (9, 4, 3), (9, 4, 0)])
+def test_gradients_are_the_same_on_whichever_side_they_are_whitened(
+    monkeypatch, positions, n_in, n_out, is_corrected, most
+):
+    """Both before they meet, either side after, and both; n_out 0 stands for a side of 3 known by its diagonal."""
+    monkeypatch.setattr("curator.influence.kronecker.LARGEST_STRIPE", most)
+    monkeypatch.setattr("curator.influence.ghost.LARGEST_STRIPE", most)
+    g = torch.Generator().manual_seed(3)
+    wide, n_out = not n_out, n_out or 3
+    a, d = (torch.randn(5, positions, n, generator=g, dtype=torch.float64) for n in (n_in, n_out))
+    A, S, R = (
+        torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((n_in, n_in), (n_out, n_out), (n_out, n_in))
+    )
+    S = S.diagonal() if wide else S
+    roots = KroneckerRoots({"l": A}, {"l": S}, {"l": R} if is_corrected else {})
+    found = torch.zeros(5, n_out, n_in, dtype=torch.float64)
+    for some, rows, W in roots.gradients(_Named, a, d):
+        found[some, rows] += W
+    expected = (S.diag() if wide else S).T @ d.transpose(1, 2) @ a @ A
+    torch.testing.assert_close(found, expected * R if is_corrected else expected)
 
 
 def test_a_wide_factor_keeps_its_diagonal(monkeypatch):

@@ -12,12 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
-import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +24,11 @@ import torch
 from tests.benchmarks import quality
 from tests.benchmarks.machine import described
 from tests.benchmarks.peers import curator_
+from tests.benchmarks.peers.environments import Peer, installed, last_line
 from tests.benchmarks.quality_study import Judge
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results"
-TORCH = "torch==2.13.0"
-
-
-@dataclass(frozen=True)
-class Peer:
-    """What is installed beside torch, with which options, and what has to go again."""
-
-    driver: str
-    packages: tuple[str, ...]
-    options: tuple[str, ...] = ()
-    removed: tuple[str, ...] = ()
-
 
 PEERS = {
     "bergson 2.5.1": Peer("bergson_", ("bergson==2.5.1",), removed=("torchvision", "torchaudio")),
@@ -63,24 +49,6 @@ def export(scene: quality.Scene, path: Path) -> None:
     np.savez(path, model=scene.name, **arrays)
 
 
-def installed(peer: Peer, folder: Path) -> Path:
-    """An environment with the peer in it, unless it is there; its interpreter."""
-    python = folder / "bin" / "python"
-    if python.exists():
-        return python
-    making = folder.with_name(folder.name + ".part")
-    shutil.rmtree(making, ignore_errors=True)
-    subprocess.run([sys.executable, "-m", "venv", making], check=True)
-    pip = [making / "bin" / "python", "-m", "pip", "-q", "--disable-pip-version-check"]
-    # One command: a package that asks for torchvision would otherwise bring another torch.
-    wanted = ["install", "--no-compile", *peer.options, TORCH, *peer.packages]
-    subprocess.run([*pip, *wanted], check=True, capture_output=True, text=True)
-    if peer.removed:
-        subprocess.run([*pip, "uninstall", "-y", *peer.removed], check=True, capture_output=True, text=True)
-    making.rename(folder)
-    return python
-
-
 def attempt(peer: Peer, scenes: list[quality.Scene], minutes: float, keep: Path | None) -> list[dict[str, Any]]:
     """Each job through one peer: the modes that were written, and how the driver ended."""
     with tempfile.TemporaryDirectory() as temporary:
@@ -88,7 +56,7 @@ def attempt(peer: Peer, scenes: list[quality.Scene], minutes: float, keep: Path 
         try:
             python = installed(peer, (keep or folder) / peer.driver)
         except subprocess.CalledProcessError as error:
-            return [{"ended": _last(error.stderr), "modes": {}} for _ in scenes]
+            return [{"ended": last_line(error.stderr), "modes": {}} for _ in scenes]
         return [_driven(peer, python, scene, folder / f"{i}", minutes) for i, scene in enumerate(scenes)]
 
 
@@ -103,16 +71,11 @@ def _driven(peer: Peer, python: Path, scene: quality.Scene, folder: Path, minute
         ran = subprocess.run(
             command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60 * minutes, check=False
         )
-        ended = "" if ran.returncode == 0 else _last(ran.stderr)
+        ended = "" if ran.returncode == 0 else last_line(ran.stderr)
     except subprocess.TimeoutExpired:
         ended = f"stopped after {minutes:g} minutes"
     modes = {path.stem: _judged(path, scene) for path in sorted(out.glob("*.npy"), key=lambda p: p.stat().st_mtime)}
     return {"ended": ended, "seconds": round(time.monotonic() - began, 1), "modes": modes}
-
-
-def _last(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:300] if lines else "no message"
 
 
 def _judged(path: Path, scene: quality.Scene) -> dict[str, Any]:
