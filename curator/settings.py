@@ -48,6 +48,13 @@ class Workload:
     )
 
 
+    @property
+    def placing(self) -> Mapping[str, Any]:
+        """The options that say where a model is, and nothing of what a gradient means; of a user's own workload none."""
+        known = () if self.kind == "torch" else ("device_map", "max_memory")
+        return {name: value for name, value in self.options.items() if name in known}
+
+
 @dataclass(frozen=True, slots=True)
 class Sources:
     """What arrives, and how it is understood."""

@@ -109,7 +109,7 @@ def _places(settings: Settings) -> list[Place]:
     """Where model workers compute. A model that accelerate spreads over devices is in one process that sees them all."""
     from curator.embedded import devices
 
-    asked, spread = settings.gradients, bool(settings.workload.options.get("device_map"))
+    asked, spread = settings.gradients, bool(settings.workload.placing.get("device_map"))
     return devices.places(asked.device, asked.workers, devices.visible_devices(os.environ), spread=spread)
 
 
