@@ -47,7 +47,6 @@ class Workload:
         default_factory=dict, metadata={"doc": "keyword arguments of the workload, a table"}
     )
 
-
     @property
     def placing(self) -> Mapping[str, Any]:
         """The options that say where a model is, and nothing of what a gradient means; of a user's own workload none."""

@@ -70,7 +70,9 @@ class Options:
             if (value := getattr(self, name)) not in known:
                 raise BadWorkloadOption(kind=KIND, reason=f"{name} is {value!r}, not one of {', '.join(known)}")
         if isinstance(self.quantization, str) and self.quantization not in ("", "4bit", "8bit"):
-            reason = f"quantization is {self.quantization!r}: it is 4bit, 8bit or a table of BitsAndBytesConfig's arguments"
+            reason = (
+                f"quantization is {self.quantization!r}: it is 4bit, 8bit or a table of BitsAndBytesConfig's arguments"
+            )
             raise BadWorkloadOption(kind=KIND, reason=reason)
 
 

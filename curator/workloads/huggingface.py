@@ -98,7 +98,7 @@ def pretrained(
             model = getattr(transformers, model_class).from_pretrained(
                 base or folder, use_safetensors=True, dtype=dtype, **placed, **quantised, **OFFLINE
             )
-            _refuse_without_backward(model)
+            _keep_backward(model)
             if base is not None:
                 model = _adapted(model, folder, weights)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -124,10 +124,18 @@ def _quantised(folder: Path, asked: Quantization, dtype: torch.dtype) -> dict[st
     return {"quantization_config": config}
 
 
-def _refuse_without_backward(model: Any) -> None:
+def _keep_backward(model: Any) -> None:
+    """Refuse quantised weights that no gradient gets through, and see that it stays so.
+
+    On a CPU with AVX-512 bitsandbytes packs the weights of a layer for good, at the first call whose input asks for no
+    gradient; from then on none gets through the layer, without an error.
+    """
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not quantizer.is_trainable:
         raise ValueError(f"{type(quantizer).__name__} knows no backward pass: gradients do not get through its weights")
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 @contextmanager
@@ -153,7 +161,9 @@ def _adapted(model: Any, folder: Path, weights: Weights) -> Any:
     if not getattr(model, "is_quantized", False):
         return adapted.merge_and_unload()
     if any(getattr(config, "use_dora", False) for config in adapted.peft_config.values()):
-        raise ValueError('DoRA rescales quantised weights: their gradients beside it are others; set weights = "adapter"')
+        raise ValueError(
+            'DoRA rescales quantised weights: their gradients beside it are others; set weights = "adapter"'
+        )
     return adapted
 
 
