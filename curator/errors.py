@@ -800,6 +800,20 @@ class FramesMissing(UsageError):
     hint = "pip install {package}, or take the Arrow table."
 
 
+class NoSuchDevice(UsageError):
+    """Device {device} was asked for; of GPUs there are {there}."""
+
+    code = "CUR-DEV-001"
+    hint = "See `nvidia-smi -L`, CUDA_VISIBLE_DEVICES and [gradients] device: auto takes every GPU, or the CPU."
+
+
+class DeviceLost(DependencyDown):
+    """Device {device} does not answer any more: {reason}"""
+
+    code = "CUR-DEV-002"
+    hint = "Its worker starts again by itself. Where it stays away: dmesg names the fault; [gradients] device, others."
+
+
 class CheckpointMissing(DataError):
     """There are no safetensors weights at {path}."""
 

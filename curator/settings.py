@@ -47,6 +47,12 @@ class Workload:
         default_factory=dict, metadata={"doc": "keyword arguments of the workload, a table"}
     )
 
+    @property
+    def placing(self) -> Mapping[str, Any]:
+        """The options that say where a model is, and nothing of what a gradient means; of a user's own workload none."""
+        known = () if self.kind == "torch" else ("device_map", "max_memory")
+        return {name: value for name, value in self.options.items() if name in known}
+
 
 @dataclass(frozen=True, slots=True)
 class Sources:
@@ -104,7 +110,8 @@ class Gradients:
     tokens: int = field(
         default=8192, metadata={"doc": "padded tokens a forward pass, at most; halved where memory runs out"}
     )
-    device: str = field(default="auto", metadata={"doc": "auto, cpu, cuda, cuda:1"})
+    device: str = field(default="auto", metadata={"doc": 'auto: every GPU, or the CPU; cpu, cuda:1, "cuda:0,cuda:2"'})
+    workers: int = field(default=1, metadata={"doc": "processes a device that measure, each with a model of its own"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -481,6 +488,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("gradients.dimension", 8, 1_000_000),
     ("gradients.code_dimension", 1, 100_000),
     ("gradients.batch", 1, 100_000),
+    ("gradients.workers", 1, 1_000),
     ("scores.exact_rank", 0, 100_000),
     ("scores.damping", 1e-6, 1e6),
     ("scores.references", 0.05, 0.95),

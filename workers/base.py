@@ -7,12 +7,12 @@ import os
 import signal
 import threading
 from functools import cached_property
-from typing import Any
+from typing import Any, NoReturn
 
 from celery import Task
 
 from curator import settings
-from curator.errors import CuratorError
+from curator.errors import CuratorError, DeviceLost
 from curator.runtime import Runtime
 from curator.stages.folders import Watcher
 from curator.stages.turn import StageModule, Turn
@@ -52,6 +52,9 @@ class StageTask(Task):  # type: ignore[misc]
             counts = shared.turn.run(stage, self.runtime.settings.limits.turn_seconds)
             with read(self.runtime.engine) as connection:
                 left = work.claimable(connection, backfill=self.runtime.settings.schedule.backfill)
+        except DeviceLost as error:
+            refused(stage.STAGE, error)
+            _leave(error.exit_code)
         except CuratorError as error:
             return refused(stage.STAGE, error)
         if counts != Counts():
@@ -68,8 +71,13 @@ def refused(what: str, error: CuratorError) -> str:
 def _abandon() -> None:
     """End a process that was asked to and whose batch goes on and on; the lease has gone back."""
     log.warning("asked to stop in the middle of a long batch: its work went back")
+    _leave(128 + signal.SIGTERM)
+
+
+def _leave(code: int) -> NoReturn:
+    """Without Celery's farewell, which waits for the task that we are in."""
     logging.shutdown()
-    os._exit(128 + signal.SIGTERM)
+    os._exit(code)
 
 
 class Process:

@@ -7,9 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -20,11 +19,11 @@ from curator.errors import DaemonNotRunning, DaemonRunning
 
 if TYPE_CHECKING:
     from curator.embedded.children import Child
+    from curator.embedded.devices import Place
     from curator.embedded.watchdog import Watchdog
     from curator.runtime import Runtime
     from curator.settings import Settings
 
-GPUS = Path("/proc/driver/nvidia/gpus")
 EXIT_UNFINISHED = 1
 
 
@@ -35,12 +34,18 @@ EXIT_UNFINISHED = 1
     default=None,
     help="Whether what arrived earlier is measured too, as after a new checkpoint; [schedule] backfill when not given.",
 )
+@click.option(
+    "--models", is_flag=True, help="Only the workers that need the model: for a further machine or container."
+)
 @pass_invocation
-def up(here: Invocation, detach: bool, backfill: bool | None) -> None:
-    """Run the daemon: database, broker, workers, scheduler. Ctrl-C or `curator down` ends it."""
+def up(here: Invocation, detach: bool, backfill: bool | None, models: bool) -> None:
+    """Run the daemon: database, broker, workers, scheduler. Ctrl-C or `curator down` ends it.
+
+    One worker a GPU measures, or one where there is none; [gradients] device and workers say otherwise.
+    """
     settings = here.settings(schedule__backfill=backfill)
     if detach:
-        _detach(settings)
+        _detach(settings, models)
         return
     from curator import runtime
     from curator.embedded.supervisor import Supervisor, daemon_status
@@ -49,11 +54,11 @@ def up(here: Invocation, detach: bool, backfill: bool | None) -> None:
         raise DaemonRunning(pid=other.pid, started=other.started)
     with runtime.opened(settings, application="curator daemon") as opened:
         _ask_again(opened)
-        children = _children(opened)
+        children = _models(opened) if models else _children(opened)
         servers = opened.servers
         say(f"curator is up in {settings.project}: {', '.join(child.name for child in children)}; Ctrl-C ends it")
         backfill = settings.schedule.backfill
-        supervisor = Supervisor(settings.home, children, servers, watchdog=_watchdog(opened), backfill=backfill)
+        supervisor = Supervisor(settings.home, children, servers, watchdog=_watchdog(opened, models), backfill=backfill)
         raise click.exceptions.Exit(supervisor.run())
 
 
@@ -66,11 +71,12 @@ def _ask_again(opened: Runtime) -> None:
         recipes.ask(connection, opened.settings)
 
 
-def _detach(settings: Settings) -> None:
+def _detach(settings: Settings, models: bool) -> None:
     from curator.embedded import supervisor
 
     argv = [sys.executable, "-m", "curator", "--project", str(settings.project), "up"]
     argv.append("--backfill" if settings.schedule.backfill else "--no-backfill")
+    argv += ["--models"] if models else []
     pid = supervisor.detach(settings.home, argv, cwd=settings.project)
     say(f"curator is up in {settings.project} (process {pid}); `curator down` ends it")
 
@@ -78,29 +84,47 @@ def _detach(settings: Settings) -> None:
 def _children(opened: Runtime) -> list[Child]:
     """Workers of the model queue, one a device; one worker for all that is tables; one scheduler."""
     from curator.embedded.children import Child
-    from curator.runtime import MODEL_QUEUE, TABLE_QUEUE
+    from curator.runtime import TABLE_QUEUE
 
-    settings = opened.settings
-    env = worker_environment(opened)
-    workers = [
-        _worker(Child, f"model-{n}", MODEL_QUEUE, {**env, **device}, settings)
-        for n, device in enumerate(_devices(settings))
-    ]
-    tables = _worker(Child, "table", TABLE_QUEUE, {**env, "OMP_NUM_THREADS": "1"}, settings)
+    settings, env = opened.settings, worker_environment(opened)
+    tables = Child("table", _worker("table", TABLE_QUEUE), {**env, "OMP_NUM_THREADS": "1"}, settings.project)
     beat = [sys.executable, "-m", "celery", "-A", "workers", "beat", "--loglevel=WARNING", "--pidfile="]
-    return [*workers, tables, Child("scheduler", beat, env, settings.project)]
+    return [*_models(opened), tables, Child("scheduler", beat, env, settings.project)]
 
 
-def _watchdog(opened: Runtime) -> Watchdog:
+def _models(opened: Runtime) -> list[Child]:
+    """A worker of the model queue for each place; started again, it is in the same place."""
+    from curator.embedded.children import Child
+    from curator.runtime import MODEL_QUEUE
+
+    found = _places(opened.settings)
+    env = worker_environment(opened, len(found))
+    return [
+        Child(
+            f"model-{n}", _worker(f"model-{n}", MODEL_QUEUE), {**env, **place.env}, opened.settings.project, place.name
+        )
+        for n, place in enumerate(found)
+    ]
+
+
+def _places(settings: Settings) -> list[Place]:
+    """Where model workers compute. A model that accelerate spreads over devices is in one process that sees them all."""
+    from curator.embedded import devices
+
+    asked, spread = settings.gradients, bool(settings.workload.placing.get("device_map"))
+    return devices.places(asked.device, asked.workers, devices.visible_devices(os.environ), spread=spread)
+
+
+def _watchdog(opened: Runtime, models: bool) -> Watchdog:
     """Each queue has its workers: one that stands still is not excused by the other."""
     from curator.embedded.watchdog import Watchdog
-    from curator.runtime import QUEUES
+    from curator.runtime import MODEL_QUEUE, QUEUES
     from curator.store import engine, work
 
     def look() -> tuple[dict[str, frozenset[work.Standing]], frozenset[str]]:
         with engine.read(opened.engine) as connection:
             heads, held = work.standing(connection, backfill=opened.settings.schedule.backfill)
-        queues = {QUEUES[head.stage] for head in heads}
+        queues = {QUEUES[head.stage] for head in heads} & ({MODEL_QUEUE} if models else set(QUEUES.values()))
         return (
             {queue: frozenset(head for head in heads if QUEUES[head.stage] == queue) for queue in queues},
             frozenset(QUEUES[stage] for stage in held),
@@ -109,17 +133,16 @@ def _watchdog(opened: Runtime) -> Watchdog:
     return Watchdog(look, opened.settings.limits.stall_seconds)
 
 
-def _worker(kind: type[Child], name: str, queue: str, env: Mapping[str, str], settings: Settings) -> Child:
-    argv = [
+def _worker(name: str, queue: str) -> list[str]:
+    return [
         *(sys.executable, "-m", "celery", "-A", "workers", "worker"),
         *("--pool=solo", "--loglevel=WARNING", f"--queues={queue}", f"--hostname={name}@%h"),
         *("--without-gossip", "--without-mingle"),
     ]
-    return kind(name, argv, env, settings.project)
 
 
-def worker_environment(opened: Runtime) -> dict[str, str]:
-    """What a worker of this project needs to know: where the project and its servers are."""
+def worker_environment(opened: Runtime, models: int = 1) -> dict[str, str]:
+    """What a worker of this project needs to know: where the project and its servers are, and its share of the cores."""
     return {
         **os.environ,
         "CURATOR_PROJECT": str(opened.settings.project),
@@ -127,16 +150,8 @@ def worker_environment(opened: Runtime) -> dict[str, str]:
         "CURATOR_BROKER_URL": opened.broker_url,
         "CURATOR_SCHEDULE_BACKFILL": str(opened.settings.schedule.backfill),
         # Two cores with two pools of torch threads each do less than two with one.
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 2))),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (1 + models)))),
     }
-
-
-def _devices(settings: Settings) -> list[dict[str, str]]:
-    """An environment for each device: every GPU, unless the settings name one. Asks the driver, not torch."""
-    if settings.gradients.device != "auto":
-        return [{}]
-    gpus = sorted(GPUS.iterdir()) if GPUS.is_dir() else []
-    return [{"CURATOR_GRADIENTS_DEVICE": f"cuda:{n}"} for n in range(len(gpus))] or [{}]
 
 
 @click.command()
@@ -155,7 +170,7 @@ def down(here: Invocation) -> None:
 @click.option("--timeout", type=float, default=None, help="Give up after this many seconds, with exit code 1.")
 @pass_invocation
 def drain(here: Invocation, timeout: float | None) -> None:
-    """Do all pending work here, then exit. Needs neither the daemon nor the broker."""
+    """Do all pending work here, on one device, then exit. Needs neither the daemon nor the broker."""
     from curator import runtime
 
     with runtime.opened(here.settings()) as opened:
@@ -176,6 +191,7 @@ def draining(opened: Runtime, *stages: str) -> Iterator[subprocess.Popen[bytes]]
     """
     environment = {
         **os.environ,
+        **_places(opened.settings)[0].env,
         "CURATOR_PROJECT": str(opened.settings.project),
         "CURATOR_DATABASE_URL": opened.database_url,
     }

@@ -21,12 +21,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Child:
-    """A command to keep running. ``env`` is its whole environment; None passes ours on."""
+    """A command to keep running. ``env`` is its whole environment; None passes ours on. ``device`` is for status."""
 
     name: str
     argv: Sequence[str]
     env: Mapping[str, str] | None = None
     cwd: Path | None = None
+    device: str = ""
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,7 @@ class ChildStatus:
     pid: int | None
     restarts: int
     last_exit: int | None
+    device: str = ""
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ class Supervisor:
 
     def _record(self, charges: Sequence[Charge]) -> None:
         """Write daemon.json for ``curator status``, when something changed."""
-        children = (ChildStatus(c.child.name, c.pid, c.restarts, c.last_exit) for c in charges)
+        children = (ChildStatus(c.child.name, c.pid, c.restarts, c.last_exit, c.child.device) for c in charges)
         trouble = " ".join(tuple(self._trouble.values()))
         status = DaemonStatus(os.getpid(), self._started, tuple(children), trouble, self._backfill)
         if status != self._recorded:

@@ -20,9 +20,10 @@ from curator.influence.codes import FoldedCode
 from curator.influence.confidence import calibrated_loss, measurement_slope
 from curator.influence.controls import LastHidden
 from curator.influence.exact import DirectionSums, ExactDirections, ExactScores, ExactTerms, LowRankDirections, Towards
-from curator.influence.fitting import Fitted, Losses, device_of
+from curator.influence.fitting import Fitted, Losses
 from curator.influence.kept import KeptEntries
 from curator.influence.kronecker import KroneckerRoots
+from curator.influence.layers import device_of
 from curator.influence.measured import Measured, Signal
 from curator.influence.mixtures import Mixtures
 from curator.influence.parts import LayerScores, PositionScores
@@ -39,7 +40,8 @@ class Attributor:
         self.model, self.losses, self.spec = model, losses, spec
         self.layers = find_layers(model, spec.layers, spec.bias)
         self.device = device_of(model)
-        self.fitted = fitted.to(self.device)
+        self.where = {layer.name: layer.device for layer in self.layers}
+        self.fitted = fitted.to(self.device, self.where)
 
     @property
     def K(self) -> int:
@@ -88,13 +90,14 @@ class Attributor:
             towards: exact directions of today's slices; their scores come back as ``exact_BS``.
         """
         kept = KeptEntries(self.fitted.masks, "exact" if self.spec.exact_norm else "kept")
-        exact = ExactScores(self._roots(), towards.to(self.device)) if towards else None
+        exact = ExactScores(self._roots(), towards.to(self.where)) if towards else None
         with LastHidden(self.model) as last:
             loss_B = self._pass(batch, kept, *([exact] if exact else []))
         return self._assemble(loss_B, kept, exact, last.hidden_BH(len(loss_B)))
 
     def _pass(self, batch: Any, *readers: Reader) -> Tensor:
-        return capture(self.model, self.layers, lambda: self.losses(self.model, batch), each(*readers))
+        loss_B = capture(self.model, self.layers, lambda: self.losses(self.model, batch), each(*readers))
+        return loss_B.to(self.device)
 
     def _roots(self) -> KroneckerRoots:
         if self.fitted.roots is None:
@@ -105,7 +108,7 @@ class Attributor:
         self, loss_B: Tensor, kept: KeptEntries, exact: ExactScores | None, hidden_BH: Tensor | None
     ) -> Measured:
         unit_BK, whitened_B = scoring.unit(self.fitted.encoding.apply(kept.g_BK(loss_B)))
-        gradient_B = kept.norm_B()
+        gradient_B = kept.norm_B().to(self.device)
         state_B = _states(loss_B, gradient_B, whitened_B)
         ok_B = state_B == Signal.OK
         return Measured(
@@ -142,7 +145,7 @@ class Attributor:
         encoding, g_BK = self.fitted.encoding, kept.g_BK(loss_B)
         w_BK = encoding.apply(g_BK)
         norm_B = scoring.unit(w_BK)[1]
-        ok_B = _states(loss_B, kept.norm_B(), norm_B) == Signal.OK
+        ok_B = _states(loss_B, kept.norm_B().to(self.device), norm_B) == Signal.OK
         unit_SK, whitened_SK = (encoding.pull_back(u.to(self.device)) for u in (towards.unit_SK, towards.whitened_SK))
         x_BK, own_BK = _only(ok_B, g_BK), _only(ok_B, encoding.pull_back(w_BK))
         return parts.split(x_BK, own_BK, _only(ok_B, norm_B), unit_SK.cpu(), whitened_SK.cpu(), self.fitted.columns)
@@ -153,7 +156,7 @@ class Attributor:
         Raises:
             NoCurvature: the recipe keeps no Kronecker factors.
         """
-        exact, terms = ExactScores(self._roots()), ExactTerms(self._roots(), towards.to(self.device))
+        exact, terms = ExactScores(self._roots()), ExactTerms(self._roots(), towards.to(self.where))
         loss_B = self._pass(batch, exact, terms)
         return terms.by_position(exact.norm_B(), _has_score(loss_B, exact))
 
@@ -194,7 +197,7 @@ class Attributor:
         for batch in batches:
             norms = ExactScores(self._roots())
             loss_B = self._pass(batch, norms)
-            norm_B, ok_B = norms.norm_B(), _has_score(loss_B, norms)
+            norm_B, ok_B = norms.norm_B().to(self.device), _has_score(loss_B, norms)
             slope_B = self._measurement(loss_B).to(norm_B.device)
             sums.weight_SB = torch.where(ok_B, torch.stack([1 / norm_B, slope_B]), 0.0)
             self._pass(batch, sums)
@@ -216,14 +219,14 @@ def _states(loss_B: Tensor, gradient_B: Tensor, whitened_B: Tensor) -> Tensor:
 
 
 def _has_score(loss_B: Tensor, exact: ExactScores) -> Tensor:
-    norm_B = exact.norm_B()
+    norm_B = exact.norm_B().to(loss_B.device)
     return loss_B.isfinite() & norm_B.isfinite() & (norm_B > 0)
 
 
 def _only(ok_B: Tensor, value: Tensor) -> Tensor:
     """Zeros where a row is not OK; a product with the mask would keep NaN."""
     shape = (-1,) + (1,) * (value.ndim - 1)
-    return torch.where(ok_B.view(shape), value, 0.0).float().cpu()
+    return torch.where(ok_B.view(shape), value.to(ok_B.device), 0.0).float().cpu()
 
 
 def _by_layer(slices: Sequence[Mapping[str, Tensor]], which: int) -> dict[str, Tensor]:

@@ -90,7 +90,7 @@ class _Rows:
         if len(x) != rows and math.prod(x.shape[:-1]) != rows:
             return None
         x = x.reshape(rows, math.prod(x.shape[:-1]) // max(rows, 1), x.shape[-1])
-        row, example, place, most = self._places(batch)
+        row, example, place, most = self._places(batch, x.device)
         out = x.new_zeros(batch, most, *x.shape[1:])
         out[example, place] = x[row]
         return out.flatten(1, 2)
@@ -98,16 +98,18 @@ class _Rows:
     def total(self, value_L: Tensor, batch: int) -> Tensor:
         """Sums over an example's rows."""
         blocks = value_L.view(len(self.index_L), -1).sum(dim=1) if len(self.index_L) else value_L
-        used = self.index_L >= 0
-        return blocks.new_zeros(batch).index_add(0, self.index_L[used], blocks[used])
+        index_L = self.index_L.to(blocks.device)
+        used = index_L >= 0
+        return blocks.new_zeros(batch).index_add(0, index_L[used], blocks[used])
 
-    def _places(self, batch: int) -> tuple[Tensor, Tensor, Tensor, int]:
+    def _places(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int]:
         last = int(self.index_L.max()) if len(self.index_L) else -1
         if last >= batch:
             raise BadRowIndex(last=batch - 1, found=f"up to {last}")
-        order = torch.argsort(self.index_L, stable=True)
-        row = order[self.index_L[order] >= 0]
-        example = self.index_L[row]
+        index_L = self.index_L.to(device)
+        order = torch.argsort(index_L, stable=True)
+        row = order[index_L[order] >= 0]
+        example = index_L[row]
         count_B = torch.bincount(example, minlength=batch)
         place = torch.arange(len(row), device=row.device) - (count_B.cumsum(0) - count_B)[example]
         return row, example, place, int(count_B.max()) if batch else 0
@@ -312,7 +314,8 @@ class _Tap:
             # The lowest layer. A view cannot ask for a gradient that its base does not have.
             output = output.clone() if output._is_view() else output
             output = cast(Tensor, _Root.apply(self.anchor, output))  # type: ignore[no-untyped-call]
-        x = (args[0] if args else next(iter(kwargs.values()))).detach()
+        # Where the model is spread over devices, accelerate moves a layer's input behind this hook's back.
+        x = (args[0] if args else next(iter(kwargs.values()))).detach().to(output.device)
         if self.in_backward:
             x = x.clone()  # checkpointing does not notice that what it computed again was changed in place
         kept = kept_input(self.layer, module, x, self.selection)

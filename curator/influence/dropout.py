@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -143,6 +143,12 @@ def columns(masks: Mapping[str, LayerMask]) -> dict[str, slice]:
     """The columns of each layer in the concatenation of all kept entries."""
     ends = np.cumsum([mask.kept for mask in masks.values()]).tolist()
     return {name: slice(end - mask.kept, end) for (name, mask), end in zip(masks.items(), ends, strict=True)}
+
+
+def together(parts: Iterable[Tensor]) -> list[Tensor]:
+    """Tensors of several layers on the device of the first."""
+    found = list(parts)
+    return [part.to(found[0].device) for part in found]
 
 
 def at_least_float32(x: Tensor) -> Tensor:

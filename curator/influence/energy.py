@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from curator.influence.capture import Layer
-from curator.influence.dropout import at_least_float32
+from curator.influence.dropout import at_least_float32, together
 from curator.influence.ghost import ghost_inner
 from curator.influence.kronecker import LARGEST_CHUNK
 
@@ -42,9 +42,10 @@ class EnergySums:
 
     def close(self) -> None:
         """End a batch."""
-        total_B = torch.stack(list(self.pending.values())).sum(dim=0)
+        squares = dict(zip(self.pending, together(self.pending.values()), strict=True))
+        total_B = torch.stack(list(squares.values())).sum(dim=0)
         fine_B = total_B.isfinite() & (total_B > 0)
-        for name, square_B in self.pending.items():
+        for name, square_B in squares.items():
             part = float((square_B[fine_B] / total_B[fine_B]).sum())
             self.shares[name] = self.shares.get(name, 0.0) + part
         self.pending.clear()

@@ -20,8 +20,10 @@ from torch import Tensor
 
 from curator.influence.capture import Layer
 from curator.influence.curvature import under
+from curator.influence.dropout import together
 from curator.influence.ghost import ghost_products, ghost_terms
 from curator.influence.kronecker import KroneckerRoots
+from curator.influence.layers import Where, at
 from curator.influence.mixtures import Mixtures, weights
 from curator.influence.parts import Floats, PositionScores
 
@@ -68,9 +70,9 @@ class ExactDirections:
             {n: torch.tensordot(weight_RS, u, 1) for n, u in self.whitened_SOI.items()},
         )
 
-    def to(self, device: torch.device) -> ExactDirections:
-        """The same on ``device``."""
-        return ExactDirections.of(self.names, {name: t.to(device) for name, t in self.tensors().items()})
+    def to(self, where: Where) -> ExactDirections:
+        """The same elsewhere."""
+        return ExactDirections(self.names, _moved(self.unit_SOI, where), _moved(self.whitened_SOI, where))
 
     def tensors(self) -> dict[str, Tensor]:
         """As named tensors; the names of the slices travel beside them, in this order."""
@@ -136,9 +138,14 @@ class LowRankDirections:
         left, right, core = (under(part, tensors) for part in ("left/", "right/", "core/"))
         return cls(tuple(names), left, right, core, tensors["unit_error"], tensors["whitened_error"])
 
-    def to(self, device: torch.device) -> LowRankDirections:
-        """The same on ``device``."""
-        return LowRankDirections.of(self.names, {name: t.to(device) for name, t in self.tensors().items()})
+    def to(self, where: Where) -> LowRankDirections:
+        """The same elsewhere."""
+        by_layer = [_moved(tensors, where) for tensors in (self.left_OR, self.right_IR, self.core)]
+        return LowRankDirections(self.names, *by_layer, self.unit_error_S, self.whitened_error_S)
+
+
+def _moved(by_layer: Mapping[str, Tensor], where: Where) -> dict[str, Tensor]:
+    return {n: t.to(at(where, n)) for n, t in by_layer.items()}
 
 
 def _leading(rows_NI: Tensor, rank: int) -> Tensor:
@@ -214,13 +221,13 @@ class ExactTerms:
         """As scores, given |W|; zeros where an example is not ``ok``."""
         share_B = _inverse(norm_B)[:, None, None]
         return PositionScores(
-            {n: _numbers(ok_B, part_BTS * share_B) for n, part_BTS in self.towards_unit_BTS.items()},
+            {n: _numbers(ok_B, part_BTS * share_B.to(part_BTS)) for n, part_BTS in self.towards_unit_BTS.items()},
             {n: _numbers(ok_B, part_BTS) for n, part_BTS in self.towards_mean_BTS.items()},
         )
 
 
 def _total(by_layer: Mapping[str, Tensor]) -> Tensor:
-    return torch.stack(list(by_layer.values())).sum(dim=0)
+    return torch.stack(together(by_layer.values())).sum(dim=0)
 
 
 def _inverse(norm_B: Tensor) -> Tensor:
@@ -229,7 +236,7 @@ def _inverse(norm_B: Tensor) -> Tensor:
 
 def _numbers(ok_B: Tensor, part: Tensor) -> Floats:
     """Zeros where a row is not OK; a product with the mask would keep NaN."""
-    kept = torch.where(ok_B.view(-1, *(1,) * (part.ndim - 1)), part, 0.0)
+    kept = torch.where(ok_B.to(part.device).view(-1, *(1,) * (part.ndim - 1)), part, 0.0)
     return np.asarray(kept.double().cpu().numpy())
 
 
@@ -246,8 +253,9 @@ class DirectionSums:
 
     def __call__(self, layer: Layer, a_BTI: Tensor, d_BTO: Tensor) -> None:
         """Add one layer."""
-        used = (self.weight_SB > 0).any(dim=0)
+        weight_SB = self.weight_SB.to(d_BTO.device)
+        used = (weight_SB > 0).any(dim=0)
         a, d = self.roots.whiten(layer, a_BTI[used], d_BTO[used])
-        weighted = [d * weight_B[used, None, None].to(d.dtype) for weight_B in self.weight_SB]
+        weighted = [d * weight_B[used, None, None].to(d.dtype) for weight_B in weight_SB]
         total = self.roots.corrected(layer, torch.stack([x.flatten(0, 1).T @ a.flatten(0, 1) for x in weighted]))
         self.sums[layer.name] = self.sums[layer.name] + total if layer.name in self.sums else total

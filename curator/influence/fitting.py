@@ -34,6 +34,7 @@ from curator.influence.ekfac import EigenvalueSums, bases
 from curator.influence.energy import EnergySums
 from curator.influence.kept import KeptEntries
 from curator.influence.kronecker import KroneckerRoots, KroneckerSums
+from curator.influence.layers import Where, at
 from curator.influence.recipe import RecipeSpec, draw_masks
 from curator.influence.scoring import unit
 
@@ -61,10 +62,10 @@ class Fitted:
         """The columns of each layer among the kept entries."""
         return columns(self.masks)
 
-    def to(self, device: torch.device) -> Fitted:
-        """The same on ``device``."""
-        masks = {name: mask.to(device) for name, mask in self.masks.items()}
-        return Fitted(masks, self.encoding.to(device), self.roots.to(device) if self.roots else None, self.temperature)
+    def to(self, device: torch.device, where: Where) -> Fitted:
+        """The same with what is by layer ``where`` the layers are, and what takes all of them together on ``device``."""
+        masks = {name: mask.to(at(where, name)) for name, mask in self.masks.items()}
+        return Fitted(masks, self.encoding.to(device), self.roots.to(where) if self.roots else None, self.temperature)
 
     def tensors(self, spec: RecipeSpec) -> dict[str, Tensor]:
         """Everything that cannot be drawn again from the recipe, as contiguous CPU tensors by name."""
@@ -150,8 +151,8 @@ def fit(model: nn.Module, losses: Losses, trusted: Iterable[Any], spec: RecipeSp
     layers = find_layers(model, spec.layers, spec.bias)
     sample = _Sample(model, layers, losses, list(trusted) if spec.takes_passes else trusted)
     energy = _energy(sample) if spec.measures_energy else None
-    device = device_of(model)
-    masks = {name: mask.to(device) for name, mask in draw_masks(layers, spec, energy).items()}
+    where = {layer.name: layer.device for layer in layers}
+    masks = {name: mask.to(where[name]) for name, mask in draw_masks(layers, spec, energy).items()}
     fisher = FisherSums(_summed(masks, spec), spec.curvature)
     kronecker = KroneckerSums(angular=spec.curvature == "angular")
     losses_N: list[Tensor] = []
@@ -242,8 +243,3 @@ def _temperature(losses_N: Sequence[Tensor], spec: RecipeSpec) -> float:
     if spec.measurement == "loss":
         return 1.0
     return fit_temperature(torch.cat(list(losses_N)).double().numpy())
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model's parameters are."""
-    return next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from curator.influence.dropout import LayerMask, at_least_float32
+from curator.influence.dropout import LayerMask, at_least_float32, together
 from curator.influence.ghost import ghost_inner
 from curator.influence.layers import Layer, Selection
 
@@ -54,12 +54,12 @@ class KeptEntries:
         self._add(total_B)
 
     def _add(self, total_B: Tensor) -> None:
-        self._total_B = total_B if self._total_B is None else self._total_B + total_B
+        self._total_B = total_B if self._total_B is None else self._total_B + total_B.to(self._total_B.device)
 
     def g_BK(self, like: Tensor) -> Tensor:
         """All layers' kept entries, zero where a layer took no part in the loss. ``like`` is losses_B."""
         parts = [
-            self.kept_Bk.get(name, like.new_zeros(len(like), mask.kept, dtype=torch.float32))
+            self.kept_Bk.get(name, like.new_zeros(len(like), mask.kept, dtype=torch.float32)).to(like.device)
             for name, mask in self.masks.items()
         ]
         return torch.cat(parts, dim=1)
@@ -67,10 +67,10 @@ class KeptEntries:
     def norm_B(self) -> Tensor:
         """The norm of the full gradient, exact or estimated; not finite where any part of the gradient is not."""
         if self.norm == "exact":
-            return _length(torch.stack(self._lengths_B), dim=0)
+            return _length(torch.stack(together(self._lengths_B)), dim=0)
         assert self._total_B is not None
-        norm_B = _length(torch.cat(list(self.kept_Bk.values()), dim=1), dim=1)
-        return torch.where(self._total_B.isfinite(), norm_B, torch.nan)
+        norm_B = _length(torch.cat(together(self.kept_Bk.values()), dim=1), dim=1)
+        return torch.where(self._total_B.to(norm_B.device).isfinite(), norm_B, torch.nan)
 
 
 def _length(x: Tensor, dim: int) -> Tensor:

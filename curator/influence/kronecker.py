@@ -15,6 +15,7 @@ from torch import Tensor
 from curator.influence.capture import Layer
 from curator.influence.curvature import inverse_root, plus, times, under
 from curator.influence.ghost import LARGEST_STRIPE, ghost_inner, stripes, weighted_inner
+from curator.influence.layers import Where, at
 
 WIDEST_FACTOR = 8192
 """A Kronecker factor wider than this keeps its diagonal only: 8192^2 float64 is already half a gigabyte."""
@@ -134,13 +135,10 @@ class KroneckerRoots:
         """R o U: makes <U, W> a product with the rotated gradient, and a sum of rotated gradients one of W."""
         return U * self.corrections[layer.name].to(U.dtype) if layer.name in self.corrections else U
 
-    def to(self, device: torch.device) -> KroneckerRoots:
-        """The same matrices on ``device``."""
-        return KroneckerRoots(
-            {n: t.to(device) for n, t in self.inputs.items()},
-            {n: t.to(device) for n, t in self.outputs.items()},
-            {n: t.to(device) for n, t in self.corrections.items()},
-        )
+    def to(self, where: Where) -> KroneckerRoots:
+        """The same matrices elsewhere."""
+        by_part = (self.inputs, self.outputs, self.corrections)
+        return KroneckerRoots(*({n: t.to(at(where, n)) for n, t in by_layer.items()} for by_layer in by_part))
 
     def tensors(self) -> dict[str, Tensor]:
         """As named tensors."""

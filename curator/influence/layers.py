@@ -69,9 +69,34 @@ class Layer:
         return self.n_out * self.n_in
 
     @property
+    def device(self) -> torch.device:
+        """Where its gradient comes up."""
+        return device_of(self.module)
+
+    @property
     def modules(self) -> tuple[nn.Module, ...]:
         """All modules of the weight."""
         return self.module, *self.tied
+
+
+# --- where ------------------------------------------------------------------------------------------------
+
+Where = torch.device | Mapping[str, torch.device]
+"""One device for all layers, or that of each by name: a model may be spread over several."""
+
+
+def at(where: Where, layer: str) -> torch.device:
+    """The device of one layer."""
+    return where if isinstance(where, torch.device) else where[layer]
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes: where its first parameter is, unless accelerate keeps that elsewhere between calls."""
+    hook = getattr(module, "_hf_hook", None)
+    for each in getattr(hook, "hooks", (hook,)):
+        if getattr(each, "execution_device", None) is not None:
+            return torch.device(each.execution_device)
+    return next((p.device for p in module.parameters()), torch.device("cpu"))
 
 
 # --- kinds ------------------------------------------------------------------------------------------------

@@ -94,10 +94,12 @@ def compute(tools: Instrument, batch: Batch) -> Result:
         NotMeasurable: a slice has no trusted example with a gradient.
         NoCurvature, LayersUnreached: see ``Attributor.fit``.
         torch.OutOfMemoryError: one record alone does not fit.
+        DeviceLost: see ``instrument.answering``.
     """
     while True:
         try:
-            return _made(tools, batch)
+            with instrument.answering(tools.device):
+                return _made(tools, batch)
         except torch.OutOfMemoryError:
             if tools.room.tokens == 1:
                 raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from sqlalchemy import Connection
 from torch import Tensor, nn
 
-from curator.errors import CheckpointChanged
+from curator.errors import CheckpointChanged, CuratorError, DeviceLost, NoSuchDevice
 from curator.influence.attribution import Attributor, Measured, RecipeSpec
 from curator.influence.controls import Controls, terms
 from curator.influence.curvature import under
@@ -107,6 +108,7 @@ class Instrument:
 
         Raises:
             torch.OutOfMemoryError: one record alone does not fit.
+            DeviceLost: see ``answering``.
         """
         lengths = [base.n_tokens_of(self.workload, record) for record in records]
         order = sorted(range(len(records)), key=lengths.__getitem__)
@@ -115,8 +117,9 @@ class Instrument:
         while start < len(order) or not parts:
             picks = order[start : start + self.room.fitting([lengths[i] for i in order[start:]])]
             try:
-                batch = base.batch_of(self.workload, [records[i] for i in picks], self.device)
-                parts.append(self.fitted.measure(batch, self.towards))
+                with answering(self.device):
+                    batch = base.batch_of(self.workload, [records[i] for i in picks], self.device)
+                    parts.append(self.fitted.measure(batch, self.towards))
             except torch.OutOfMemoryError:
                 if len(picks) <= 1:
                     raise
@@ -159,19 +162,56 @@ def unfitted(settings: Settings, recipe: Recipe) -> Instrument:
 
 
 def workload_of(settings: Settings, asked: Any) -> Workload:
-    """The workload a recipe was made for; of these settings unless the recipe says otherwise."""
-    options = dict(asked["options"])
+    """The workload a recipe was made for; of these settings is only where its model is."""
+    options = {**settings.workload.placing, **asked["options"]}
     if asked["kind"] == "torch":
         options["factory"] = asked["factory"]
     return registry.build(asked["kind"], settings.project, options)
 
 
 def device_of(settings: Settings) -> torch.device:
-    """The device to compute on: a GPU where there is one."""
-    name = settings.gradients.device
+    """The device to compute on: a GPU where there is one. Of several, a process without a supervisor takes the first.
+
+    Raises:
+        NoSuchDevice: it is not there.
+    """
+    name = settings.gradients.device.partition(",")[0]
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    there = torch.cuda.device_count()
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise NoSuchDevice(device=name, there=there or "none") from None
+    if device.type == "cuda" and (device.index or 0) >= there:
+        raise NoSuchDevice(device=name, there=there or "none")
+    return device
+
+
+@contextmanager
+def answering(device: torch.device) -> Iterator[None]:
+    """Name the loss of a device. After one, whatever this process does there fails; a new process may find it again.
+
+    Raises:
+        DeviceLost: the device was lost, or a kernel died on it, which takes this process's share of it away too.
+    """
+    try:
+        yield
+    except CuratorError:
+        raise
+    except Exception as error:
+        if isinstance(error, torch.AcceleratorError) or not _answers(device):
+            raise DeviceLost(device=device, reason=str(error).partition("\n")[0]) from error
+        raise
+
+
+def _answers(device: torch.device) -> bool:
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except RuntimeError:
+        return False
+    return True
 
 
 def verified(recipe: Recipe) -> Path:

@@ -156,7 +156,7 @@ def spec(settings: Settings) -> dict[str, Any]:
         "workload": {
             "kind": settings.workload.kind,
             "factory": settings.workload.factory,
-            "options": dict(settings.workload.options),
+            "options": {k: v for k, v in settings.workload.options.items() if k not in settings.workload.placing},
         },
         "gradients": {
             "layers": list(asked.layers) or ["*"],

@@ -4,6 +4,8 @@ What an exception means is decided here, for all stages:
 
 * DependencyDown: nobody's fault. The lease goes back, as soon as there is a database to take it, and the caller tries
   again later.
+* of these, a device that is lost: the process has to end, and a record may have done it (an index that a kernel refuses).
+  So the work is suspected, like that of a worker that was killed.
 * of these, a deadlock or another collision with somebody else's transaction: tried again at once.
 * UsageError: the operator has to mend something. The work waits, with the message where ``status`` shows it, and the
   stage is tried ever more rarely, since each time may cost loading a model.
@@ -26,7 +28,7 @@ from typing import Any, Protocol
 
 from sqlalchemy import Connection, Engine
 
-from curator.errors import CuratorError, DependencyDown, UsageError
+from curator.errors import CuratorError, DependencyDown, DeviceLost, UsageError
 from curator.settings import Settings
 from curator.store import work
 from curator.store.engine import begin, collided, transact
@@ -102,6 +104,7 @@ class Turn:
 
         Raises:
             DependencyDown: the database went away; leases that could not be returned end by themselves.
+            DeviceLost: the process has to end.
         """
         total, end = Counts(), time.monotonic() + seconds
         while time.monotonic() < end and not self.stopping():
@@ -154,7 +157,7 @@ class Turn:
         return tools
 
     def _returned(self, lease: Lease, error: Exception, suspected: bool) -> Counts | None:
-        if isinstance(error, DependencyDown):
+        if isinstance(error, DependencyDown) and not isinstance(error, DeviceLost):
             self._give_back(lease)
             if collided(error):
                 return Counts(lost=len(lease))
@@ -167,7 +170,7 @@ class Turn:
         if not suspected:
             longest = self.settings.limits.stall_seconds * MENDING_SHARE
             self.waits[lease.stage] = Wait.after(self.waits.get(lease.stage), longest)
-        if self.strict and not suspected:
+        if isinstance(error, DeviceLost) or (self.strict and not suspected):
             raise error
         log.error("%s: %s", lease.stage, _described(error), exc_info=None if isinstance(error, CuratorError) else error)
         return Counts(lost=len(lease)) if suspected else None

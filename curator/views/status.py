@@ -107,7 +107,8 @@ def described(daemon: DaemonStatus | None) -> str:
 def _child(child: ChildStatus) -> str:
     restarts = "once" if child.restarts == 1 else f"{child.restarts} times"
     again = f", restarted {restarts}" if child.restarts else ""
-    return f"{child.name} ({f'process {child.pid}' if child.pid else 'not running'}{again})"
+    where = f" on {child.device}" if child.device else ""
+    return f"{child.name}{where} ({f'process {child.pid}' if child.pid else 'not running'}{again})"
 
 
 def _missing(footing: Row[Any]) -> Iterator[str]:

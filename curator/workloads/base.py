@@ -153,15 +153,15 @@ def _guarded(step: str, losses: Losses) -> Losses:
 
 @contextmanager
 def users_code(step: str) -> Iterator[None]:
-    """Name what the user's code raised, with its file and line. Out of memory passes: halving the batch may cure it.
+    """Name what the user's code raised, with its file and line. What says something of the device passes.
 
     Raises:
         WorkloadFailed: any other exception.
     """
     try:
         yield
-    except (CuratorError, MemoryError, torch.OutOfMemoryError):
-        raise
+    except (CuratorError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
+        raise  # halving the batch may cure the want of memory, and a lost device is nobody's code
     except Exception as error:
         raise WorkloadFailed(step=step, where=described(error)) from error
 

@@ -9,10 +9,10 @@ supervised token left has loss 0 and no gradient: it becomes `no signal`, never 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from curator.influence.capture import examples_of_rows, find_layers
 from curator.influence.dropout import at_least_float32
 from curator.workloads.base import Record
 from curator.workloads.experts import take_apart
-from curator.workloads.huggingface import Weights, pretrained
+from curator.workloads.huggingface import Placement, Quantization, Weights, pretrained
 from curator.workloads.tokens import IGNORED, TokenBatch, Tokens, padded, tokenized
 from curator.workloads.training import Training, descend
 from curator.workloads.turns import chat_segments, conversation, last_only, plain_segments, preference
@@ -50,7 +50,9 @@ class Options:
     former behave almost like dot products, the latter cost little more. ``objective`` dpo takes preference pairs
     (arXiv:2305.18290, equation 7) at temperature ``beta`` against the folder ``reference``, or where that is empty
     against the checkpoint itself, which is what training starts from. A record of more than ``max_tokens`` loses its
-    end, which is counted, or is refused: ``overlong``.
+    end, which is counted, or is refused: ``overlong``. ``quantization`` 4bit or 8bit, or a table of arguments of
+    BitsAndBytesConfig, quantises the weights while they are loaded, as a QLoRA trainer does. ``device_map`` and
+    ``max_memory`` are accelerate's, for a model too big for one device, and no part of the recipe.
     """
 
     max_tokens: int = 512
@@ -63,11 +65,19 @@ class Options:
     objective: Literal["sft", "dpo"] = "sft"
     beta: float = 0.1
     reference: str = ""
+    quantization: Quantization = ""
+    device_map: str | Mapping[str, Any] = ""
+    max_memory: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, known in CHOICES.items():
             if (value := getattr(self, name)) not in known:
                 raise BadWorkloadOption(kind=KIND, reason=f"{name} is {value!r}, not one of {', '.join(known)}")
+        if isinstance(self.quantization, str) and self.quantization not in ("", "4bit", "8bit"):
+            reason = (
+                f"quantization is {self.quantization!r}: it is 4bit, 8bit or a table of BitsAndBytesConfig's arguments"
+            )
+            raise BadWorkloadOption(kind=KIND, reason=reason)
 
 
 class CausalLM:
@@ -105,8 +115,15 @@ class CausalLM:
         return model
 
     def _pretrained(self, folder: Path, device: torch.device) -> tuple[nn.Module, Any]:
-        dtype = getattr(torch, self.options.dtype)
-        return pretrained(folder, "AutoModelForCausalLM", device, dtype=dtype, weights=self.options.weights)
+        return pretrained(
+            folder,
+            "AutoModelForCausalLM",
+            device,
+            dtype=getattr(torch, self.options.dtype),
+            weights=self.options.weights,
+            placement=Placement(self.options.device_map, self.options.max_memory),
+            quantization=self.options.quantization,
+        )
 
     def _take_template(self, file: Path) -> None:
         """The trainer's template, where the checkpoint stores none; with another one the tokens would be others."""
@@ -122,12 +139,10 @@ class CausalLM:
         The head's vocabulary-wide factor dwarfs all others and is often tied.
         """
         names = [layer.name for layer in find_layers(model) if layer.module is not _head(model)]
-        if self.options.weights == "adapter":
-            names = [name for name in names if ".lora_" in name]
-            if not names:
-                raise BadWorkloadOption(
-                    kind=KIND, reason='weights is "adapter", and the checkpoint has no LoRA matrices'
-                )
+        own = self.options.weights == "adapter"
+        names = [name for name in names if (".lora_" in name) == own]
+        if own and not names:
+            raise BadWorkloadOption(kind=KIND, reason='weights is "adapter", and the checkpoint has no LoRA matrices')
         return tuple(names)
 
     # --- records --------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ class Experts(nn.Module):
         out_LD = torch.zeros_like(hidden_LD)
         for number, (up, down) in enumerate(zip(self.up, self.down, strict=True)):
             row, place = torch.where(expert_LK == number)
-            with nullcontext() if example_L is None else examples_of_rows(example_L[row]):
+            with nullcontext() if example_L is None else examples_of_rows(example_L.to(row.device)[row]):
                 mixed = down(self._between(up(hidden_LD[row])))
             out_LD = out_LD.index_add(0, row, (mixed * weight_LK[row, place, None]).to(out_LD.dtype))
         return out_LD
@@ -55,13 +55,15 @@ def _linear(weight_OI: Tensor, trained: bool) -> nn.Linear:
 def is_fused(module: nn.Module) -> bool:
     """Whether it is a block of experts that ``Experts`` can stand for: (E, O, I) weights, no bias, no norm behind."""
     plain = not any(getattr(module, name, True) for name in ("has_bias", "is_transposed", "has_post_expert_norm"))
-    return plain and isinstance(getattr(module, "down_proj", None), nn.Parameter)
+    weight = getattr(module, "down_proj", None)
+    return plain and isinstance(weight, nn.Parameter) and not weight.is_meta
 
 
 def take_apart(model: nn.Module) -> bool:
     """Replace every fused block of the model; whether there was one.
 
-    Blocks of another make (biases, transposed weights) stay as they are: their experts are not captured.
+    Blocks of another make (biases, transposed weights) stay as they are: their experts are not captured. So do those that
+    accelerate keeps elsewhere between calls, where there is nothing to take apart.
     """
     found = [
         (parent, name, child)

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from curator.errors import CheckpointForeign, NotLoaded, RecordUnusable
 from curator.workloads.base import Record
-from curator.workloads.huggingface import pretrained
+from curator.workloads.huggingface import ONE_DEVICE, Placement, pretrained
 from curator.workloads.training import Training
 
 KIND = "text-classifier"
@@ -233,8 +233,8 @@ class _Tokenized:
 class TextClassification:
     """The ``text-classifier`` workload. Labels and tokenizer come from the checkpoint, so ``load`` comes first."""
 
-    def __init__(self, max_tokens: int = 512) -> None:
-        self.max_tokens = max_tokens
+    def __init__(self, max_tokens: int = 512, placement: Placement = ONE_DEVICE) -> None:
+        self.max_tokens, self.placement = max_tokens, placement
         self._reader: _Reader | None = None
 
     @property
@@ -247,7 +247,8 @@ class TextClassification:
     def load(self, checkpoint: Path, device: torch.device) -> nn.Module:
         """The built-in model of a file, or the Hugging Face model of a folder."""
         if checkpoint.is_dir():
-            model, tokenizer = pretrained(checkpoint, "AutoModelForSequenceClassification", device)
+            kind = "AutoModelForSequenceClassification"
+            model, tokenizer = pretrained(checkpoint, kind, device, placement=self.placement)
             self._reader = _Tokenized(dict(model.config.label2id), tokenizer, self.max_tokens)
             loaded: nn.Module = model
             return loaded
@@ -304,6 +305,6 @@ class TextClassification:
         return self.reader.n_cut(record["text"])
 
 
-def build(*, project: Path, max_tokens: int = 512) -> TextClassification:
-    """The workload; ``max_tokens`` cuts texts for Hugging Face models."""
-    return TextClassification(max_tokens)
+def build(*, project: Path, max_tokens: int = 512, **placing: Any) -> TextClassification:
+    """The workload. For Hugging Face models ``max_tokens`` cuts texts, and ``placing`` is that of ``Placement``."""
+    return TextClassification(max_tokens, Placement(**placing))

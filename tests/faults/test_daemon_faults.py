@@ -20,7 +20,7 @@ from sqlalchemy import Engine, text
 
 from curator.embedded.process import wait_until
 from curator.embedded.supervisor import daemon_status, stop_daemon
-from curator.errors import WorkerKilled
+from curator.errors import DeviceLost, WorkerKilled
 from curator.store.engine import read
 from tests import digits
 from tests.conftest import open_folder
@@ -31,6 +31,9 @@ import os
 import time
 
 def collate(self, records):
+    if any(record["id"].startswith("lost") for record in records) and not os.path.exists("lost"):
+        open("lost", "x").close()
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure")
     if any(record["id"] == "poison" for record in records):
         os._exit(9)
     if any(record["id"].startswith("slow") for record in records):
@@ -122,6 +125,17 @@ def test_a_record_that_kills_its_worker_is_quarantined_after_three_deaths_and_it
             )
         ).one()
     assert tuple(row) == ("poison", WorkerKilled.code)
+
+
+@pytest.mark.timeout(200)
+def test_a_worker_whose_device_is_lost_ends_and_what_it_had_is_measured_by_the_next(daemon: Daemon) -> None:
+    lost = [json.dumps({**json.loads(line), "id": f"lost-{n}"}) for n, line in enumerate(daemon.lines[40:50])]
+    daemon.ingest("lost.jsonl", lost)
+    assert wait_until(lambda: daemon.work("gradients", "lost") == {"done": 10}, 90)
+    status = daemon_status(daemon.project / ".curator")
+    assert status is not None
+    assert {child.name: child.last_exit for child in status.children}["model-0"] == DeviceLost.exit_code
+    assert DeviceLost.code in (daemon.project / ".curator/log/model-0.log").read_text()
 
 
 @pytest.mark.timeout(300)

@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import compose_spec
+import psutil
 import pytest
 import yaml  # type: ignore[import-untyped]
 
 from curator import __version__
 from curator.embedded.binaries import valkey_program
 from curator.embedded.broker import EmbeddedBroker
-from curator.embedded.process import Account
+from curator.embedded.process import Account, wait_until
+from curator.embedded.supervisor import ChildStatus, daemon_status
 from curator.runtime import MODEL_QUEUE, TABLE_QUEUE
 from curator.store import migrate
 from curator.store.engine import make_engine, read
@@ -82,8 +84,13 @@ def test_no_secret_is_in_the_environment_and_nothing_is_published() -> None:
 def test_every_queue_has_a_worker() -> None:
     served = {part for name in OURS for part in SERVICES[name]["command"] if part.startswith("--queues=")}
     assert served == {f"--queues={MODEL_QUEUE}", f"--queues={TABLE_QUEUE}"}
+
+
+def test_the_profile_gpu_has_a_worker_on_every_device() -> None:
     assert SERVICES["worker-gpu"]["profiles"] == ["gpu"]
-    assert SERVICES["worker-gpu"]["deploy"]["resources"]["reservations"]["devices"]
+    [devices] = SERVICES["worker-gpu"]["deploy"]["resources"]["reservations"]["devices"]
+    assert (devices["driver"], devices["count"], devices["capabilities"]) == ("nvidia", "all", ["gpu"])
+    assert SERVICES["worker-gpu"]["command"] == ["python", "-m", "curator", "up", "--models"]
 
 
 # --- the commands -------------------------------------------------------------------------------------------
@@ -108,7 +115,7 @@ class Deployment:
         return {"PATH": os.environ["PATH"], **given}
 
     @contextmanager
-    def started(self, service: str) -> Iterator[Process]:
+    def started(self, service: str, **environment: str) -> Iterator[Process]:
         """The service's exact command in its working directory."""
         program, *arguments = SERVICES[service]["command"]
         assert program == "python"
@@ -117,7 +124,7 @@ class Deployment:
             child = subprocess.Popen(
                 [sys.executable, *arguments],
                 cwd=self.project,
-                env=self.environment(service),
+                env={**self.environment(service), **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -179,11 +186,37 @@ def test_migrate_makes_the_schema_and_ends(new_deployment: Deployment, empty_dat
         assert migrate.found_revision(connection) == migrate.needed_revision()
 
 
-@pytest.mark.parametrize("service", ["worker-table", "worker-cpu", "worker-gpu"])
+@pytest.mark.parametrize("service", ["worker-table", "worker-cpu"])
 def test_a_worker_gets_ready_and_stops(deployment: Deployment, service: str) -> None:
     with deployment.started(service) as worker:
         assert worker.says(" ready."), worker.log.read_text()
         assert worker.stops() == 0, worker.log.read_text()
+
+
+def test_the_gpu_worker_supervises_one_worker_a_device_and_stops(deployment: Deployment, tmp_path: Path) -> None:
+    """What the container's driver would list is a program that lists two cards."""
+    listing = tmp_path / "bin" / "nvidia-smi"
+    listing.parent.mkdir()
+    listing.write_text("#!/bin/sh\necho 'GPU 0: One (UUID: GPU-aa)'\necho 'GPU 1: Two (UUID: GPU-bb)'\n")
+    listing.chmod(0o755)
+    with deployment.started("worker-gpu", PATH=f"{listing.parent}:{os.environ['PATH']}") as worker:
+        assert worker.says("model-0, model-1; Ctrl-C ends it"), worker.log.read_text()
+        home = deployment.project / ".curator"
+        assert wait_until(lambda: all(child.pid for child in _children(home)), READY_SECONDS)
+        children = _children(home)
+        assert [(child.name, child.device) for child in children] == [("model-0", "cuda:0"), ("model-1", "cuda:1")]
+        environments = [psutil.Process(child.pid).environ() for child in children]
+        assert [seen["CUDA_VISIBLE_DEVICES"] for seen in environments] == ["GPU-aa", "GPU-bb"]
+        psutil.Process(children[1].pid).kill()  # started again, it has its device
+        assert wait_until(lambda: all(c.pid and c.restarts == n for n, c in enumerate(_children(home))), READY_SECONDS)
+        assert psutil.Process(_children(home)[1].pid).environ()["CUDA_VISIBLE_DEVICES"] == "GPU-bb"
+        assert worker.stops() == 128 + signal.SIGTERM, worker.log.read_text()
+
+
+def _children(home: Path) -> Sequence[ChildStatus]:
+    status = daemon_status(home)
+    assert status is not None
+    return status.children
 
 
 def test_beat_rings_and_the_worker_of_tables_answers(deployment: Deployment) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, Engine, text
 
-from curator.errors import CheckpointMissing, CuratorError, DatabaseDown, NotMeasurable
+from curator.errors import CheckpointMissing, CuratorError, DatabaseDown, DeviceLost, NotMeasurable
 from curator.settings import Settings
 from curator.stages.turn import Turn
 from curator.store import work
@@ -88,6 +88,16 @@ def test_a_lost_database_is_nobodys_fault(engine: Engine, settings: Settings) ->
     with pytest.raises(DatabaseDown):
         Turn(engine, settings).once(Breaking("record", DatabaseDown(url="-", reason="went away")))
     assert ledger(engine) == [("ready", 0, False)], "claimable at once"
+
+
+def test_a_lost_device_ends_the_process_and_suspects_the_records_that_were_on_it(
+    engine: Engine, settings: Settings
+) -> None:
+    """A record can take a device away from its process too, by an index that a kernel refuses."""
+    offer(engine)
+    with pytest.raises(DeviceLost):
+        Turn(engine, settings).once(Breaking("compute", DeviceLost(device="cuda", reason="CUDA error")))
+    assert ledger(engine) == [("ready", 1, True)]
 
 
 def offer(engine: Engine, n: int = 1) -> None:
