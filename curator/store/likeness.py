@@ -49,6 +49,24 @@ def unsketched(connection: Connection, limit: int) -> dict[int, Mapping[str, Any
     return {row.id: row.record for row in rows}
 
 
+def waits(connection: Connection, batch_id: int) -> bool:
+    """Whether examples of a batch still wait for their sketch."""
+    return bool(
+        connection.scalar(
+            text(
+                """
+                SELECT EXISTS (
+                    SELECT FROM curator.examples e
+                    WHERE e.batch_id = :batch_id
+                      AND e.id > (SELECT coalesce(max(example_id), 0) FROM curator.sketches) - :late
+                      AND NOT EXISTS (SELECT FROM curator.sketches s WHERE s.example_id = e.id))
+                """
+            ),
+            {"batch_id": batch_id, "late": LATE},
+        )
+    )
+
+
 def candidates(connection: Connection, sketches: Mapping[int, Sequence[int]]) -> dict[int, list[int]]:
     """For each example, heads that share a band with it, earliest first. A head is like nothing before it."""
     _prefer_bands(connection, True)
