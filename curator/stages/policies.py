@@ -7,7 +7,7 @@ A policy that flags gives every example a p-value; q-values and the stream are t
 * ``harmful`` by ``influence``: the normalised influence is not below zero, by its standard error. Whether trusted data
   harms the slice as well is not asked: a veto does not care;
 * ``outlier``: the rank of the self-influence, how unusual the gradient is, among the trusted references;
-* ``duplicate``: 0 of what is nearly the same as an earlier arrival, else 1. It was counted, so there is no chance in it.
+* ``duplicate``: 0 of what is nearly the same as an earlier arrival, else 1: it was counted, and no chance is in it.
 
 Over S slices it is S times the smallest (Bonferroni): one bad slice is enough, and looking at many must not make flags
 cheaper.

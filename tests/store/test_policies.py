@@ -108,7 +108,7 @@ def test_an_outlier_is_one_among_the_references(two_slices: Engine, settings: Se
 def sketch(engine: Engine) -> None:
     """4 and 5 are nearly the same as 3, and 5 has another label."""
     with begin(engine) as connection:
-        connection.execute(text("UPDATE curator.examples SET record = '{\"label\": \"x\"}' WHERE id = 5"))
+        connection.execute(text('UPDATE curator.examples SET record = \'{"label": "x"}\' WHERE id = 5'))
         connection.execute(
             text(
                 "INSERT INTO curator.sketches (example_id, bands, of_id, similarity)"
