@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from curator.influence.doubt import falling
+
 Floats = NDArray[np.float64]
 Singles = NDArray[np.float32]
 Longs = NDArray[np.int64]
@@ -36,10 +38,9 @@ def trust(p_B: ArrayLike, references: int) -> Floats:
     """The probability that an arrival is no worse than trusted data, (B,).
 
     The local false discovery rate of its p-value, pi0 / f(p): pi0 is the share of p-values above one half, doubled
-    (Storey, JRSS B 64, 2002); f is the density of all p-values, estimated as the slope of the least concave majorant of
-    their distribution function (Grenander 1956, the maximum likelihood of a density that does not rise). Where nothing
-    arrives that is worse than trusted data it is about 1 for all, and a fixed threshold on p would throw away the
-    examples there is most to learn from.
+    (Storey, JRSS B 64, 2002); f is the density of all p-values, the likeliest that does not rise (``doubt.falling``).
+    Where nothing arrives that is worse than trusted data it is about 1 for all, and a fixed threshold on p would throw
+    away the examples there is most to learn from.
 
     The ``references`` that p-values are ranks among are a sample: of data like them, a share x of all p-values lies
     below x only give or take sqrt(x (1 - x) / references). What lies below in excess counts from twice that on.
@@ -48,26 +49,12 @@ def trust(p_B: ArrayLike, references: int) -> Floats:
     if not len(p):
         return p
     share = min(1.0, 2 * (1 + float((p > 0.5).sum())) / len(p))
-    x = np.unique(np.concatenate([[0.0], p]))
-    below = np.searchsorted(np.sort(p), x, side="right") / len(p) * (x > 0)
+    x, count = np.unique(p, return_counts=True)
+    below = count.cumsum() / len(p)
     doubt = 2 * np.sqrt(x * (1 - x) / max(references, 1))
-    corner = _majorant(x, np.clip(np.minimum(below, np.maximum(x, below - doubt)), 0, 1))
-    density = np.diff(corner[1]) / np.diff(corner[0])
-    return np.asarray(np.minimum(1.0, share / density[np.searchsorted(corner[0], p, side="left") - 1]))
-
-
-def _majorant(x: Floats, y: Floats) -> tuple[Floats, Floats]:
-    """The corners of the least concave function above the points (x ascending)."""
-    corners: list[int] = []
-    for i in range(len(x)):
-        while len(corners) > 1 and _turns_up(x, y, corners[-2], corners[-1], i):
-            corners.pop()
-        corners.append(i)
-    return x[corners], y[corners]
-
-
-def _turns_up(x: Floats, y: Floats, a: int, b: int, c: int) -> bool:
-    return bool((y[b] - y[a]) * (x[c] - x[b]) <= (y[c] - y[b]) * (x[b] - x[a]))
+    believed = np.minimum(below, np.maximum(x, below - doubt))
+    density = falling(np.diff(believed, prepend=0.0), np.diff(x, prepend=0.0))
+    return np.asarray(np.minimum(1.0, share / np.maximum(density, _SMALLEST))[np.searchsorted(x, p)])
 
 
 @dataclass(frozen=True, slots=True)
