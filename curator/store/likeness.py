@@ -16,6 +16,14 @@ CANDIDATES = 8
 """Heads looked at for one example: the earliest. A text is hardly ever a candidate for more."""
 
 
+COPY_OF = """(
+    SELECT k.of_id FROM curator.sketches k
+    JOIN curator.examples x ON x.id = k.example_id JOIN curator.examples h ON h.id = k.of_id
+    WHERE k.example_id = e.id AND h.record ->> 'label' IS NOT DISTINCT FROM x.record ->> 'label')
+"""
+"""The earlier example that one, ``e``, is nearly the same as; NULL of a head. With another label a text is no copy."""
+
+
 class Sketch(NamedTuple):
     """An example's bands, and the earlier example it is like, if it is like one."""
 

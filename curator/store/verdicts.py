@@ -7,15 +7,12 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, text
 
+from curator.store.likeness import COPY_OF
 from curator.store.reads import Rows
 from curator.types import Lease
 
-# ``of_id``: the earlier example that it is nearly the same as. With another label the same text is no copy.
-_SCORED = """
-    s.p_value, s.normalised, s.normalised_stderr, s.influence, s.stderr, s.harm, s.self_influence,
-    (SELECT k.of_id FROM curator.sketches k
-     JOIN curator.examples x ON x.id = e.id JOIN curator.examples h ON h.id = k.of_id
-     WHERE k.example_id = e.id AND h.record ->> 'label' IS NOT DISTINCT FROM x.record ->> 'label') AS of_id
+_SCORED = f"""
+    s.p_value, s.normalised, s.normalised_stderr, s.influence, s.stderr, s.harm, s.self_influence, {COPY_OF} AS of_id
 """
 
 
