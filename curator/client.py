@@ -149,7 +149,7 @@ class Client:
         in_tokens: bool = False,
         name: str | None = None,
         trust: float = 0.5,
-        similarity: float = 0.9,
+        similarity: float = 0.95,
         share: float = 1.0,
         quota: Mapping[str, float] | None = None,
         seed: int = 0,

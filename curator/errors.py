@@ -727,6 +727,13 @@ class NotOfThisProject(UsageError):
     hint = "Import it with --project naming the project that exported the tasks."
 
 
+class UnknownLabel(UsageError):
+    """The checkpoint in use has no label {label!r}, only {known}."""
+
+    code = "CUR-REV-007"
+    hint = "Say one that it has: no training run could use the example with another."
+
+
 # --- workloads and checkpoints ----------------------------------------------------------------------------
 
 

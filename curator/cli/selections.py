@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 @click.option(
     "--similarity",
     type=click.FloatRange(0, 1),
-    default=0.9,
+    default=0.95,
     show_default=True,
     help="Two whose whitened gradients have a higher cosine are the same, and the first to arrive speaks; 1: none are.",
 )

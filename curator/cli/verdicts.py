@@ -96,5 +96,8 @@ def review(
 
     with here.writing() as connection:
         number = examples.find(connection, example)
-        verdict = reviews.review(connection, number, answer, actor=actor or whoami(), note=note, label=label)
+        known = reviews.labels(connection, here.settings())
+        verdict = reviews.review(
+            connection, number, answer, actor=actor or whoami(), note=note, label=label, known=known
+        )
     say(f"example {number}: {answer}; the verdict in force is now {verdict}")

@@ -16,15 +16,19 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from curator.influence.doubt import falling
+
 Floats = NDArray[np.float64]
 Singles = NDArray[np.float32]
 Longs = NDArray[np.int64]
 Fetch = Callable[[Longs], Singles]
 """(R, K) whitened unit vectors of positions in the pool."""
 
-LEVERAGE = 0.25
-"""Vectors are laid out with length r^LEVERAGE, r the whitened norm. 1 takes what is hardest, which an example that the
-model cannot learn is too; 0 forgets that some examples move the model more than others."""
+SAME = 0.95
+"""A cosine above this makes two the same. At .9 what is merely alike is passed over, and that is worth having."""
+
+LEVERAGE = 0.5
+
 
 ROUND = 512
 SKETCH = 64
@@ -32,42 +36,59 @@ _CHUNK = 4_096
 _SMALLEST = 1e-9
 
 
-def trust(p_B: ArrayLike, references: int) -> Floats:
+def leverage(calibrated_loss_N: ArrayLike) -> float:
+    """The exponent of the whitened norm r that vectors are laid out with, in [0, LEVERAGE].
+
+    1 would take what is hardest, which an example that cannot be learned is too; at 0 all count the same and the draw is
+    one at random, of everything once. What is right depends on the task: hard examples are worth more where the
+    checkpoint is right about most data, and less where it is not, for there most of them are noise (Sorscher et al.
+    2022, arXiv:2206.14486). So it rises from 0 where it gives trusted examples a probability of one half on average.
+
+    Args:
+        calibrated_loss_N: of trusted examples; none is 0.
+    """
+    probability = np.exp(-np.asarray(calibrated_loss_N, np.float64))
+    return LEVERAGE * max(0.0, 2 * float(probability.mean()) - 1) if len(probability) else 0.0
+
+
+def trust(p_B: ArrayLike, references: int, of: ArrayLike | None = None) -> Floats:
     """The probability that an arrival is no worse than trusted data, (B,).
 
     The local false discovery rate of its p-value, pi0 / f(p): pi0 is the share of p-values above one half, doubled
-    (Storey, JRSS B 64, 2002); f is the density of all p-values, estimated as the slope of the least concave majorant of
-    their distribution function (Grenander 1956, the maximum likelihood of a density that does not rise). Where nothing
-    arrives that is worse than trusted data it is about 1 for all, and a fixed threshold on p would throw away the
-    examples there is most to learn from.
+    (Storey, JRSS B 64, 2002); f is the density of all p-values, the likeliest that does not rise (``doubt.falling``).
+    Where nothing arrives that is worse than trusted data it is about 1 for all, and a fixed threshold on p would throw
+    away the examples there is most to learn from.
 
     The ``references`` that p-values are ranks among are a sample: of data like them, a share x of all p-values lies
     below x only give or take sqrt(x (1 - x) / references). What lies below in excess counts from twice that on.
+
+    Args:
+        p_B: p-values in (0, 1].
+        references: how many trusted examples they are ranks among.
+        of: the p-values to estimate from, where copies are among the others; p_B itself by default.
     """
-    p = np.asarray(p_B, np.float64)
+    p = np.asarray(p_B if of is None else of, np.float64)
     if not len(p):
-        return p
+        return np.ones(len(np.asarray(p_B)))
     share = min(1.0, 2 * (1 + float((p > 0.5).sum())) / len(p))
-    x = np.unique(np.concatenate([[0.0], p]))
-    below = np.searchsorted(np.sort(p), x, side="right") / len(p) * (x > 0)
+    x, count = np.unique(p, return_counts=True)
+    below = count.cumsum() / len(p)
     doubt = 2 * np.sqrt(x * (1 - x) / max(references, 1))
-    corner = _majorant(x, np.clip(np.minimum(below, np.maximum(x, below - doubt)), 0, 1))
-    density = np.diff(corner[1]) / np.diff(corner[0])
-    return np.asarray(np.minimum(1.0, share / density[np.searchsorted(corner[0], p, side="left") - 1]))
+    believed = np.minimum(below, np.maximum(x, below - doubt))
+    density = falling(np.diff(believed, prepend=0.0), np.diff(x, prepend=0.0))
+    at = np.minimum(np.searchsorted(x, np.asarray(p_B, np.float64)), len(x) - 1)
+    return np.asarray(np.minimum(1.0, share / np.maximum(density, _SMALLEST))[at])
 
 
-def _majorant(x: Floats, y: Floats) -> tuple[Floats, Floats]:
-    """The corners of the least concave function above the points (x ascending)."""
-    corners: list[int] = []
-    for i in range(len(x)):
-        while len(corners) > 1 and _turns_up(x, y, corners[-2], corners[-1], i):
-            corners.pop()
-        corners.append(i)
-    return x[corners], y[corners]
-
-
-def _turns_up(x: Floats, y: Floats, a: int, b: int, c: int) -> bool:
-    return bool((y[b] - y[a]) * (x[c] - x[b]) <= (y[c] - y[b]) * (x[b] - x[a]))
+def firsts(unit_BK: Singles, similarity: float) -> NDArray[np.bool_]:
+    """Which examples are the same as none before them, (B,)."""
+    first_B = np.ones(len(unit_BK), bool)
+    for start in range(0, len(unit_BK), ROUND):
+        part_RK = unit_BK[start : start + ROUND]
+        same = part_RK @ unit_BK[: start + len(part_RK)].T > similarity
+        same[:, start:] = np.tril(same[:, start:], -1)
+        first_B[start : start + ROUND] = ~same.any(1)
+    return first_B
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,8 @@ A policy that flags gives every example a p-value; q-values and the stream are t
 * ``harmful`` by ``harm``: the rank of the harm among the trusted references (conformal);
 * ``harmful`` by ``influence``: the normalised influence is not below zero, by its standard error. Whether trusted data
   harms the slice as well is not asked: a veto does not care;
-* ``outlier``: the rank of the self-influence, how unusual the gradient is, among the trusted references.
+* ``outlier``: the rank of the self-influence, how unusual the gradient is, among the trusted references;
+* ``duplicate``: 0 of what is nearly the same as an earlier arrival, else 1: it was counted, and no chance is in it.
 
 Over S slices it is S times the smallest (Bonferroni): one bad slice is enough, and looking at many must not make flags
 cheaper.
@@ -40,6 +41,7 @@ class Columns:
     normalised_BS: Floats
     stderr_BS: Floats
     self_influence_B: Floats
+    copy_B: NDArray[np.bool_]
 
     @classmethod
     def of(cls, rows: Sequence[Row[Any]]) -> Columns:
@@ -51,6 +53,7 @@ class Columns:
             np.array([row.normalised for row in rows], np.float64),
             np.array(stderr, np.float64).reshape(p_BS.shape),
             np.array([row.self_influence for row in rows], np.float64),
+            np.array([row.of_id is not None for row in rows], bool),
         )
 
     def __len__(self) -> int:
@@ -102,6 +105,8 @@ def p_values(policy: Policy, at: Sequence[int], of: Columns, references: Sequenc
     if policy.kind == "outlier":
         known = [row.self_influence for row in references]
         return conformal_p(of.self_influence_B, known), np.full(len(of), at[0], np.float64)
+    if policy.kind == "duplicate":
+        return np.where(of.copy_B, 0.0, 1.0), np.full(len(of), at[0], np.float64)
     p_BS = normal_p(of.normalised_BS, of.stderr_BS) if policy.score == "influence" else of.p_BS
     chosen = p_BS[:, list(at)]
     return np.minimum(1.0, chosen.min(axis=1) * len(at)), np.asarray(at, np.float64)[chosen.argmin(axis=1)]

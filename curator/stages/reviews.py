@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, Row
@@ -17,10 +18,13 @@ from curator.errors import (
     NothingToUndo,
     NotOfThisProject,
     UnknownExample,
+    UnknownLabel,
 )
+from curator.settings import Settings
 from curator.sources.label_studio import Annotation
-from curator.store import examples, reviews, verdicts
+from curator.store import examples, recipes, reviews, verdicts
 from curator.types import Review, Verdict
+from curator.workloads import checkpoints
 
 _SAID = {Review.KEEP: Verdict.NEUTRAL, Review.DROP: Verdict.HARMFUL, Review.RELABEL: Verdict.HARMFUL}
 _CARRIED = (  # what the verdict that is reviewed rests on
@@ -57,6 +61,14 @@ class Imported:
     refused: tuple[Refused, ...]
 
 
+def labels(connection: Connection, settings: Settings) -> tuple[str, ...] | None:
+    """The labels there are, where the workload and the checkpoint in use say so; None: any may be right."""
+    checkpoint = recipes.checkpoint_in_use(connection)
+    if checkpoint is None or settings.workload.kind != "text-classifier":
+        return None
+    return checkpoints.labels(Path(checkpoint.path))
+
+
 def review(
     connection: Connection,
     example_id: int,
@@ -65,6 +77,7 @@ def review(
     actor: str,
     note: str | None = None,
     label: str | None = None,
+    known: Collection[str] | None = None,
     origin: str | None = None,
 ) -> Verdict:
     """Append a person's word on an example and return the verdict now in force.
@@ -76,18 +89,22 @@ def review(
         actor: who says it.
         note: why.
         label: with ``relabel``, what the label should be; the export then has the example with it.
+        known: the labels there are, as ``labels`` says.
         origin: the annotation that it is imported from.
 
     Raises:
         UnknownExample: no example has that number.
         NothingToUndo: nobody has reviewed it.
         NothingToRelabel: the record has no label.
+        UnknownLabel: there is no such label.
     """
     record = examples.fetch(connection, [example_id]).get(example_id)
     if record is None:
         raise UnknownExample(given=example_id)
     if label is not None and "label" not in record:
         raise NothingToRelabel(example=example_id)
+    if label is not None and known is not None and label not in known:
+        raise UnknownLabel(label=label, known=", ".join(known))
     former = verdicts.in_force(connection, example_id)
     if said is Review.UNDO:
         row = _undone(connection, example_id, former, actor, note)
@@ -152,7 +169,9 @@ def _lot(seed: int, number: int) -> bytes:
     return hashlib.blake2b(b"%d:%d" % (seed, number), digest_size=8).digest()
 
 
-def take(connection: Connection, annotations: Iterable[Annotation], *, actor: str) -> Imported:
+def take(
+    connection: Connection, annotations: Iterable[Annotation], *, actor: str, labels: Collection[str] | None = None
+) -> Imported:
     """Append annotations made elsewhere as reviews, in their order: of several on one example the last is in force.
 
     One that was taken before is passed over; one that cannot be taken holds up no other.
@@ -175,6 +194,7 @@ def take(connection: Connection, annotations: Iterable[Annotation], *, actor: st
                 actor=each.actor or actor,
                 note=each.note,
                 label=each.label,
+                known=labels,
                 origin=each.origin,
             )
             taken += 1

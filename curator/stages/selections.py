@@ -10,15 +10,17 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Row
 
 from curator.errors import NothingScored, UnknownQuota
 from curator.influence import choosing
-from curator.influence.choosing import LEVERAGE, Candidates, Limits, Spread
+from curator.influence.choosing import SAME, Candidates, Limits, Spread
 from curator.store import reads, selections, vectors
+from curator.store.reads import Rows
 
 Floats = NDArray[np.float64]
 Longs = NDArray[np.int64]
@@ -26,12 +28,17 @@ Fetch = Callable[[Sequence[int]], NDArray[np.float32]]
 
 SAMPLED = 1_024
 """Candidates that the promise of a selection is estimated on."""
+COUNTED = 4_096
+"""Examples that the spread of p-values and the number that speak for each slice are estimated on."""
 _CHUNK = 4_096
 
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """Who may be chosen, in the order of arrival: one row a candidate, one column a slice."""
+    """Who may be chosen, in the order of arrival: one row a candidate, one column a slice.
+
+    ``counts_B`` are those that stand for the pool where it is counted: a sample, without what is the same as another.
+    """
 
     recipe_id: int
     direction_set_id: int
@@ -40,7 +47,8 @@ class Pool:
     digests: Sequence[bytes]
     normalised_BS: Floats
     trust_B: Floats
-    norm_B: Floats
+    size_B: Floats
+    counts_B: NDArray[np.bool_]
     tokens_B: Longs
     sources: Sequence[str]
     source_B: Longs
@@ -59,7 +67,7 @@ class Wish:
     budget: int
     in_tokens: bool = False
     trust: float = 0.5
-    similarity: float = 0.9
+    similarity: float = SAME
     seed: int = 0
     share: float = 1.0
     quota: Mapping[str, float] = field(default_factory=dict)
@@ -117,28 +125,48 @@ def claim(connection: Connection) -> Pool:
         NothingScored: there are none.
     """
     footing = reads.footing(connection)
-    rows = selections.scored(connection, footing.recipe_id, footing.direction_set_id)
-    # The flagged ones count here: without them the p-values that are left would look better than they are.
-    p_B = np.array([min(1.0, min(row.p_value) * len(row.p_value)) for row in rows])
-    trust_B = np.where([row.kept for row in rows], 1.0, choosing.trust(p_B, footing.trusted))
-    mine = [n for n, row in enumerate(rows) if row.candidate]
-    if not mine:
+    rows = _once(selections.scored(connection, footing.recipe_id, footing.direction_set_id))
+    if not any(row.candidate for row in rows):
         raise NothingScored
-    names, source_B = np.unique([rows[n].source for n in mine], return_inverse=True)
+    mine = np.flatnonzero([row.candidate for row in rows])
+    counts_A = _counts(connection, footing, [row.example_id for row in rows])
+    # The flagged ones count here: without them the p-values that are left would look better than they are.
+    p_A = np.array([min(1.0, min(row.p_value) * len(row.p_value)) for row in rows])
+    trust_A = np.where([row.kept for row in rows], 1.0, choosing.trust(p_A, footing.trusted, p_A[counts_A]))
+    losses = selections.trusted_losses(connection, footing.recipe_id, footing.direction_set_id)
+    chosen = [rows[n] for n in mine.tolist()]
+    names, source_B = np.unique([row.source for row in chosen], return_inverse=True)
     return Pool(
         footing.recipe_id,
         footing.direction_set_id,
         footing.dimension,
-        np.array([rows[n].example_id for n in mine], np.int64),
-        [rows[n].digest for n in mine],
-        np.array([rows[n].normalised for n in mine], np.float64),
-        trust_B[mine],
-        np.sqrt([rows[n].self_influence for n in mine]),
-        np.array([rows[n].tokens for n in mine], np.int64),
+        np.array([row.example_id for row in chosen], np.int64),
+        [row.digest for row in chosen],
+        np.array([row.normalised for row in chosen], np.float64),
+        trust_A[mine],
+        np.array([row.self_influence for row in chosen]) ** (choosing.leverage(losses) / 2),
+        counts_A[mine],
+        np.array([row.tokens for row in chosen], np.int64),
         names.tolist(),
         source_B.astype(np.int64),
         selections.slices(connection, footing.direction_set_id),
     )
+
+
+def _once(rows: Rows) -> Rows:
+    """Without texts that are nearly the same as an earlier one, whatever became of that one."""
+    known = {row.example_id for row in rows}
+    return [row for row in rows if row.copy_of not in known]
+
+
+def _counts(connection: Connection, footing: Row[Any], ids: Sequence[int]) -> NDArray[np.bool_]:
+    """Which examples stand for all, (A,): copies must not change how the others look."""
+    rng = np.random.Generator(np.random.Philox(0))
+    sample = np.sort(rng.permutation(len(ids))[:COUNTED])
+    unit_NK = vectors.read(connection, footing.recipe_id, [ids[n] for n in sample.tolist()], footing.dimension)
+    counts_A = np.zeros(len(ids), bool)
+    counts_A[sample] = choosing.firsts(unit_NK, SAME)
+    return counts_A
 
 
 def compute(pool: Pool, wish: Wish, fetch: Fetch, tick: Callable[[int], object] = lambda n: None) -> Choice:
@@ -172,10 +200,11 @@ def compute(pool: Pool, wish: Wish, fetch: Fetch, tick: Callable[[int], object] 
 
 def _candidates(pool: Pool, wanted: Longs, cost_B: Longs, seed: int) -> Candidates:
     """Slices that few speak for count as much as those that many do: each has the same weight in all."""
-    slice_B = pool.slice_B[wanted]
+    slice_B = pool.slice_B
+    speak_S = np.bincount(slice_B[wanted[pool.counts_B[wanted]]], minlength=pool.normalised_BS.shape[1])
     return Candidates(
-        size_B=pool.norm_B[wanted] ** LEVERAGE,
-        weight_B=1 / np.bincount(slice_B)[slice_B] if len(wanted) else np.zeros(0),
+        size_B=pool.size_B[wanted],
+        weight_B=1 / np.maximum(speak_S, 1)[slice_B[wanted]],
         lot_B=-np.log(_lots([pool.digests[row] for row in wanted], seed)),
         cost_B=cost_B[wanted],
         group_B=pool.source_B[wanted],
@@ -201,9 +230,9 @@ def _promise(pool: Pool, wanted: Longs, positions: Longs, fetch: Fetch, seed: in
     rng = np.random.Generator(np.random.Philox(seed))
     sample = np.sort(rng.permutation(wanted)[:SAMPLED])
     parts = (positions[start : start + _CHUNK] for start in range(0, len(positions), _CHUNK))
-    chosen = ((pool.norm_B[part] ** LEVERAGE, fetch(pool.ids_B[part].tolist())) for part in parts)
+    chosen = ((pool.size_B[part], fetch(pool.ids_B[part].tolist())) for part in parts)
     unit_SK = fetch(pool.ids_B[sample].tolist())
-    gain = choosing.coverage(pool.norm_B[sample] ** LEVERAGE, unit_SK, pool.trust_B[sample], chosen)
+    gain = choosing.coverage(pool.size_B[sample], unit_SK, pool.trust_B[sample], chosen)
     return Promise(gain, 1 - float(pool.trust_B[positions].mean()))
 
 

@@ -19,7 +19,7 @@ from curator.influence.confidence import Spent, benjamini_hochberg, spend, strea
 from curator.settings import Policy, Settings
 from curator.stages import policies
 from curator.stages.policies import Columns
-from curator.store import directions, offers, verdicts, work
+from curator.store import directions, likeness, offers, verdicts, work
 from curator.types import ACTOR_CURATOR, Counts, Lease, Stage, Verdict
 
 STAGE = Stage.VERDICTS
@@ -85,7 +85,7 @@ def claim(connection: Connection, settings: Settings) -> Batch | None:
     """Lease one batch whose examples are all through.
 
     One that is so no longer, since the directions were replaced, is dropped: whoever finishes it offers it again. One
-    whose pool is still at work waits for it.
+    whose pool is still at work waits for it, and where copies are flagged for the search for them.
     """
     policy_set_id = policies.adopt(connection, settings)
     while lease := work.claim(connection, STAGE, 1, settings.limits.lease_seconds):
@@ -108,6 +108,8 @@ def _read(connection: Connection, settings: Settings, lease: Lease, batch_id: in
         verdicts.earlier_scores(connection, rows[0].id, lease.recipe_id, set_id, wanted) if rows and wanted > 0 else []
     )
     if earlier is None:
+        return None
+    if any(each.kind == "duplicate" for each in settings.policies().values()) and likeness.waits(connection, batch_id):
         return None
     names = [f"{name}/{slice_}" for name, slice_ in directions.slices_of(connection, set_id)]
     source = verdicts.source_of_batch(connection, batch_id)
@@ -232,14 +234,10 @@ def _judged(settings: Settings, batch: Batch, result: Result, levels: Mapping[st
 
 def _flag(batch: Batch, found: Finding, b: int, level: float) -> Judged:
     at, q = int(found.slice_B[b]), float(found.q_B[b])
-    said = {
-        ("harmful", "harm"): "looks worse than trusted examples",
-        ("harmful", "influence"): f"works against {batch.slices[at]}, beyond its error",
-    }.get((found.policy.kind, found.policy.score), "is unlike the trusted examples")
     return Judged(
         b,
         Verdict.HARMFUL,
-        f"{said} (q {q:.3f} <= {found.policy.fdr:g})",
+        _reason(batch, found, b, at, q),
         found.name,
         policies.version(found.policy),
         at,
@@ -248,6 +246,16 @@ def _flag(batch: Batch, found: Finding, b: int, level: float) -> Judged:
         float(found.own_q_B[b]),
         level,
     )
+
+
+def _reason(batch: Batch, found: Finding, b: int, at: int, q: float) -> str:
+    if found.policy.kind == "duplicate":
+        return f"is nearly the same as example {batch.rows[b].of_id}, which came before it"
+    said = {
+        ("harmful", "harm"): "looks worse than trusted examples",
+        ("harmful", "influence"): f"works against {batch.slices[at]}, beyond its error",
+    }.get((found.policy.kind, found.policy.score), "is unlike the trusted examples")
+    return f"{said} (q {q:.3f} <= {found.policy.fdr:g})"
 
 
 def _chosen(settings: Settings, batch: Batch, columns: Columns, flagged_B: NDArray[np.bool_]) -> dict[int, Judged]:

@@ -16,6 +16,14 @@ CANDIDATES = 8
 """Heads looked at for one example: the earliest. A text is hardly ever a candidate for more."""
 
 
+COPY_OF = """(
+    SELECT k.of_id FROM curator.sketches k
+    JOIN curator.examples x ON x.id = k.example_id JOIN curator.examples h ON h.id = k.of_id
+    WHERE k.example_id = e.id AND h.record ->> 'label' IS NOT DISTINCT FROM x.record ->> 'label')
+"""
+"""The earlier example that one, ``e``, is nearly the same as; NULL of a head. With another label a text is no copy."""
+
+
 class Sketch(NamedTuple):
     """An example's bands, and the earlier example it is like, if it is like one."""
 
@@ -47,6 +55,24 @@ def unsketched(connection: Connection, limit: int) -> dict[int, Mapping[str, Any
         {"limit": limit, "late": LATE},
     )
     return {row.id: row.record for row in rows}
+
+
+def waits(connection: Connection, batch_id: int) -> bool:
+    """Whether examples of a batch still wait for their sketch."""
+    return bool(
+        connection.scalar(
+            text(
+                """
+                SELECT EXISTS (
+                    SELECT FROM curator.examples e
+                    WHERE e.batch_id = :batch_id
+                      AND e.id > (SELECT coalesce(max(example_id), 0) FROM curator.sketches) - :late
+                      AND NOT EXISTS (SELECT FROM curator.sketches s WHERE s.example_id = e.id))
+                """
+            ),
+            {"batch_id": batch_id, "late": LATE},
+        )
+    )
 
 
 def candidates(connection: Connection, sketches: Mapping[int, Sequence[int]]) -> dict[int, list[int]]:

@@ -9,21 +9,23 @@ from sqlalchemy import Connection, Row, text
 from sqlalchemy.exc import IntegrityError
 
 from curator.errors import SelectionExists
+from curator.store.likeness import COPY_OF
 from curator.store.reads import Rows
 
 
 def scored(connection: Connection, recipe_id: int, direction_set_id: int) -> Rows:
     """Every scored example, by number, with what it is chosen on.
 
-    (example_id, digest, source, normalised[], p_value[], self_influence, tokens, candidate, kept). No flag keeps a
-    candidate out, nor is it in a validation set in use: it would be chosen for having been seen, and
+    (example_id, copy_of, digest, source, normalised[], p_value[], self_influence, tokens, candidate, kept). No flag
+    keeps a candidate out, nor is it in a validation set in use: it would be chosen for having been seen, and
     the validation set would say nothing any more. ``kept``: a person has looked at it and said so.
     """
     return list(
         connection.execute(
             text(
-                """
-                SELECT s.example_id, e.digest, src.name AS source, s.normalised, s.p_value, s.self_influence, g.tokens,
+                f"""
+                SELECT s.example_id, {COPY_OF} AS copy_of, e.digest, src.name AS source, s.normalised, s.p_value,
+                       s.self_influence, g.tokens,
                        f.verdict IS DISTINCT FROM 'harmful'
                        AND NOT EXISTS (SELECT FROM curator.validation_examples v
                                        JOIN curator.validation_sets x ON x.id = v.validation_set_id AND x.in_use
@@ -38,6 +40,24 @@ def scored(connection: Connection, recipe_id: int, direction_set_id: int) -> Row
                 WHERE s.recipe_id = :recipe AND s.direction_set_id = :directions
                   AND array_position(s.normalised, NULL) IS NULL
                 ORDER BY s.example_id
+                """  # noqa: S608 - the query above
+            ),
+            {"recipe": recipe_id, "directions": direction_set_id},
+        )
+    )
+
+
+def trusted_losses(connection: Connection, recipe_id: int, direction_set_id: int) -> list[float]:
+    """The calibrated losses of the trusted examples that directions were made from, and of their references."""
+    return list(
+        connection.scalars(
+            text(
+                """
+                SELECT g.calibrated_loss FROM curator.direction_sets d
+                JOIN curator.validation_examples v
+                  ON v.validation_set_id = ANY(d.validation_set_ids) AND v.role <> 'contrast'
+                JOIN curator.validation_gradients g ON g.recipe_id = :recipe AND g.validation_example_id = v.id
+                WHERE d.id = :directions AND g.calibrated_loss IS NOT NULL ORDER BY v.id
                 """
             ),
             {"recipe": recipe_id, "directions": direction_set_id},

@@ -7,11 +7,12 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, text
 
+from curator.store.likeness import COPY_OF
 from curator.store.reads import Rows
 from curator.types import Lease
 
-_SCORED = """
-    s.p_value, s.normalised, s.normalised_stderr, s.influence, s.stderr, s.harm, s.self_influence
+_SCORED = f"""
+    s.p_value, s.normalised, s.normalised_stderr, s.influence, s.stderr, s.harm, s.self_influence, {COPY_OF} AS of_id
 """
 
 

@@ -75,6 +75,22 @@ def _check(file: Path) -> None:
     _check_extent(file, 8 + length, header)
 
 
+def labels(checkpoint: Path) -> tuple[str, ...] | None:
+    """What a classifier tells apart, in the order of its logits; None where its file is not here, or does not say.
+
+    Read without torch: from ``label2id`` of a Hugging Face folder, or from the header of a file of the built-in model.
+    """
+    try:
+        if checkpoint.is_dir():
+            numbered = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["label2id"]
+            return tuple(sorted(numbered, key=numbered.__getitem__))
+        with checkpoint.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        return tuple(json.loads(header["__metadata__"]["config"])["labels"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
 def _check_extent(file: Path, data_at: int, header: bytes) -> None:
     try:
         tensors = {name: t for name, t in json.loads(header).items() if name != "__metadata__"}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,14 +21,17 @@ from curator.influence.attribution import Attributor, Measured, RecipeSpec
 from curator.influence.confidence import benjamini_hochberg, conformal_p
 from curator.stages import selections, yardstick
 from curator.stages.selections import Pool, Wish
-from curator.workloads.text_classifier import FURTHER, HashedText, TextBatch, TextConfig, bags
+from curator.workloads.text_classifier import FURTHER, HashedText, TextBatch, TextConfig, bags, joined
 from curator.workloads.training import Training, trained
 from tests.benchmarks import mail
 
 Record = Mapping[str, Any]
 Floats = NDArray[np.float64]
+Longs = NDArray[np.int64]
 CPU = torch.device("cpu")
 SPEC = RecipeSpec(dimension=960, damping=0.1, exact=False)
+BUCKETS = 4096
+WORDNET = Path("/usr/share/wordnet")
 
 
 class Vectors:
@@ -42,16 +47,18 @@ class Vectors:
         return F.cross_entropy(*self.logits(model, batch), reduction="none")
 
 
-class Mails(Vectors):
-    """Texts, for the built-in classifier."""
-
-    config = TextConfig(mails.LABELS)
+class Texts(Vectors):
+    """Hashed texts, for the built-in classifier; a record's ``x`` is a bag of one text."""
 
     def collate(self, records: Sequence[Record]) -> TextBatch:
-        return bags([r["x"] for r in records], [r["y"] for r in records], self.config.buckets)
+        return joined([r["x"] for r in records])
 
     def logits(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         return model(batch), batch.label_B
+
+
+def hashed(text: str, label: int) -> Record:
+    return {"x": bags([text], [label], BUCKETS)}
 
 
 @dataclass(frozen=True)
@@ -118,15 +125,52 @@ def post(seed: int, dirty: bool) -> Scene:
     split = mails.split(*mail.everything(), Sizes(base=300, trusted=300), seed)
 
     def records(some: Sequence[mails.Mail]) -> list[Record]:
-        return [{"x": m.text, "y": mails.LABELS.index(m.label if dirty else m.truth)} for m in some]
+        return [hashed(m.text, mails.LABELS.index(m.label if dirty else m.truth)) for m in some]
 
     given = (split.base, split.trusted[:150], split.trusted[150:], split.arrivals, split.test)
     bad = np.array([m.wrong for m in split.arrivals]) & dirty
-    parts = dict(zip(PARTS, map(records, given), strict=True))
-    return Scene(Mails(), lambda: HashedText(Mails.config), FURTHER, 6, bad=bad, budget=600, **parts)
+    return texts(map(records, given), mails.LABELS, bad)
 
 
-SETS = {"digits": digits, "MNIST": mnist, "mail": post}
+def wordnet(seed: int, dirty: bool) -> Scene:
+    """Glosses by lexicographer's category. Half of a dirty pool are adjectives, which have none of these categories,
+    and 45 % of the rest have a wrong one."""
+    rng = np.random.Generator(np.random.Philox(seed))
+    gloss, category = glosses(("noun", "verb"))
+    kept, y = np.unique(category, return_inverse=True)
+    cuts = np.split(rng.permutation(len(y)), np.cumsum(GLOSSES))[: len(GLOSSES)]
+    parts = [[(gloss[i], int(y[i])) for i in cut] for cut in cuts]
+    bad = np.zeros(GLOSSES[3], bool)
+    if dirty:
+        strange, (foreign, _) = rng.random(GLOSSES[3]) < 0.5, glosses(("adj",))
+        bad = strange | (rng.random(GLOSSES[3]) < 0.45)
+        for n in np.flatnonzero(bad).tolist():
+            text, label = parts[3][n]
+            other = (label + rng.integers(1, len(kept))) % len(kept)
+            parts[3][n] = (foreign[rng.integers(len(foreign))], int(other)) if strange[n] else (text, int(other))
+    return texts([[hashed(*each) for each in part] for part in parts], kept.tolist(), bad)
+
+
+GLOSSES = (600, 200, 200, 3000, 2000)
+
+
+@cache
+def glosses(parts_of_speech: Sequence[str]) -> tuple[list[str], Longs]:
+    """The glosses of WordNet and the numbers of their categories, without the categories of fewer than 500."""
+    rows = [line for part in parts_of_speech for line in (WORDNET / f"data.{part}").read_text("utf-8").splitlines()]
+    rows = [row for row in rows if not row.startswith("  ")]
+    category = np.array([int(row.split(" ", 2)[1]) for row in rows])
+    large = np.flatnonzero(np.bincount(category)[category] >= 500)
+    return [rows[n].partition(" | ")[2].strip() for n in large.tolist()], category[large]
+
+
+def texts(parts: Iterable[list[Record]], labels: Sequence[object], bad: NDArray[np.bool_]) -> Scene:
+    config = TextConfig(tuple(map(str, labels)), buckets=BUCKETS)
+    given = dict(zip(PARTS, parts, strict=True))
+    return Scene(Texts(), lambda: HashedText(config), FURTHER, 6, bad=bad, budget=600, **given)
+
+
+SETS = {"digits": digits, "MNIST": mnist, "mail": post, "WordNet": wordnet}
 
 
 @dataclass(frozen=True)

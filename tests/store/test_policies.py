@@ -105,6 +105,39 @@ def test_an_outlier_is_one_among_the_references(two_slices: Engine, settings: Se
     assert [row[0] for row in history(two_slices) if row[1] == "harmful"] == [3]
 
 
+def sketch(engine: Engine) -> None:
+    """4 and 5 are nearly the same as 3, and 5 has another label."""
+    with begin(engine) as connection:
+        connection.execute(text('UPDATE curator.examples SET record = \'{"label": "x"}\' WHERE id = 5'))
+        connection.execute(
+            text(
+                "INSERT INTO curator.sketches (example_id, bands, of_id, similarity)"
+                " SELECT n, '{1}', CASE WHEN n IN (4, 5) THEN 3 END, 1 FROM generate_series(1, 10) n"
+            )
+        )
+        connection.execute(text("UPDATE curator.work SET not_before = now()"))
+
+
+def test_copies_are_flagged_where_that_is_asked_and_the_first_to_arrive_is_not(
+    two_slices: Engine, settings: Settings
+) -> None:
+    sketch(two_slices)
+    run(two_slices, settings)
+    assert "harmful" not in [row[1] for row in history(two_slices)]
+    run(two_slices, judging(settings, copies=Policy(kind="duplicate")))
+    flags = history(two_slices, "example_id, policy, p_value, q_value, reason", "WHERE verdict = 'harmful'")
+    assert flags == [(4, "copies", 0, 0, "is nearly the same as example 3, which came before it")]
+
+
+def test_a_batch_waits_for_the_search_for_copies(two_slices: Engine, settings: Settings) -> None:
+    asking = judging(settings, copies=Policy(kind="duplicate"))
+    run(two_slices, asking)
+    assert history(two_slices) == []
+    sketch(two_slices)
+    run(two_slices, asking)
+    assert (4, "harmful", "copies") in history(two_slices)
+
+
 def test_every_verdict_carries_what_it_rests_on(arrived: Engine, settings: Settings) -> None:  # noqa: F811
     offer(arrived)
     run(arrived, settings)

@@ -191,6 +191,41 @@ def test_a_record_without_a_label_takes_none(curator: Curator) -> None:
     )
 
 
+@pytest.fixture(params=["file", "folder"])
+def classifier(curator: Curator, tmp_path: Path, request: pytest.FixtureRequest) -> Curator:
+    """The checkpoint in use tells science from sport, and says so."""
+    path = tmp_path / "checkpoint"
+    if request.param == "file":
+        config = json.dumps({"labels": ["science", "sport"]})
+        header = json.dumps({"__metadata__": {"config": config}}).encode()
+        path.write_bytes(len(header).to_bytes(8, "little") + header)
+    else:
+        path.mkdir()
+        (path / "config.json").write_text('{"label2id": {"sport": 1, "science": 0}}')
+    with begin(make_engine(curator.url, pooled=False)) as connection:
+        connection.execute(text("UPDATE curator.checkpoints SET path = :path"), {"path": str(path)})
+    return curator
+
+
+def test_a_label_that_the_checkpoint_does_not_know_is_refused(classifier: Curator) -> None:
+    result = classifier("review", "id:2", "--relabel", "--label", "scince")
+    assert result.exit_code == 2
+    assert result.stderr.startswith(
+        "error CUR-REV-007: The checkpoint in use has no label 'scince', only science, sport."
+    )
+    assert classifier("review", "id:2", "--relabel", "--label", "science").exit_code == 0
+
+
+def test_an_annotation_with_an_unknown_label_is_refused_and_holds_up_no_other(
+    classifier: Curator, tmp_path: Path
+) -> None:
+    one, other = exported(classifier, tmp_path, "--limit", "2")
+    wrong = annotated(one, 1, review="relabel", label="scince")
+    result = imported(classifier, tmp_path, [wrong, annotated(other, 2, review="relabel", label="sport")])
+    assert [row["code"] for row in json.loads(result.stdout)] == ["CUR-REV-007"]
+    assert "1 reviews taken" in result.stderr
+
+
 # --- Label Studio -----------------------------------------------------------------------------------------
 
 
