@@ -152,7 +152,9 @@ def design(judged: Judged, flags: NDArray[np.bool_], seed: int) -> list[tuple[st
     ids, loss = np.arange(len(flags)), judged.pool.loss_B.double().numpy()
     wish = Wish(seeds=3, draws=3, seed=1000 * seed)
     found = [(NAMES[t.arm], t) for t in trials(Pool(ids, flags, loss, np.ones_like(ids)), None, wish)]
-    [kept] = [trial for _, trial in found if trial.arm == Arm.KEPT]
+    kept = next((trial for _, trial in found if trial.arm == Arm.KEPT), found[1][1])
+    if not flags.any():  # then every way of dropping as many leaves all of it
+        found += [(NAMES[arm], kept) for arm in (Arm.KEPT, Arm.HIGHEST_LOSS_DROPPED, Arm.RANDOM_DROPPED)]
     after = outcome(
         judged.scene.workload, model_of(judged, judged.scene.pool, seed), judged.scene.pool, CPU, 256
     ).loss_N
@@ -249,9 +251,10 @@ repetition alone, says that the loss is less than at random.
 
 def _flags(done: Sequence[Repetition]) -> str:
     wrong, power, fdp = (float(np.mean([getattr(each, key) for each in done])) for key in ("wrong", "power", "fdp"))
+    silent = sum(each.power == 0 for each in done)
     return (
         f"{len(done)} repetitions; {wrong:.0%} of the labels are wrong, {power:.0%} of these are flagged, and "
-        f"{fdp:.1%} of the flags are false ({FDR:.0%} asked for)."
+        f"{fdp:.1%} of the flags are false ({FDR:.0%} asked for). In {silent} of them nothing is flagged."
     )
 
 
