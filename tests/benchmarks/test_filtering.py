@@ -236,7 +236,7 @@ def _write(name: str, done: Sequence[Repetition]) -> None:
     """Put one table in the place of its former self; the others stay."""
     _, *parts = RESULTS.read_text(encoding="utf-8").split("\n## ") if RESULTS.exists() else [""]
     tables = {part.split("\n", 1)[0]: part for part in parts}
-    tables[name] = "\n".join([name, "", _flags(done), "", *_rows(done)]) + "\n"
+    tables[name] = "\n".join([name, "", _flags(done), "", *_rows(done), "", *_beside_controls(done)]) + "\n"
     RESULTS.write_text("\n## ".join([described(__doc__ or "") + "\n" + NOTE, *tables.values()]), encoding="utf-8")
 
 
@@ -272,4 +272,14 @@ def _rows(done: Sequence[Repetition]) -> list[str]:
                 cells.append("" if arm == other else f"{found.mean:+.3f} ({found.low:+.3f} to {found.high:+.3f})")
         says = sum(each.than(arm, NAMES[Arm.RANDOM_DROPPED]).sign > 0 for each in done)
         lines.append(f"| {arm} | {' | '.join(cells)} | {says} of {len(done)} |")
+    return lines
+
+
+def _beside_controls(done: Sequence[Repetition]) -> list[str]:
+    """Whether curator is better than what it competes with, and how far from the best that can be."""
+    lines = []
+    for other in (NAMES[Arm.HIGHEST_LOSS_DROPPED], PLAIN, ORACLE):
+        accuracy, loss = (_over(done, *measure, NAMES[Arm.KEPT], other) for measure in (("correct", 1), ("loss", -1)))
+        parts = [f"{e.mean:+.3f} ({e.low:+.3f} to {e.high:+.3f})" for e in (accuracy, loss)]
+        lines.append(f"- curator less {other.partition(': ')[2]}: accuracy {parts[0]}, loss {parts[1]}")
     return lines
