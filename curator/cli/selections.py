@@ -12,6 +12,9 @@ from curator.cli.invocation import Invocation, pass_invocation, whoami
 from curator.cli.output import Form, facts, rows_options, say, show
 from curator.errors import UnknownSelection
 
+DOUBTFUL = 0.25
+"""On every dirty pool measured a selection of which more was wrong did worse than a few trusted examples."""
+
 if TYPE_CHECKING:
     from curator.runtime import Runtime
     from curator.stages.selections import Choice, Pool, Wish
@@ -75,6 +78,8 @@ def select(
         show([made], form)
     if budget is not None and made.chosen < budget:
         say(f"{made.chosen} of {budget}: nobody else is trusted, different enough and within a quota")
+    if made.expected_harmful > DOUBTFUL:
+        say(f"! {made.expected_harmful:.0%} of it is expected to harm: training without it may be better; compare")
 
 
 def _choose(opened: Runtime, wish: Wish) -> tuple[Pool, Choice]:

@@ -30,6 +30,9 @@ SAME = 0.95
 LEVERAGE = 0.5
 
 
+TAIL = 25
+"""References that are looked at for the share of the good: it is sure to a fifth, so that a clean pool is trusted."""
+
 ROUND = 512
 SKETCH = 64
 _CHUNK = 4_096
@@ -39,10 +42,10 @@ _SMALLEST = 1e-9
 def leverage(calibrated_loss_N: ArrayLike) -> float:
     """The exponent of the whitened norm r that vectors are laid out with, in [0, LEVERAGE].
 
-    1 would take what is hardest, which an example that cannot be learned is too; at 0 all count the same and the draw is
-    one at random, of everything once. What is right depends on the task: hard examples are worth more where the
-    checkpoint is right about most data, and less where it is not, for there most of them are noise (Sorscher et al.
-    2022, arXiv:2206.14486). So it rises from 0 where it gives trusted examples a probability of one half on average.
+    1 would take what is hardest, which an example that cannot be learned is too; at 0 all count the same, and the draw
+    is one at random, of everything once. What is right depends on the task: hard examples are worth more where the
+    checkpoint is right about most data, and less where it is not, for there many are noise (Sorscher et al. 2022,
+    arXiv:2206.14486). So it rises from 0, where trusted examples have a probability of one half or less on average.
 
     Args:
         calibrated_loss_N: of trusted examples; none is 0.
@@ -54,13 +57,14 @@ def leverage(calibrated_loss_N: ArrayLike) -> float:
 def trust(p_B: ArrayLike, references: int, of: ArrayLike | None = None) -> Floats:
     """The probability that an arrival is no worse than trusted data, (B,).
 
-    The local false discovery rate of its p-value, pi0 / f(p): pi0 is the share of p-values above one half, doubled
-    (Storey, JRSS B 64, 2002); f is the density of all p-values, the likeliest that does not rise (``doubt.falling``).
+    The local false discovery rate of its p-value, pi0 / f(p): f is the density of all p-values, the likeliest that does
+    not rise (``doubt.falling``), and pi0 its mean near 1, where the good are nearly alone (Storey, JRSS B 64, 2002).
     Where nothing arrives that is worse than trusted data it is about 1 for all, and a fixed threshold on p would throw
     away the examples there is most to learn from.
 
     The ``references`` that p-values are ranks among are a sample: of data like them, a share x of all p-values lies
-    below x only give or take sqrt(x (1 - x) / references). What lies below in excess counts from twice that on.
+    below x only give or take sqrt(x (1 - x) / references). What lies below in excess counts from twice that on, and the
+    end near 1 is as short as TAIL of them allow: where the bad look much like the good, one half is not near enough.
 
     Args:
         p_B: p-values in (0, 1].
@@ -70,7 +74,8 @@ def trust(p_B: ArrayLike, references: int, of: ArrayLike | None = None) -> Float
     p = np.asarray(p_B if of is None else of, np.float64)
     if not len(p):
         return np.ones(len(np.asarray(p_B)))
-    share = min(1.0, 2 * (1 + float((p > 0.5).sum())) / len(p))
+    end = min(max(TAIL / max(min(references, len(p)), 1), 0.1), 0.5)
+    share = min(1.0, (1 + float((p > 1 - end).sum())) / len(p) / end)
     x, count = np.unique(p, return_counts=True)
     below = count.cumsum() / len(p)
     doubt = 2 * np.sqrt(x * (1 - x) / max(references, 1))

@@ -19,8 +19,9 @@ from curator.demo.mails import Sizes
 from curator.influence import choosing
 from curator.influence.attribution import Attributor, Measured, RecipeSpec
 from curator.influence.confidence import benjamini_hochberg, conformal_p
-from curator.stages import selections, yardstick
-from curator.stages.selections import Pool, Wish
+from curator.sources.likeness import bands, shingles
+from curator.stages import likeness, selections, yardstick
+from curator.stages.selections import Choice, Pool, Wish
 from curator.workloads.text_classifier import FURTHER, HashedText, TextBatch, TextConfig, bags, joined
 from curator.workloads.training import Training, trained
 from tests.benchmarks import mail
@@ -58,7 +59,7 @@ class Texts(Vectors):
 
 
 def hashed(text: str, label: int) -> Record:
-    return {"x": bags([text], [label], BUCKETS)}
+    return {"x": bags([text], [label], BUCKETS), "text": text, "label": str(label)}
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,7 @@ class Judged:
     normalised: Floats
     p: Floats
     similarity: Floats
+    trusted_loss: Floats
 
     @property
     def unflagged(self) -> NDArray[np.bool_]:
@@ -206,7 +208,8 @@ def judge(scene: Scene, seed: int) -> Judged:
     weights = {name: w.clone() for name, w in model.state_dict().items()}
     hidden = [_hidden(scene, model, part) for part in (scene.pool, scene.direction)]
     p = conformal_p(seen.harm_BS[:, 0], known.harm_BS[:, 0])
-    return Judged(scene, weights, pool, normalised, p, (hidden[0] @ hidden[1].T).max(1))
+    calibrated = torch.cat([behind.calibrated_loss_B, aside.calibrated_loss_B]).double().numpy()
+    return Judged(scene, weights, pool, normalised, p, (hidden[0] @ hidden[1].T).max(1), calibrated)
 
 
 def _hidden(scene: Scene, model: nn.Module, records: list[Record]) -> Floats:
@@ -220,23 +223,38 @@ def _hidden(scene: Scene, model: nn.Module, records: list[Record]) -> Floats:
     return F.normalize(kept[0], dim=1).double().numpy()
 
 
-def curators(judged: Judged, seed: int) -> list[int]:
-    """What ``select`` chooses of the unflagged."""
-    trust = choosing.trust(judged.p, len(judged.scene.reference))
-    rows = np.flatnonzero(judged.unflagged)
-    unit_BK = judged.pool.unit_BK.numpy()
+def curators(judged: Judged, seed: int) -> tuple[list[int], Choice]:
+    """What ``select`` chooses of the unflagged, and what it says of it."""
+    once = np.flatnonzero(~_copies(judged.scene.pool))
+    unit_BK, p_A = judged.pool.unit_BK.numpy(), judged.p[once]
+    counts_A = choosing.firsts(unit_BK[once], choosing.SAME)
+    trust_A = choosing.trust(p_A, len(judged.scene.reference), p_A[counts_A])
+    mine = judged.unflagged[once]
+    rows = once[mine]
     pool = Pool(
         *(0, 0, unit_BK.shape[1], rows, [b"%d" % row for row in rows]),
         judged.normalised[rows][:, None],
-        trust[rows],
-        judged.pool.whitened_norm_B.double().numpy()[rows],
+        trust_A[mine],
+        judged.pool.whitened_norm_B.double().numpy()[rows] ** choosing.leverage(judged.trusted_loss),
+        counts_A[mine],
         np.ones(len(rows), np.int64),
         ["pool"],
         np.zeros(len(rows), np.int64),
         ["all"],
     )
     wish = Wish(judged.scene.budget, seed=seed)
-    return rows[list(selections.compute(pool, wish, lambda ids: unit_BK[list(ids)]).positions)].tolist()
+    choice = selections.compute(pool, wish, lambda ids: unit_BK[list(ids)])
+    return rows[list(choice.positions)].tolist(), choice
+
+
+def _copies(records: list[Record]) -> NDArray[np.bool_]:
+    """Texts that the intake would link to an earlier one, with the same label."""
+    if "text" not in records[0]:
+        return np.zeros(len(records), bool)
+    said = {n: shingles(record) for n, record in enumerate(records)}
+    found = likeness._linked({n: bands(words) for n, words in said.items()}, said, {}, 0.8)
+    label = [record["label"] for record in records]
+    return np.array([s.of_id is not None and label[s.example_id] == label[s.of_id] for s in found])
 
 
 def accuracy(judged: Judged, records: list[Record], seed: int) -> float:

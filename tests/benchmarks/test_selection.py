@@ -13,16 +13,17 @@ import numpy as np
 import pytest
 import torch
 
+from curator.stages.selections import Choice
 from tests.benchmarks import selection
 from tests.benchmarks.machine import described
 from tests.benchmarks.selection import Judged, accuracy, curators, judge
 
 SEEDS = range(5)
-DRAWS = 3
+DRAWS = 2
 RESULTS = Path(__file__).parent / "results"
 
 
-def arms(judged: Judged, seed: int) -> dict[str, list[list[int]]]:
+def arms(judged: Judged, chosen: list[int], seed: int) -> dict[str, list[list[int]]]:
     """Rows of the pool by arm; random ones are drawn several times."""
     n, size = judged.scene.budget, len(judged.p)
     rng = np.random.Generator(np.random.Philox(seed))
@@ -36,7 +37,7 @@ def arms(judged: Judged, seed: int) -> dict[str, list[list[int]]]:
 
     loss = judged.pool.loss_B.double().numpy()
     return {
-        "**curator**": [curators(judged, seed)],
+        "**curator**": [chosen],
         "random": drawn(pool),
         "random of the unflagged": drawn(unflagged),
         "lowest loss": highest(-loss),
@@ -52,17 +53,17 @@ def arms(judged: Judged, seed: int) -> dict[str, list[list[int]]]:
 Accuracies = tuple[float, float, float]
 
 
-def measured(name: str, dirty: bool, seed: int) -> dict[str, Accuracies]:
+def measured(judged: Judged, chosen: list[int], seed: int) -> dict[str, Accuracies]:
     """Accuracy by arm: trained on what was chosen alone, with what the checkpoint was trained on, with the trusted too.
 
     Nobody keeps the trusted examples apart for the last: it is what is left for a selection to add where they may be
     trained on.
     """
-    judged = judge(selection.SETS[name](seed, dirty), seed)
     scene = judged.scene
     trusted = [*scene.direction, *scene.reference]
-    chosen = {arm: [[scene.pool[row] for row in rows] for rows in draws] for arm, draws in arms(judged, seed).items()}
-    chosen |= {"the trusted instead": [trusted], "nothing": [[]]}
+    drawn = arms(judged, chosen, seed)
+    given = {arm: [[scene.pool[row] for row in rows] for rows in draws] for arm, draws in drawn.items()}
+    given |= {"the trusted instead": [trusted], "nothing": [[]]}
 
     def trained_on(records: list[selection.Record]) -> Accuracies:
         both = [*records, *scene.base]
@@ -70,9 +71,22 @@ def measured(name: str, dirty: bool, seed: int) -> dict[str, Accuracies]:
         return tuple(accuracy(judged, each, seed) for each in rows)  # type: ignore[return-value]
 
     return {
-        arm: tuple(np.mean([trained_on(records) for records in draws], axis=0).tolist())
-        for arm, draws in chosen.items()
+        arm: tuple(np.mean([trained_on(records) for records in draws], axis=0).tolist()) for arm, draws in given.items()
     }
+
+
+def promised(judged: Judged, chosen: list[int], choice: Choice) -> tuple[float, ...]:
+    """How many were chosen; the harmful share promised and true, of it and of a random draw of the unflagged; gains."""
+    bad, unflagged = judged.scene.bad, judged.unflagged
+    return (
+        len(chosen),
+        choice.promise.harmful,
+        float(bad[chosen].mean()),
+        choice.of_random.harmful,
+        float(bad[unflagged].mean()),
+        choice.promise.gain,
+        choice.of_random.gain,
+    )
 
 
 @pytest.mark.benchmark
@@ -81,14 +95,19 @@ def measured(name: str, dirty: bool, seed: int) -> dict[str, Accuracies]:
 @pytest.mark.parametrize("name", list(selection.SETS))
 def test_a_selection_beside_its_controls(name: str, dirty: bool) -> None:
     torch.set_num_threads(1)
-    rows = [measured(name, dirty, seed) for seed in SEEDS]
-    _write(f"{name}, {'dirty' if dirty else 'clean'} pool", rows)
+    rows, promises = [], []
+    for seed in SEEDS:
+        judged = judge(selection.SETS[name](seed, dirty), seed)
+        chosen, choice = curators(judged, seed)
+        promises.append(promised(judged, chosen, choice))
+        rows.append(measured(judged, chosen, seed))
+    _write(f"{name}, {'dirty' if dirty else 'clean'} pool", rows, promises)
 
 
 WAYS = ("chosen alone", "with the base", "with base and trusted")
 
 
-def _write(title: str, rows: list[dict[str, Accuracies]]) -> None:
+def _write(title: str, rows: list[dict[str, Accuracies]], promises: list[tuple[float, ...]]) -> None:
     """Put one table in the place of its former self; the others stay."""
     path = RESULTS / "selection.md"
     _, *parts = path.read_text(encoding="utf-8").split("\n## ") if path.exists() else [""]
@@ -100,6 +119,12 @@ def _write(title: str, rows: list[dict[str, Accuracies]]) -> None:
         error = gain.std(axis=0, ddof=1) / np.sqrt(len(rows))
         cells = [f"{value[:, k].mean():.3f} | {gain[:, k].mean():+.3f} ± {error[k]:.3f}" for k in range(len(WAYS))]
         lines.append(f"| {arm} | {' | '.join(cells)} |")
+    n, harmful, bad, random_harmful, random_bad, gain, random_gain = np.mean(promises, axis=0)
+    lines += [
+        "",
+        f"{n:.0f} chosen. Expected harmful {harmful:.2f}, wrong in truth {bad:.2f}; of a random draw of the unflagged"
+        f" {random_harmful:.2f} and {random_bad:.2f}. Expected gain {gain:.2f}, of that draw {random_gain:.2f}.",
+    ]
     tables[title] = "\n".join(lines) + "\n"
     note = "± is the standard error over five seeds of the difference from random.\n"
     path.write_text("\n## ".join([described(__doc__ or "") + "\n" + note, *tables.values()]), encoding="utf-8")

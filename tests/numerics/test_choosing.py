@@ -124,13 +124,14 @@ def test_trust_is_the_share_of_the_good_among_those_who_look_the_same() -> None:
         assert np.mean(~bad[some]) == pytest.approx(trust[some].mean(), abs=0.06)
 
 
-def test_a_clean_pool_is_trusted_by_few_references() -> None:
+@pytest.mark.parametrize("n", [50, 200, 1000])
+def test_a_clean_pool_is_trusted_by_few_references(n: int) -> None:
     doubted = []
     for seed in range(20):
         rng = np.random.default_rng(seed)
-        references, arrivals = np.sort(rng.random(50)), rng.random(3000)
-        p = (1 + np.searchsorted(references, arrivals)) / 51
-        doubted.append(np.mean(choosing.trust(p, 50) < 0.5))
+        references, arrivals = np.sort(rng.random(n)), rng.random(3000)
+        p = (1 + np.searchsorted(references, arrivals)) / (n + 1)
+        doubted.append(np.mean(choosing.trust(p, n) < 0.5))
     assert np.mean(doubted) < 0.02
 
 
@@ -140,6 +141,27 @@ def test_trust_rises_with_p_and_is_a_probability() -> None:
     assert (np.diff(trust) >= 0).all()
     assert ((trust > 0) & (trust <= 1)).all()
     assert choosing.trust([], 5).size == 0
+
+
+def test_copies_do_not_count_where_they_are_left_out() -> None:
+    rng = np.random.default_rng(3)
+    p = np.ceil(np.where(rng.random(800) < 0.4, rng.beta(0.3, 4, 800), rng.random(800)) * 100) / 100
+    flood = np.concatenate([p, np.full(5000, 0.01)])
+    np.testing.assert_array_equal(choosing.trust(flood, 100, p)[:800], choosing.trust(p, 100))
+
+
+def test_the_first_of_a_kind_is_none_s_copy() -> None:
+    rng = np.random.default_rng(4)
+    unit_BK = unit(rng, 700, 24)
+    near = unit_BK[:90] + 0.03 * unit(rng, 90, 24)
+    every = np.vstack([unit_BK, near / np.linalg.norm(near, axis=1, keepdims=True)]).astype(np.float32)
+    assert choosing.firsts(every, 0.95).tolist() == [True] * 700 + [False] * 90
+
+
+def test_what_is_hard_counts_only_where_the_checkpoint_is_right_about_most() -> None:
+    assert choosing.leverage(np.full(9, 0.01)) == pytest.approx(choosing.LEVERAGE, rel=0.05)
+    assert choosing.leverage(np.full(9, 0.7)) == choosing.leverage([]) == 0
+    assert choosing.leverage(np.full(9, 0.3)) < choosing.leverage(np.full(9, 0.2))
 
 
 # --- the promise ------------------------------------------------------------------------------------------------

@@ -102,6 +102,24 @@ def test_select_leaves_out_flags_and_near_duplicates(curator: Curator, world: Wo
     assert chosen & set(world.duplicates) == {world.duplicates[0]}
 
 
+def test_texts_that_the_intake_linked_are_taken_once(curator: Curator, world: World) -> None:
+    """Of a flagged one there is none, and under another label the same text is another example."""
+    unflagged = [n for n in range(100, 200) if n not in world.flagged]
+    labels = [[n for n in unflagged if n % 2 == odd] for odd in (0, 1)]
+    head, *copies = labels[0][:10]
+    other, of_bad = labels[1][:2]
+    links = [*((n, head) for n in (*copies, other)), (of_bad, world.flagged[5])]
+    with begin(make_engine(curator.url, pooled=False)) as connection:
+        connection.execute(
+            text("INSERT INTO curator.sketches (example_id, bands, of_id, similarity) VALUES (:id, '{1}', :of, 1)"),
+            [{"id": n, "of": of} for n, of in links],
+        )
+    curator("select", "--budget", "100000", "--name", "all", "--similarity", "1", "--trust", "0")
+    chosen = {row["example_id"] for row in curator.rows("valuable", "--selection", "all", "--limit", "0")}
+    assert {head, other} <= chosen
+    assert not chosen & {*copies, of_bad}
+
+
 def test_select_promises_more_than_a_random_draw(curator: Curator) -> None:
     [made] = curator.rows("select", "--budget", "50")
     assert 1 > made["expected_gain"] > made["gain_of_random"] > 0
