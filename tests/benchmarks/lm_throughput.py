@@ -16,7 +16,7 @@ import os
 import statistics
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ MODES = {
     "no exact scores, exact norm": replace(RECIPE, exact=False),
     "no exact scores, norm estimated": replace(RECIPE, exact=False, exact_norm=False),
 }
-PLAIN, FLOOR = "plain forward + backward", "frozen weights, nothing captured"
+PLAIN, FLOOR, NONE = "plain forward + backward", "frozen weights, nothing captured", "none"
 
 
 def model_of(shape: Shape, tokens: int, device: str) -> Any:
@@ -172,28 +172,32 @@ def directions(layers: tuple[Layer, ...], device: str) -> ExactDirections:
 
 
 def own(job: Job, rounds: int, only: list[str]) -> dict[str, Any]:
-    """Seconds and peak bytes of every step of curator's, all in turn."""
+    """Seconds and peak bytes of each step of curator's, all in turn, beside those of the plain step."""
     every = {name: step for name, step in job.steps().items() if name == PLAIN or not only or name in only}
     seconds = steps.timed(every, job.device, rounds)
     memory = {}
     for name, step in every.items():
         job.model.zero_grad(set_to_none=True)
         memory[name] = steps.peak(step, job.device)
-    return {"seconds": seconds, "memory": memory}
+    both = {"seconds": seconds, "memory": memory}
+    return {
+        name if name == PLAIN else f"curator: {name}": {
+            part: {PLAIN: of[PLAIN], name: of[name]} for part, of in both.items()
+        }
+        for name in every
+    }
 
 
-def peers(job: Job, rounds: int, asked: list[str], keep: Path | None) -> dict[str, Any]:
+def peers(job: Job, rounds: int, asked: list[str], keep: Path | None) -> Iterator[dict[str, Any]]:
     """The same of each peer, beside a plain step in its own process; or how it ended."""
-    found = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         job.model.save_pretrained(folder / "model")
         np.save(folder / "tokens.npy", job.id_NT.numpy())
         (folder / "job.json").write_text(json.dumps({"rounds": rounds, "batch": job.batch}), encoding="utf-8")
         for name in asked:
-            found[name] = _driven(PEERS[name], folder, keep or folder)
-            print(name, found[name], flush=True)
-    return found
+            run = _driven(PEERS[name], folder, keep or folder)
+            yield {": ".join([name, *list(run.get("seconds", {}))[1:]]): run}
 
 
 def _driven(peer: Peer, folder: Path, environments: Path) -> dict[str, Any]:
@@ -215,27 +219,27 @@ def _driven(peer: Peer, folder: Path, environments: Path) -> dict[str, Any]:
 
 def rows_of(job: Mapping[str, Any]) -> list[str]:
     """A line a step: tokens a second, times the plain step of its own round, peak memory over it."""
-    lines = [_line("", PLAIN, job["own"], job["tokens"])]
-    lines += [_line("curator: ", name, job["own"], job["tokens"]) for name in job["own"]["seconds"] if name != PLAIN]
-    for peer, run in job.get("peers", {}).items():
-        if "ended" in run:
-            lines.append(f"| {peer} | ended: {run['ended']} | | |")
-            continue
-        lines += [_line(f"{peer}: ", name, run, job["tokens"]) for name in run["seconds"] if name != "plain"]
-    return lines
+    return [_line(who, run, job["tokens"]) for who, run in sorted(job["runs"].items(), key=_by_speed)]
 
 
-def _line(who: str, name: str, run: Mapping[str, Any], tokens: int) -> str:
-    seconds, memory = run["seconds"], run["memory"]
-    plain = "plain" if "plain" in seconds else PLAIN
-    ratios = [p / s for p, s in zip(seconds[plain], seconds[name], strict=True)]
-    spread = f"{min(ratios):.2f}-{max(ratios):.2f}"
-    speed = tokens / statistics.median(seconds[name])
-    return f"| {who}{name} | {speed:,.0f} | {statistics.median(ratios):.2f} ({spread}) | {_size(memory, name, plain)} |"
+def _by_speed(item: tuple[str, Mapping[str, Any]]) -> float:
+    return -statistics.median(_ratios(item[1])) if "seconds" in item[1] else 0.0
 
 
-def _size(memory: Mapping[str, int], name: str, plain: str) -> str:
-    return f"{memory[name] / 2**20:,.0f} MB, {memory[name] / memory[plain]:.2f}" if name in memory else ""
+def _ratios(run: Mapping[str, Any]) -> list[float]:
+    """Of each round, how many times as fast as its plain step."""
+    base, seconds = run["seconds"][PLAIN], list(run["seconds"].values())[-1]
+    return [plain / own for plain, own in zip(base, seconds, strict=True)]
+
+
+def _line(who: str, run: Mapping[str, Any], tokens: int) -> str:
+    if "ended" in run:
+        return f"| {who} | ended: {run['ended']} | | |"
+    name, seconds = list(run["seconds"].items())[-1]
+    ratios, memory = _ratios(run), run["memory"]
+    speed = tokens / statistics.median(seconds)
+    spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+    return f"| {who} | {speed:,.0f} | {spread} | {memory[name] / 2**20:,.0f} MB, {memory[name] / memory[PLAIN]:.2f} |"
 
 
 EXPLAINED = """Tokens a second; times as fast as the plain step of the same round, median over rounds with lowest and
@@ -249,7 +253,7 @@ the head is captured by none. Matrices of the right shapes stand in for curvatur
 def page(found: Mapping[str, Any]) -> str:
     parts = [described(__doc__ or ""), EXPLAINED]
     for title, job in found.items():
-        parts += [f"## {title}\n", f"{job['when']}\n"]
+        parts += [f"## {title}\n"]
         parts += ["| step | tokens/s | times plain | peak memory |", "|---|---|---|---|", *rows_of(job), ""]
     return "\n".join(parts)
 
@@ -261,7 +265,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batches", type=int, default=2, help="in a step")
-    parser.add_argument("--only", action="append", default=[], choices=[FLOOR, *MODES], help="of curator's steps")
+    parser.add_argument("--only", action="append", default=[], choices=[NONE, FLOOR, *MODES], help="of curator's steps")
     parser.add_argument("--peer", action="append", default=[], choices=[*PEERS, "all"])
     parser.add_argument("--keep", type=Path, help="where environments stay")
     asked = parser.parse_args()
@@ -271,20 +275,18 @@ def main() -> None:
         for tokens in asked.tokens or [512]:
             job = Job.make(SHAPES[name], tokens, asked.device, asked.batches)
             title = f"{name}, {job.batch} x {tokens} tokens a batch, {_where(asked.device)}"
-            keep(path, title, {"tokens": job.id_NT.numel(), "own": own(job, asked.rounds, asked.only)})
+            if asked.only != [NONE]:
+                keep(path, title, job, own(job, asked.rounds, asked.only))
             chosen = list(PEERS) if "all" in asked.peer else asked.peer
             if chosen and asked.device == "cpu":
-                keep(path, title, {"peers": peers(job, asked.rounds, chosen, asked.keep)})
+                for run in peers(job, asked.rounds, chosen, asked.keep):
+                    keep(path, title, job, run)
 
 
-def keep(path: Path, title: str, figures: Mapping[str, Any]) -> None:
+def keep(path: Path, title: str, job: Job, runs: Mapping[str, Any]) -> None:
     """Add what was found, and write the page anew."""
-    import datetime
-
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    old = found.get(title, {})
-    merged = {**old, **figures, "peers": {**old.get("peers", {}), **figures.get("peers", {})}}
-    found[title] = {**merged, "when": f"{datetime.date.today().isoformat()}, torch {torch.__version__}"}
+    found[title] = {"tokens": job.id_NT.numel(), "runs": {**found.get(title, {}).get("runs", {}), **runs}}
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     path.with_suffix(".md").write_text(page(found), encoding="utf-8")
     print(title, *rows_of(found[title]), sep="\n", flush=True)

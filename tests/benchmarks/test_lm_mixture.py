@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,10 @@ def test_influence_finds_a_sources_texts_and_what_was_planted(world):
     attributor = mixture.fitted(world, asked)
     pool = world.parts["pool"]
     judged = mixture.judged(world, attributor, asked, pool)
-    keep(world.seed, "shares", {name: shares(world, score_NS) for name, score_NS in judged.items()})
+    keep(world.seed, "shares", {name: shares(world, score_NS) for name, score_NS in contrasted(judged).items()})
+    damped = mixture.judged(world, mixture.fitted(world, asked, replace(mixture.SPEC, damping=1.0)), asked, pool)
+    found_damped = {name: damped[name] for name in AIMED if "influence" in name}
+    keep(world.seed, "shares", {f"{n}, damping 1": shares(world, s_NS) for n, s_NS in contrasted(found_damped).items()})
     keep(world.seed, "planted", {kind: found(world, attributor, kind) for kind in ("phrase", "scripture")})
     for name, arms in perplexities(world, judged):
         keep(world.seed, "perplexity", {name: arms})
@@ -119,6 +123,28 @@ def commanded(world: World, project: Path) -> dict[tuple[str, str], dict[str, fl
     curator("drain")
     lines = curator("sql", "--jsonl", QUERY).splitlines()
     return {(row["external_id"], row["slice"]): row for row in map(json.loads, lines)}
+
+
+AIMED = (
+    "normalised influence",
+    "exact normalised influence",
+    "plain influence",
+    "exact plain influence",
+    "embedding similarity",
+    "BM25",
+)
+"""Judgements that know their target."""
+
+
+def contrasted(judged: Mapping[str, mixture.Floats]) -> dict[str, mixture.Floats]:
+    """With each aimed judgement less its mean over the other sources: a direction that leads away from those."""
+    others = len(SOURCES) - 1
+    more = {
+        f"{n}, less the others": s - (s.sum(axis=1, keepdims=True) - s) / others
+        for n, s in judged.items()
+        if n in AIMED
+    }
+    return {**judged, **more}
 
 
 # --- what is asked of a world -------------------------------------------------------------------------------
@@ -207,8 +233,8 @@ intervals over seeds and targets, or Wilson's.
 
 def share_lines(seeds: list[Mapping[str, Any]]) -> list[str]:
     lines = ["| | first 1 % | first 5 % | lowest target, first 5 % |", "|---|---|---|---|"]
-    for name in seeds[0]["shares"]:
-        by_target = {s: [seed["shares"][name][s] for seed in seeds] for s in SOURCES}
+    for name in dict.fromkeys(name for seed in seeds for name in seed["shares"]):
+        by_target = {s: [seed["shares"][name][s] for seed in seeds if name in seed["shares"]] for s in SOURCES}
         cells = [mean(both[i] for rows in by_target.values() for both in rows) for i in (0, 1)]
         worst = min(SOURCES, key=lambda s: np.mean([both[1] for both in by_target[s]]))
         lines.append(f"| {name} | {cells[0]} | {cells[1]} | {worst} {np.mean([b[1] for b in by_target[worst]]):.2f} |")

@@ -17,6 +17,8 @@ import steps
 import torch
 from torch import Tensor, nn
 
+PLAIN = "plain forward + backward"
+
 
 class Job:
     """A model's folder, token rows in batches, and how often to time them."""
@@ -62,7 +64,7 @@ class Job:
 
     def write(self, mode: str, step: Callable[[], object]) -> None:
         """Time a step over all batches beside the plain one."""
-        both = {"plain": self.plain_step, mode: step}
+        both = {PLAIN: self.plain_step, mode: step}
         seconds = steps.timed(both, "cpu", self.rounds)
         memory = {}
         for name, each in both.items():
