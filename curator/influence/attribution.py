@@ -63,9 +63,16 @@ class Attributor:
         return Attributor(self.model, losses, self.spec, self.fitted)
 
     @classmethod
-    def fit(cls, model: nn.Module, losses: Losses, trusted: Iterable[Any], spec: RecipeSpec) -> Attributor:
+    def fit(
+        cls,
+        model: nn.Module,
+        losses: Losses,
+        trusted: Iterable[Any],
+        spec: RecipeSpec,
+        moments: fitting.Moments | None = None,
+    ) -> Attributor:
         """Fit a recipe on batches of TRUSTED data; see ``fitting.fit``, also for what it raises."""
-        return cls(model, losses, spec, fitting.fit(model, losses, trusted, spec))
+        return cls(model, losses, spec, fitting.fit(model, losses, trusted, spec, moments))
 
     def state(self) -> dict[str, Tensor]:
         """Everything fitted, as contiguous CPU tensors by name."""
