@@ -19,6 +19,7 @@ from curator.influence.capture import Reader, capture, each, find_layers
 from curator.influence.codes import FoldedCode
 from curator.influence.confidence import calibrated_loss, measurement_slope
 from curator.influence.controls import LastHidden
+from curator.influence.curvature import Moments
 from curator.influence.exact import DirectionSums, ExactDirections, ExactScores, ExactTerms, LowRankDirections, Towards
 from curator.influence.fitting import Fitted, Losses
 from curator.influence.kept import KeptEntries
@@ -69,7 +70,7 @@ class Attributor:
         losses: Losses,
         trusted: Iterable[Any],
         spec: RecipeSpec,
-        moments: fitting.Moments | None = None,
+        moments: Moments | None = None,
     ) -> Attributor:
         """Fit a recipe on batches of TRUSTED data; see ``fitting.fit``, also for what it raises."""
         return cls(model, losses, spec, fitting.fit(model, losses, trusted, spec, moments))

@@ -122,8 +122,8 @@ class LowRankDirections:
 
     def to(self, where: Where) -> LowRankDirections:
         """The same elsewhere."""
-        by_layer = [_moved(tensors, where) for tensors in (self.left_OR, self.right_IR, self.core)]
-        return LowRankDirections(self.names, *by_layer, self.unit_error_S, self.whitened_error_S)
+        left, right, core = (_moved(by_layer, where) for by_layer in (self.left_OR, self.right_IR, self.core))
+        return LowRankDirections(self.names, left, right, core, self.unit_error_S, self.whitened_error_S)
 
 
 def _moved(by_layer: Mapping[str, Tensor], where: Where) -> dict[str, Tensor]:

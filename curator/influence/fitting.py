@@ -65,7 +65,7 @@ class Fitted:
         return columns(self.masks)
 
     def to(self, device: torch.device, where: Where) -> Fitted:
-        """The same with what is by layer ``where`` the layers are, and what takes all of them together on ``device``."""
+        """The same with what is by layer ``where`` the layers are, and what takes all together on ``device``."""
         masks = {name: mask.to(at(where, name)) for name, mask in self.masks.items()}
         return Fitted(masks, self.encoding.to(device), self.roots.to(where) if self.roots else None, self.temperature)
 

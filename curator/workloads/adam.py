@@ -1,4 +1,4 @@
-"""Adam's second moments beside a checkpoint, which ``curator.training.adam`` writes: safetensors, never ``optimizer.pt``."""
+"""Adam's second moments beside a checkpoint, as ``curator.training.adam`` writes them; never ``optimizer.pt``, a pickle."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -19,20 +18,20 @@ FORMAT = "curator.second-moments/1"
 
 @dataclass(frozen=True)
 class SecondMoments:
-    """A file of bias-corrected v by the name of its parameter; read a layer at a time, as it is as large as the model."""
+    """A file of bias-corrected v by the name of its parameter, as large as the model: read a layer at a time."""
 
     file: Path
     transposed: dict[str, bool]
     epsilon: float
 
     def v_OI(self, layer: str) -> Tensor:
-        """v of a layer's weight, (O, I).
+        """V of a layer's weight, (O, I).
 
         Raises:
             SecondMomentsUnfit: there is a negative or infinite number, or none, among them.
         """
         with safe_open(self.file, framework="pt") as opened:
-            v = opened.get_tensor(f"{layer}.weight").float()
+            v: Tensor = opened.get_tensor(f"{layer}.weight").float()
         if not bool((v.isfinite() & (v >= 0)).all()):
             raise SecondMomentsUnfit(file=self.file, reason=f"{layer}.weight has values that are no squares")
         return v.T if self.transposed[layer] else v
@@ -50,7 +49,7 @@ def second_moments(file: Path, layers: Sequence[Layer]) -> SecondMoments:
         if told.get("format") != FORMAT:
             raise SecondMomentsUnfit(file=file, reason=f"its metadata does not name the format {FORMAT}")
         found = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-    wanted = {f"{layer.name}.weight": tuple(layer.module.weight.shape) for layer in layers}
+    wanted = {f"{layer.name}.weight": tuple(layer.module.get_parameter("weight").shape) for layer in layers}
     if missing := sorted(wanted.keys() - found.keys()):
         reason = f"it has no {missing[0]} and {len(missing) - 1} more; it begins with {min(found, default='nothing')}"
         raise SecondMomentsUnfit(file=file, reason=reason)
