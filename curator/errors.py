@@ -858,6 +858,27 @@ class AdapterBaseMissing(DataError):
     )
 
 
+class ExactWithoutForm(UsageError):
+    """Exact scores take Kronecker factors, and Adam's second moments have none."""
+
+    code = "CUR-CKP-017"
+    hint = "Set exact = false in [gradients], or take second_moments out of [workload] options."
+
+
+class SecondMomentsUnfit(DataError):
+    """{file} does not hold this model's second moments: {reason}."""
+
+    code = "CUR-CKP-015"
+    hint = "`curator.training.adam.save_second_moments` writes them, from the run that made the checkpoint."
+
+
+class NoSecondMoments(DataError):
+    """The optimiser, a {optimizer}, keeps no second moments of the model's parameters."""
+
+    code = "CUR-CKP-016"
+    hint = "Adam and AdamW do, after their first step, where no ZeRO or FSDP shards them."
+
+
 class NoCheckpoint(UsageError):
     """There is no checkpoint to measure with."""
 

@@ -49,7 +49,7 @@ class Workload:
 
     @property
     def placing(self) -> Mapping[str, Any]:
-        """The options that say where a model is, and nothing of what a gradient means; of a user's own workload none."""
+        """The options that say where a model is, and nothing of what a gradient means; a user's own have no such."""
         known = () if self.kind == "torch" else ("device_map", "max_memory")
         return {name: value for name, value in self.options.items() if name in known}
 

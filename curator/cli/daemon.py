@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -108,7 +108,7 @@ def _models(opened: Runtime) -> list[Child]:
 
 
 def _places(settings: Settings) -> list[Place]:
-    """Where model workers compute. A model that accelerate spreads over devices is in one process that sees them all."""
+    """Where model workers compute. A model that accelerate spreads over devices is in one process that sees all."""
     from curator.embedded import devices
 
     asked, spread = settings.gradients, bool(settings.workload.placing.get("device_map"))
@@ -142,7 +142,7 @@ def _worker(name: str, queue: str) -> list[str]:
 
 
 def worker_environment(opened: Runtime, models: int = 1) -> dict[str, str]:
-    """What a worker of this project needs to know: where the project and its servers are, and its share of the cores."""
+    """What a worker of this project needs to know: where the project and its servers are, its share of the cores."""
     return {
         **os.environ,
         "CURATOR_PROJECT": str(opened.settings.project),
@@ -168,23 +168,56 @@ def down(here: Invocation) -> None:
 
 @click.command()
 @click.option("--timeout", type=float, default=None, help="Give up after this many seconds, with exit code 1.")
+@click.option("--at", metavar="CHECKPOINT", multiple=True, help="Measure everything there too, first; may be repeated.")
 @pass_invocation
-def drain(here: Invocation, timeout: float | None) -> None:
-    """Do all pending work here, on one device, then exit. Needs neither the daemon nor the broker."""
+def drain(here: Invocation, timeout: float | None, at: tuple[str, ...]) -> None:
+    """Do all pending work here, on one device, then exit. Needs neither the daemon nor the broker.
+
+    With --at every example has a score at those checkpoints too; the one in use stays in use, and
+    `curator checkpoint average` ranks by the mean.
+    """
     from curator import runtime
 
+    end = None if timeout is None else time.monotonic() + timeout
     with runtime.opened(here.settings()) as opened:
-        _ask_again(opened)
-        with draining(opened) as child:
-            code = _follow(opened, child, timeout)
+        code = _drain_at(opened, at, end) or _drain(opened, end)
         if code == 0:
             say(_drained(opened))
     if code:
         raise click.exceptions.Exit(code)
 
 
+def _drain_at(opened: Runtime, names: Sequence[str], end: float | None) -> int:
+    """Drain at each checkpoint, then put the one in use to use again, whatever happened."""
+    from curator.errors import NoCheckpoint
+    from curator.stages.recipes import use_checkpoint
+    from curator.store import engine, recipes
+
+    if not names:
+        return 0
+    with engine.read(opened.engine) as connection:
+        if (home := recipes.checkpoint_in_use(connection)) is None:
+            raise NoCheckpoint()
+    code = 0
+    try:
+        for name in names:
+            with engine.begin(opened.engine) as connection:
+                use_checkpoint(connection, opened.settings, name)
+            code = code or _drain(opened, end, backfill=True)
+    finally:
+        with engine.begin(opened.engine) as connection:
+            use_checkpoint(connection, opened.settings, home.name)
+    return code
+
+
+def _drain(opened: Runtime, end: float | None, *, backfill: bool | None = None) -> int:
+    _ask_again(opened)
+    with draining(opened, backfill=backfill) as child:
+        return _follow(opened, child, end)
+
+
 @contextmanager
-def draining(opened: Runtime, *stages: str) -> Iterator[subprocess.Popen[bytes]]:
+def draining(opened: Runtime, *stages: str, backfill: bool | None = None) -> Iterator[subprocess.Popen[bytes]]:
     """A process that drains (some stages), because that needs torch and this command line must not.
 
     A stop is passed on: the process gives its work back, and we end as it does. It does not outlive its caller.
@@ -194,6 +227,7 @@ def draining(opened: Runtime, *stages: str) -> Iterator[subprocess.Popen[bytes]]
         **_places(opened.settings)[0].env,
         "CURATOR_PROJECT": str(opened.settings.project),
         "CURATOR_DATABASE_URL": opened.database_url,
+        **({} if backfill is None else {"CURATOR_SCHEDULE_BACKFILL": str(backfill)}),
     }
     argv = [sys.executable, "-m", "workers.drain", *stages]
     child = subprocess.Popen(argv, env=environment, cwd=opened.settings.project)
@@ -215,11 +249,10 @@ def _drained(opened: Runtime) -> str:
     return f"drained: {totals.scored} of {totals.examples} examples are scored, {totals.flagged} flags are in force"
 
 
-def _follow(opened: Runtime, child: subprocess.Popen[bytes], timeout: float | None) -> int:
+def _follow(opened: Runtime, child: subprocess.Popen[bytes], end: float | None) -> int:
     """Show what is left until the child ends. Ctrl-C reaches the child by itself; it gives its work back."""
     from tqdm import tqdm
 
-    end = None if timeout is None else time.monotonic() + timeout
     with tqdm(unit=" steps", desc="draining", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
         try:
             while not ended(child, 1.0):

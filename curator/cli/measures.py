@@ -64,6 +64,24 @@ def list_checkpoints(here: Invocation, form: Form) -> None:
     show(rows, form)
 
 
+@checkpoint.command("average")
+@click.option("--slice", "slice_", help="Only by this validation slice.")
+@click.option("--worst", is_flag=True, help="Those that harm most first.")
+@click.option("--limit", type=click.IntRange(0), default=50, show_default=True, help="Rows at most; 0 lists all.")
+@rows_options
+@pass_invocation
+def average(here: Invocation, slice_: str | None, worst: bool, limit: int, form: Form) -> None:
+    """Rank examples by their influence averaged over all checkpoints that they were scored at, best first.
+
+    `curator drain --at NAME` scores them at further checkpoints, such as those of a warm-up run.
+    """
+    from curator.views import flags, names
+
+    with here.reading() as connection:
+        names.require_slice(connection, slice_)
+        show(flags.averaged(connection, slice_, limit or None, worst=worst), form)
+
+
 @checkpoint.command("use")
 @click.argument("name")
 @pass_invocation

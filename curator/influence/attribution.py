@@ -19,6 +19,7 @@ from curator.influence.capture import Reader, capture, each, find_layers
 from curator.influence.codes import FoldedCode
 from curator.influence.confidence import calibrated_loss, measurement_slope
 from curator.influence.controls import LastHidden
+from curator.influence.curvature import Moments
 from curator.influence.exact import DirectionSums, ExactDirections, ExactScores, ExactTerms, LowRankDirections, Towards
 from curator.influence.fitting import Fitted, Losses
 from curator.influence.kept import KeptEntries
@@ -63,9 +64,16 @@ class Attributor:
         return Attributor(self.model, losses, self.spec, self.fitted)
 
     @classmethod
-    def fit(cls, model: nn.Module, losses: Losses, trusted: Iterable[Any], spec: RecipeSpec) -> Attributor:
+    def fit(
+        cls,
+        model: nn.Module,
+        losses: Losses,
+        trusted: Iterable[Any],
+        spec: RecipeSpec,
+        moments: Moments | None = None,
+    ) -> Attributor:
         """Fit a recipe on batches of TRUSTED data; see ``fitting.fit``, also for what it raises."""
-        return cls(model, losses, spec, fitting.fit(model, losses, trusted, spec))
+        return cls(model, losses, spec, fitting.fit(model, losses, trusted, spec, moments))
 
     def state(self) -> dict[str, Tensor]:
         """Everything fitted, as contiguous CPU tensors by name."""

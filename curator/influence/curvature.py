@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -323,16 +323,27 @@ class LowRankRoot:
 Root = Tensor | LowRankRoot
 
 
-def adam_whitening(second_moments: Mapping[str, Tensor], masks: Mapping[str, LayerMask], epsilon: float) -> Whitening:
+class Moments(Protocol):
+    """Second moments of an optimiser's state, bias-corrected, and its epsilon; absolute, as Adam's is."""
+
+    @property
+    def epsilon(self) -> float: ...  # noqa: D102 - said above
+
+    def v_OI(self, layer: str) -> Tensor: ...  # noqa: D102
+
+
+def adam_whitening(moments: Moments, masks: Mapping[str, LayerMask]) -> Whitening:
     """Adam's own preconditioner 1 / (sqrt(v) + epsilon), half on each side, at the kept entries (arXiv:2402.04333).
 
-    Args:
-        second_moments: v_OI of each layer, of the optimiser's state, bias-corrected.
-        masks: of the same layers, in the order of the vector.
-        epsilon: the optimiser's; absolute, as Adam's is.
+    ``masks`` are of the moments' layers, in the order of the vector.
     """
-    roots = {n: (second_moments[n][m.coordinates()].double().sqrt() + epsilon).rsqrt() for n, m in masks.items()}
-    return Whitening(columns(masks), {n: root.float() for n, root in roots.items()})
+    return Whitening(columns(masks), {n: _adam_root(moments, n, mask) for n, mask in masks.items()})
+
+
+def _adam_root(moments: Moments, layer: str, mask: LayerMask) -> Tensor:
+    rows, columns = mask.coordinates()
+    v_k = moments.v_OI(layer).to(rows.device)[rows, columns]
+    return (v_k.double().sqrt() + moments.epsilon).rsqrt().float()
 
 
 def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -140,7 +140,7 @@ class LowRankDirections:
 
     def to(self, where: Where) -> LowRankDirections:
         """The same elsewhere."""
-        left, right, core = (_moved(tensors, where) for tensors in (self.left_OR, self.right_IR, self.core))
+        left, right, core = (_moved(by_layer, where) for by_layer in (self.left_OR, self.right_IR, self.core))
         return LowRankDirections(self.names, left, right, core, self.unit_error_S, self.whitened_error_S)
 
 

@@ -25,7 +25,9 @@ from curator.influence.curvature import (
     Chunks,
     FisherSums,
     LowRankRoot,
+    Moments,
     Whitening,
+    adam_whitening,
     principals,
     under,
 )
@@ -63,7 +65,7 @@ class Fitted:
         return columns(self.masks)
 
     def to(self, device: torch.device, where: Where) -> Fitted:
-        """The same with what is by layer ``where`` the layers are, and what takes all of them together on ``device``."""
+        """The same with what is by layer ``where`` the layers are, and what takes all together on ``device``."""
         masks = {name: mask.to(at(where, name)) for name, mask in self.masks.items()}
         return Fitted(masks, self.encoding.to(device), self.roots.to(where) if self.roots else None, self.temperature)
 
@@ -138,8 +140,13 @@ class _Sample:
         return capture(self.model, self.layers, lambda: self.losses(self.model, batch), read)
 
 
-def fit(model: nn.Module, losses: Losses, trusted: Iterable[Any], spec: RecipeSpec) -> Fitted:
+def fit(
+    model: nn.Module, losses: Losses, trusted: Iterable[Any], spec: RecipeSpec, moments: Moments | None = None
+) -> Fitted:
     """Fit a recipe on batches of TRUSTED data: one pass, unless the recipe asks for more.
+
+    ``moments`` of the layers' weights stand for the curvature where the recipe's is ``adam``; the pass is for the
+    temperature, and to see that every layer takes part.
 
     Raises:
         NoCurvature: no trusted example gave a finite gradient, or none a gradient at all.
@@ -153,7 +160,7 @@ def fit(model: nn.Module, losses: Losses, trusted: Iterable[Any], spec: RecipeSp
     energy = _energy(sample) if spec.measures_energy else None
     where = {layer.name: layer.device for layer in layers}
     masks = {name: mask.to(where[name]) for name, mask in draw_masks(layers, spec, energy).items()}
-    fisher = FisherSums(_summed(masks, spec), spec.curvature)
+    fisher = FisherSums(_summed(masks, spec), "identity" if moments else spec.curvature)
     kronecker = KroneckerSums(angular=spec.curvature == "angular")
     losses_N: list[Tensor] = []
     reached: set[str] = set()
@@ -163,7 +170,8 @@ def fit(model: nn.Module, losses: Losses, trusted: Iterable[Any], spec: RecipeSp
         losses_N.append(loss_B.float().cpu())
     _check_fit(fisher, masks, reached)
     roots = _roots(sample, kronecker, spec) if spec.exact else None
-    return Fitted(masks, _encoding(sample, masks, fisher, spec), roots, _temperature(losses_N, spec))
+    whitening = adam_whitening(moments, masks) if moments else _whitening(sample, masks, fisher, spec)
+    return Fitted(masks, _encoding(sample, masks, whitening, spec), roots, _temperature(losses_N, spec))
 
 
 def _energy(sample: _Sample) -> EnergySums:
@@ -197,8 +205,7 @@ def _roots(sample: _Sample, kronecker: KroneckerSums, spec: RecipeSpec) -> Krone
     return sums.roots(spec.damping)
 
 
-def _encoding(sample: _Sample, masks: Mapping[str, LayerMask], fisher: FisherSums, spec: RecipeSpec) -> Encoding:
-    whitening = _whitening(sample, masks, fisher, spec)
+def _encoding(sample: _Sample, masks: Mapping[str, LayerMask], whitening: Whitening, spec: RecipeSpec) -> Encoding:
     if not spec.shortens(sum(mask.kept for mask in masks.values())):
         return whitening
     code = fit_code(spec.code, _whitened(sample, masks, whitening), spec.code_dimension, spec.seed)

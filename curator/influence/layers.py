@@ -94,8 +94,8 @@ def device_of(module: nn.Module) -> torch.device:
     """Where a module computes: where its first parameter is, unless accelerate keeps that elsewhere between calls."""
     hook = getattr(module, "_hf_hook", None)
     for each in getattr(hook, "hooks", (hook,)):
-        if getattr(each, "execution_device", None) is not None:
-            return torch.device(each.execution_device)
+        if (found := getattr(each, "execution_device", None)) is not None:
+            return torch.device(found)
     return next((p.device for p in module.parameters()), torch.device("cpu"))
 
 

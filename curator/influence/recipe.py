@@ -19,6 +19,8 @@ class RecipeSpec:
 
     ``dimension`` is K, the kept entries over all layers, filled exactly (a smaller model is kept whole);
     ``kept`` fixes the budget of single layers. ``damping`` is relative to each block's mean eigenvalue.
+    ``curvature`` is the Fisher of unit gradients (``angular``), of gradients (``fisher``), or Adam's second moments
+    (``adam``), which have no Kronecker form: then nothing is ``exact``.
     ``measurement`` is what the plain influence is an influence on: the ``margin`` of the validation examples, their
     ``calibrated`` loss, or their ``loss``; the normalised influence is the same for all three. ``exact`` fits the
     Kronecker factors of the full layers too; their ``exact_curvature`` is ``kfac``, or ``ekfac``, which takes one more

@@ -22,6 +22,7 @@ from curator.influence.attribution import Attributor, Measured
 from curator.influence.confidence import code_error
 from curator.influence.controls import Controls, terms
 from curator.influence.exact import directions_of
+from curator.influence.layers import find_layers
 from curator.influence.mixtures import Mixtures
 from curator.influence.scoring import Directions
 from curator.settings import Settings
@@ -129,7 +130,8 @@ def _fit(tools: Instrument, trusted: Sequence[ValidationExample]) -> Attributor:
     records = [example.record for example in trusted]
     # A list: a code is fitted in further passes over the same batches.
     batches = list(tools.batches(records))
-    return Attributor.fit(tools.model, base.losses_of(tools.workload), batches, tools.spec)
+    moments = base.second_moments_of(tools.workload, find_layers(tools.model, tools.spec.layers, tools.spec.bias))
+    return Attributor.fit(tools.model, base.losses_of(tools.workload), batches, tools.spec, moments)
 
 
 def _measured(tools: Instrument, attributor: Attributor, examples: Sequence[ValidationExample]) -> Measured:

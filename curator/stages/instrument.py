@@ -14,7 +14,7 @@ import torch
 from sqlalchemy import Connection
 from torch import Tensor, nn
 
-from curator.errors import CheckpointChanged, CuratorError, DeviceLost, NoSuchDevice
+from curator.errors import CheckpointChanged, CuratorError, DeviceLost, ExactWithoutForm, NoSuchDevice
 from curator.influence.attribution import Attributor, Measured, RecipeSpec
 from curator.influence.controls import Controls, terms
 from curator.influence.curvature import under
@@ -230,11 +230,19 @@ def verified(recipe: Recipe) -> Path:
 
 
 def _spec(recipe: Recipe, workload: Workload, model: nn.Module) -> RecipeSpec:
-    """A workload that names its layers is asked, unless the settings name some."""
+    """A workload that names its layers is asked, unless the settings name some; so is one for its optimiser's state.
+
+    Raises:
+        ExactWithoutForm: there is such a state, and the settings ask for exact scores.
+    """
     spec = RecipeSpec.from_dict(recipe.spec["gradients"])
-    if spec.layers != ("*",) or not hasattr(workload, "layers"):
+    if spec.layers == ("*",) and hasattr(workload, "layers"):
+        spec = replace(spec, layers=base.layers_of(workload, model))
+    if base.second_moments_of(workload, find_layers(model, spec.layers, spec.bias)) is None:
         return spec
-    return RecipeSpec.from_dict({**spec.to_dict(), "layers": list(base.layers_of(workload, model))})
+    if spec.exact:
+        raise ExactWithoutForm()
+    return replace(spec, curvature="adam")
 
 
 def _controls(kept: Mapping[str, Any]) -> Controls | None:

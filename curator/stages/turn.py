@@ -4,8 +4,8 @@ What an exception means is decided here, for all stages:
 
 * DependencyDown: nobody's fault. The lease goes back, as soon as there is a database to take it, and the caller tries
   again later.
-* of these, a device that is lost: the process has to end, and a record may have done it (an index that a kernel refuses).
-  So the work is suspected, like that of a worker that was killed.
+* of these, a device that is lost: the process has to end, and a record may have done it (an index that a kernel
+  refuses). So the work is suspected, like that of a worker that was killed.
 * of these, a deadlock or another collision with somebody else's transaction: tried again at once.
 * UsageError: the operator has to mend something. The work waits, with the message where ``status`` shows it, and the
   stage is tried ever more rarely, since each time may cost loading a model.

@@ -151,6 +151,20 @@ def valuable(connection: Connection, selection: str | None, limit: int | None) -
     )
 
 
+def averaged(connection: Connection, slice_: str | None, limit: int | None, worst: bool) -> Iterator[Row[Any]]:
+    """Examples by their mean influence over the checkpoints that they were scored at."""
+    query = f"""
+        SELECT a.*, e.record
+        FROM (SELECT * FROM curator.ensemble_influence
+              WHERE CAST(:slice AS text) IS NULL OR slice = :slice
+              ORDER BY normalised_influence {"ASC" if worst else "DESC"}, example_id LIMIT :limit) a
+        JOIN curator.examples e ON e.id = a.example_id
+        ORDER BY a.normalised_influence {"ASC" if worst else "DESC"}, a.example_id
+    """  # noqa: S608 - the directions above
+    chunked = connection.execution_options(yield_per=_CHUNK)
+    return iter(chunked.execute(text(query), {"slice": slice_, "limit": limit}))
+
+
 def quarantined(connection: Connection, source: str | None, code: str | None, limit: int | None) -> Rows:
     """Refused records, latest first."""
     return list(

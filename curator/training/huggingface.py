@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from curator.client import Client
 from curator.errors import CuratorError
+from curator.training.adam import save_second_moments
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +25,13 @@ class CuratorCallback(TrainerCallback):
     """
 
     def __init__(
-        self, project: str | PathLike[str], *, run: str = "run", use: bool = True, losses: bool = True
+        self,
+        project: str | PathLike[str],
+        *,
+        run: str = "run",
+        use: bool = True,
+        losses: bool = True,
+        second_moments: bool = False,
     ) -> None:
         """Name the project.
 
@@ -33,8 +40,10 @@ class CuratorCallback(TrainerCallback):
             run: checkpoints are registered as ``RUN-STEP``.
             use: measure new arrivals with each as it comes.
             losses: write what the trainer logs, a line of JSON each, to ``.curator/runs/RUN.jsonl``.
+            second_moments: save Adam's beside the weights, for the workload's option of that name.
         """
         self.project, self.run, self.use, self.losses = Path(fspath(project)), run, use, losses
+        self.second_moments = second_moments
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Register the checkpoint that was just saved; of several processes, the first one does."""
@@ -42,6 +51,8 @@ class CuratorCallback(TrainerCallback):
             return
         folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
         try:
+            if self.second_moments:
+                save_second_moments(kwargs["model"], kwargs["optimizer"], folder)
             with Client(self.project) as client:
                 client.add_checkpoint(f"{self.run}-{state.global_step}", folder, use=self.use)
         except CuratorError as error:

@@ -52,8 +52,25 @@ class Chosen:
     preview: str
 
 
+@dataclass(frozen=True, slots=True)
+class Averaged:
+    """An example's influence on a slice, over the checkpoints that it was scored at."""
+
+    example_id: int
+    external_id: str | None
+    source: str
+    validation_set: str
+    slice: str
+    checkpoints: int
+    normalised_influence: float
+    stderr: float | None
+    preview: str
+
+
 _FLAG = tuple(name for name in Flag.__dataclass_fields__ if name != "preview")
 _CHOSEN = tuple(name for name in Chosen.__dataclass_fields__ if name != "preview")
+
+_AVERAGED = tuple(name for name in Averaged.__dataclass_fields__ if name != "preview")
 
 
 def flagged(
@@ -68,3 +85,11 @@ def valuable(connection: Connection, selection: str | None = None, limit: int | 
     """What was chosen, best first."""
     for row in reads.valuable(connection, selection, limit):
         yield Chosen(**{name: getattr(row, name) for name in _CHOSEN}, preview=preview(row.record))
+
+
+def averaged(
+    connection: Connection, slice_: str | None = None, limit: int | None = None, *, worst: bool = False
+) -> Iterator[Averaged]:
+    """Examples by their mean influence over checkpoints, best or worst first."""
+    for row in reads.averaged(connection, slice_, limit, worst):
+        yield Averaged(**{name: getattr(row, name) for name in _AVERAGED}, preview=preview(row.record))

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from curator.errors import CuratorError, LossShape, WorkloadFailed, WorkloadIncomplete
-from curator.influence.capture import find_layers
+from curator.influence.capture import Layer, find_layers
+from curator.influence.curvature import Moments
 from curator.workloads.checkpoints import weights_at
 
 Record = Mapping[str, Any]
@@ -29,7 +30,8 @@ class Workload(Protocol):
     Optional, with defaults in this module: ``layers(model) -> names``, ``validation_losses(model, batch) -> (B,)``,
     ``n_tokens(record) -> int``, ``n_cut(record) -> int``, ``validate(record) -> None or a reason``,
     ``correct(model, batch) -> (B,)`` of zeros and ones, ``training() -> Training`` and
-    ``train(model, records, *, seed, device, how) -> model``; ``positions(record) -> texts`` has none.
+    ``train(model, records, *, seed, device, how) -> model``; ``positions(record) -> texts`` has none, nor
+    ``second_moments(layers) -> Moments or None``.
     """
 
     def load(self, checkpoint: Path, device: torch.device) -> nn.Module:
@@ -93,6 +95,15 @@ def layers_of(workload: Workload, model: nn.Module) -> tuple[str, ...]:
         with users_code("layers"):
             return tuple(choose(model))
     return tuple(layer.name for layer in find_layers(model))
+
+
+def second_moments_of(workload: Workload, layers: Sequence[Layer]) -> Moments | None:
+    """Adam's second moments of the layers' weights, where the workload is told to take them for the curvature."""
+    if find := getattr(workload, "second_moments", None):
+        with users_code("second_moments"):
+            moments: Moments | None = find(layers)
+            return moments
+    return None
 
 
 def n_tokens_of(workload: Workload, record: Record) -> int:

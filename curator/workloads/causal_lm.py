@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from curator.errors import BadWorkloadOption, NotLoaded, RecordUnusable, TemplateDiffers
-from curator.influence.capture import examples_of_rows, find_layers
+from curator.influence.capture import Layer, examples_of_rows, find_layers
 from curator.influence.dropout import at_least_float32
+from curator.workloads.adam import SecondMoments, second_moments
 from curator.workloads.base import Record
 from curator.workloads.experts import take_apart
 from curator.workloads.huggingface import Placement, Quantization, Weights, pretrained
@@ -50,9 +51,12 @@ class Options:
     former behave almost like dot products, the latter cost little more. ``objective`` dpo takes preference pairs
     (arXiv:2305.18290, equation 7) at temperature ``beta`` against the folder ``reference``, or where that is empty
     against the checkpoint itself, which is what training starts from. A record of more than ``max_tokens`` loses its
-    end, which is counted, or is refused: ``overlong``. ``quantization`` 4bit or 8bit, or a table of arguments of
-    BitsAndBytesConfig, quantises the weights while they are loaded, as a QLoRA trainer does. ``device_map`` and
-    ``max_memory`` are accelerate's, for a model too big for one device, and no part of the recipe.
+    end, which is counted, or is refused: ``overlong``.
+
+    ``quantization`` 4bit or 8bit, or a table of arguments of BitsAndBytesConfig, quantises the weights while they are
+    loaded, as a QLoRA trainer does. ``second_moments`` is a file in the checkpoint's folder, and so part of its content
+    (``curator.training.adam``): what the optimiser knew stands for the curvature. ``device_map`` and ``max_memory`` are
+    accelerate's, for a model too big for one device, and no part of the recipe.
     """
 
     max_tokens: int = 512
@@ -65,6 +69,7 @@ class Options:
     objective: Literal["sft", "dpo"] = "sft"
     beta: float = 0.1
     reference: str = ""
+    second_moments: str = ""
     quantization: Quantization = ""
     device_map: str | Mapping[str, Any] = ""
     max_memory: Mapping[str, Any] = field(default_factory=dict)
@@ -78,6 +83,8 @@ class Options:
                 f"quantization is {self.quantization!r}: it is 4bit, 8bit or a table of BitsAndBytesConfig's arguments"
             )
             raise BadWorkloadOption(kind=KIND, reason=reason)
+        if self.second_moments != Path(self.second_moments).name:
+            raise BadWorkloadOption(kind=KIND, reason="second_moments is no file name, of the checkpoint's own folder")
 
 
 class CausalLM:
@@ -86,6 +93,7 @@ class CausalLM:
     def __init__(self, project: Path = Path(), options: Options | None = None) -> None:
         self.project, self.options = project, options or Options()
         self._tokenizer: Any = None
+        self._checkpoint: Path | None = None
         self._reference: nn.Module | None = None
         self._mixture = False
 
@@ -107,6 +115,7 @@ class CausalLM:
         """
         model, self._tokenizer = self._pretrained(checkpoint, device)
         self._reference = None
+        self._checkpoint = checkpoint
         if self.options.chat_template:
             self._take_template(self.project / self.options.chat_template)
         if self.options.objective == "dpo" and self.options.reference:
@@ -144,6 +153,16 @@ class CausalLM:
         if own and not names:
             raise BadWorkloadOption(kind=KIND, reason='weights is "adapter", and the checkpoint has no LoRA matrices')
         return tuple(names)
+
+    def second_moments(self, layers: Sequence[Layer]) -> SecondMoments | None:
+        """Those of the run that made the checkpoint, where the option names their file.
+
+        Raises:
+            SecondMomentsUnfit, CheckpointMissing, PickleRefused: see ``adam.second_moments``.
+        """
+        if not self.options.second_moments or self._checkpoint is None:
+            return None
+        return second_moments(self._checkpoint / self.options.second_moments, layers)
 
     # --- records --------------------------------------------------------------------------------------------
 

@@ -62,8 +62,8 @@ def is_fused(module: nn.Module) -> bool:
 def take_apart(model: nn.Module) -> bool:
     """Replace every fused block of the model; whether there was one.
 
-    Blocks of another make (biases, transposed weights) stay as they are: their experts are not captured. So do those that
-    accelerate keeps elsewhere between calls, where there is nothing to take apart.
+    Blocks of another make (biases, transposed weights) stay as they are: their experts are not captured. So do those
+    that accelerate keeps elsewhere between calls, where there is nothing to take apart.
     """
     found = [
         (parent, name, child)

@@ -1,7 +1,7 @@
 """Local Hugging Face folders: safetensors only, no network, no code from the folder.
 
 A folder may be a PEFT adapter (LoRA, DoRA, rsLoRA): its base model is the local folder that its configuration names.
-A model too big for one device is spread by accelerate; its weights may be quantised, in the folder or while it is loaded.
+A model too big for one device is spread by accelerate. Weights may be quantised, in the folder or while it is loaded.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ Weights = Literal["full", "adapter"]
 class Placement:
     """Where a model's parts go, in accelerate's words; by default all of it on one device.
 
-    ``device_map`` is ``auto`` or a table from modules to devices; ``max_memory`` what ``auto`` may take of each, a table
-    from device numbers and ``cpu`` to ``20GiB``.
+    ``device_map`` is ``auto`` or a table from modules to devices; ``max_memory`` what ``auto`` may take of each, a
+    table from device numbers and ``cpu`` to ``20GiB``.
     """
 
     device_map: str | Mapping[str, Any] = ""
@@ -84,14 +84,14 @@ def pretrained(
     Raises:
         ExtraMissing: transformers, peft for an adapter, or what quantised weights need, is not installed.
         AdapterBaseMissing: the adapter's base model is not a local folder.
-        CheckpointForeign: the folder cannot be read as such a model; one that needs ``trust_remote_code`` cannot, nor one
-            whose quantised weights have no backward pass.
+        CheckpointForeign: the folder cannot be read as such a model; one that needs ``trust_remote_code`` cannot, nor
+            one whose quantised weights have no backward pass.
     """
     transformers = _library("transformers", "A Hugging Face folder")
     base = adapter_base(folder)
     tokenized = folder if base is None or (folder / "tokenizer_config.json").exists() else base
     quantised = _quantised(base or folder, quantization, dtype)
-    placed = placement.arguments(device, bool(quantised) or _is_quantised(base or folder))
+    placed = placement.arguments(device, bool(quantised or _method(base or folder)))
     try:
         with _quiet(transformers):
             tokenizer = transformers.AutoTokenizer.from_pretrained(tokenized, **OFFLINE)
@@ -106,7 +106,7 @@ def pretrained(
     return (model if placed else model.to(device)).eval(), tokenizer
 
 
-def _is_quantised(folder: Path) -> str:
+def _method(folder: Path) -> str:
     """The method by which a folder's weights are quantised; empty where they are not."""
     config = folder / "config.json"
     known = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
@@ -115,7 +115,7 @@ def _is_quantised(folder: Path) -> str:
 
 def _quantised(folder: Path, asked: Quantization, dtype: torch.dtype) -> dict[str, Any]:
     """The arguments of ``from_pretrained`` that quantise."""
-    if asked or _is_quantised(folder) == "bitsandbytes":
+    if asked or _method(folder) == "bitsandbytes":
         _library("bitsandbytes", "A model with quantised weights", extra="quantised")
     if not asked:
         return {}

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 from sqlalchemy import Engine, text
 
+from curator.cli import daemon
 from curator.errors import CheckpointInUse, NoSuchCheckpoint
 from curator.influence import naive
 from curator.settings import Settings
@@ -17,7 +20,9 @@ from curator.stages import directions, examples, gradients, recipes, scores, upk
 from curator.stages.turn import Turn
 from curator.store import work
 from curator.store.engine import begin, read
+from curator.store.recipes import checkpoint_in_use
 from curator.types import Record
+from curator.views import flags
 from curator.workloads import checkpoints
 from tests import digits
 
@@ -200,6 +205,46 @@ def test_an_ensemble_is_the_mean_over_the_checkpoints_an_example_was_scored_at(w
         assert row.checkpoints == n
         assert row.normalised_influence == pytest.approx(mean, abs=1e-6)
         assert row.stderr == (pytest.approx(error, abs=1e-6) if n > 1 else None)
+
+
+@pytest.mark.parametrize("fails_at", ["", "warm"])
+def test_examples_are_scored_at_further_checkpoints_and_ranked_by_the_mean(
+    world: World, monkeypatch: pytest.MonkeyPatch, fails_at: str
+) -> None:
+    """Whatever happens meanwhile, the checkpoint in use is in use again; what is measured is not measured again."""
+    seen: list[str] = []
+
+    def drain(opened: Any, end: float | None, *, backfill: bool | None = None) -> int:
+        with read(world.engine) as connection:
+            in_use = checkpoint_in_use(connection)
+        assert in_use is not None
+        assert backfill
+        seen.append(in_use.name)
+        world.work()
+        return 3 if in_use.name == fails_at else 0
+
+    world.next_checkpoint()
+    world.work()
+    world.arrive("second.jsonl", 100, 120)
+    world.work()
+    path = world.folder / "warm.safetensors"
+    save_file({name: tensor * 1.02 for name, tensor in load_file(world.files.checkpoint).items()}, path)
+    with begin(world.engine) as connection:
+        recipes.register_checkpoint(connection, "warm", path, bytes.fromhex(checkpoints.digest(path)))
+    monkeypatch.setattr(daemon, "_drain", drain)
+    opened = SimpleNamespace(engine=world.engine, settings=world.settings)
+    assert daemon._drain_at(opened, ("warm", "base"), None) == (3 if fails_at else 0)  # type: ignore[arg-type]
+    assert seen == ["warm"] if fails_at else ["warm", "base"]
+    with read(world.engine) as connection:
+        assert connection.scalar(text("SELECT name FROM curator.checkpoints WHERE in_use")) == "next"
+        ranked = list(flags.averaged(connection))
+        worst = [row.example_id for row in flags.averaged(connection, worst=True, limit=5)]
+    means = [row.normalised_influence for row in ranked]
+    assert means == sorted(means, reverse=True)
+    assert worst == [row.example_id for row in ranked[::-1]][:5]
+    if not fails_at:
+        assert {row.checkpoints for row in ranked} == {3}
+        assert len(ranked) == 120
 
 
 def test_a_validation_set_that_comes_back_into_use_judges_again(world: World) -> None:

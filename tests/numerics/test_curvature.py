@@ -1,5 +1,7 @@
 """Curvature: sums that add up, roots that whiten, damping that follows the scale."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -221,7 +223,7 @@ def test_a_low_rank_root_of_nothing_is_zero():
 def test_adam_s_moments_precondition_as_adam_does():
     masks = {"l": draw("coordinate", 0, "l", (3, 4), 6)}
     v = torch.rand(3, 4, generator=torch.Generator().manual_seed(0))
-    W = adam_whitening({"l": v}, masks, 1e-8)
+    W = adam_whitening(SimpleNamespace(epsilon=1e-8, v_OI={"l": v}.__getitem__), masks)
     g = torch.randn(2, 6, generator=torch.Generator().manual_seed(1))
     twice = W.apply(W.apply(g))
     torch.testing.assert_close(twice, g / (v[masks["l"].coordinates()].sqrt() + 1e-8))

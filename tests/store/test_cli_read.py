@@ -38,9 +38,18 @@ def test_flags_by_source_and_slice(curator: Curator) -> None:
     assert curator.rows("flagged", "--source", "vendor-a") == []
 
 
+def test_examples_are_ranked_by_the_mean_over_checkpoints(curator: Curator) -> None:
+    best = curator.rows("checkpoint", "average", "--limit", "3")
+    worst = curator.rows("checkpoint", "average", "--worst", "--limit", "0")
+    assert [row["example_id"] for row in best] == [row["example_id"] for row in worst[::-1]][:3]
+    assert {row["slice"] for row in curator.rows("checkpoint", "average", "--slice", "sport")} == {"sport"}
+    assert {row["checkpoints"] for row in worst} == {1}
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "meant"),
     [
+        (("checkpoint", "average", "--slice", "sprot"), "CUR-VAL-008", "Did you mean 'sport'?"),
         (("flagged", "--check", "--source", "vendor-x"), "CUR-SRC-001", "Did you mean 'vendor-b'?"),
         (("flagged", "--check", "--slice", "sprot"), "CUR-VAL-008", "Did you mean 'sport'?"),
         (("quarantine", "list", "--source", "vendro-a"), "CUR-SRC-001", "Did you mean 'vendor-a'?"),
