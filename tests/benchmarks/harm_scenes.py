@@ -225,7 +225,11 @@ def _images(x_NI: Floats, y_N: Ints, width: int, sizes: tuple[int, int, int, int
 
     def make() -> nn.Module:
         return nn.Sequential(
-            nn.Linear(x_NI.shape[1], width), nn.ReLU(), nn.Linear(width, width // 2), nn.ReLU(), nn.Linear(width // 2, 10)
+            nn.Linear(x_NI.shape[1], width),
+            nn.ReLU(),
+            nn.Linear(width, width // 2),
+            nn.ReLU(),
+            nn.Linear(width // 2, 10),
         )
 
     def copy(x: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
@@ -286,9 +290,7 @@ def _texts(x: list[str], y_N: Ints, foreign: list[str], sizes: tuple[int, int, i
 
     topic_N = kmeans(latent(x, 0), CLUSTERS, 0)
     how = Training(epochs=6, batch=64, learning_rate=1e-2, weight_decay=0.0)
-    return Data(
-        x, y_N, topic_N, other, mails._edited, workload, lambda: HashedText(workload.config), how, sizes
-    )
+    return Data(x, y_N, topic_N, other, mails._edited, workload, lambda: HashedText(workload.config), how, sizes)
 
 
 @cache

@@ -110,6 +110,9 @@ def _flags(p: Floats, bad: NDArray[np.bool_]) -> dict[str, list[float]]:
     """False discovery proportion and power by level."""
     flagged = {level: benjamini_hochberg(p) <= level for level in LEVELS}
     return {
-        f"{level:g}": [round(float((f & ~bad).sum() / max(1, f.sum())), 4), round(float((f & bad).sum() / bad.sum()), 4)]
+        f"{level:g}": [
+            round(float((f & ~bad).sum() / max(1, f.sum())), 4),
+            round(float((f & bad).sum() / bad.sum()), 4),
+        ]
         for level, f in flagged.items()
     }
