@@ -16,7 +16,7 @@ _SCORED = """
 
 
 def scores_of_batch(connection: Connection, batch_id: int, recipe_id: int, set_id: int) -> Rows:
-    """What a batch is judged on: an example's id, its scores, the verdict in force (``former``), what it is a copy of."""
+    """What a batch is judged on: an example's id, scores, verdict in force (``former``), what it nearly copies."""
     return list(
         connection.execute(
             text(

