@@ -147,7 +147,7 @@ class Verdicts:
 class Policy:
     """A rule that gives verdicts: a table ``[policy.NAME]``. One of the name of a built-in rule changes that rule."""
 
-    kind: Literal["harmful", "outlier", "duplicate", "valuable"] = "harmful"
+    kind: Literal["harmful", "outlier", "valuable"] = "harmful"
     score: Literal["harm", "influence"] = field(
         default="harm", metadata={"doc": 'kind = "harmful": by the combined harm, or by a negative influence alone'}
     )

@@ -85,7 +85,7 @@ def claim(connection: Connection, settings: Settings) -> Batch | None:
     """Lease one batch whose examples are all through.
 
     One that is so no longer, since the directions were replaced, is dropped: whoever finishes it offers it again. One
-    whose pool is still at work waits for it, and one whose copies are a policy's concern until they are looked for.
+    whose pool is still at work waits for it.
     """
     policy_set_id = policies.adopt(connection, settings)
     while lease := work.claim(connection, STAGE, 1, settings.limits.lease_seconds):
@@ -102,8 +102,6 @@ def claim(connection: Connection, settings: Settings) -> Batch | None:
 def _read(connection: Connection, settings: Settings, lease: Lease, batch_id: int, policy_set_id: int) -> Batch | None:
     set_id = directions.directions_in_use(connection, lease.recipe_id)
     assert set_id is not None, "a batch is through on directions"
-    if _of_kind(settings, "duplicate") and verdicts.awaits_sketches(connection, batch_id):
-        return None
     rows = verdicts.scores_of_batch(connection, batch_id, lease.recipe_id, set_id)
     wanted = settings.verdicts.pool - len(rows)
     earlier = (
@@ -138,7 +136,7 @@ def compute(settings: Settings, batch: Batch) -> Result:
         [
             _finding(name, each, at[name], columns, earlier, batch.references)
             for name, each in settings.policies().items()
-            if each.kind in ("harmful", "outlier")
+            if each.kind != "valuable"
         ],
         columns,
     )
@@ -215,10 +213,7 @@ def _level(connection: Connection, settings: Settings, batch: Batch, found: Find
 
 
 def _judged(settings: Settings, batch: Batch, result: Result, levels: Mapping[str, float]) -> list[Judged]:
-    """The verdict on each example: of the policies that flag it the surest one's, else valuable, else neutral.
-
-    That it is a copy is said of what no evidence is against.
-    """
+    """The verdict on each example: of the policies that flag it the surest one's, else valuable, else neutral."""
     if result.columns is None:
         return []
     holds = settings.verdicts.stream != "off"
@@ -230,7 +225,6 @@ def _judged(settings: Settings, batch: Batch, result: Result, levels: Mapping[st
         for b in np.flatnonzero(flagged_B).tolist():
             if b not in flags or found.q_B[b] < (flags[b].q_value or 0):
                 flags[b] = _flag(batch, found, b, levels[found.name])
-    flags = _copies(settings, batch) | flags
     flagged_B = np.isin(np.arange(len(batch.rows)), list(flags))
     chosen = _chosen(settings, batch, result.columns, flagged_B)
     return [flags.get(b) or chosen.get(b) or _neutral(b, result) for b in range(len(batch.rows))]
@@ -256,26 +250,12 @@ def _flag(batch: Batch, found: Finding, b: int, level: float) -> Judged:
     )
 
 
-def _copies(settings: Settings, batch: Batch) -> dict[int, Judged]:
-    """What is nearly the same as something that came before, by row: counted out, so no p-value belongs to it."""
-    copies = {b: row for b, row in enumerate(batch.rows) if row.of_id is not None}
-    found: dict[int, Judged] = {}
-    for name, policy in _of_kind(settings, "duplicate").items():
-        at, version = policies.positions(name, policy, batch.slices)[0], policies.version(policy)
-        for b, row in copies.items():
-            reason = f"nearly the same as example {row.of_id} (likeness {row.similarity:.2f})"
-            found.setdefault(b, Judged(b, Verdict.HARMFUL, reason, name, version, at))
-    return found
-
-
-def _of_kind(settings: Settings, kind: str) -> dict[str, Policy]:
-    return {name: policy for name, policy in settings.policies().items() if policy.kind == kind}
-
-
 def _chosen(settings: Settings, batch: Batch, columns: Columns, flagged_B: NDArray[np.bool_]) -> dict[int, Judged]:
     """What the policies that choose take, by row; the first policy that takes an example is the one that speaks."""
     chosen: dict[int, Judged] = {}
-    for name, policy in _of_kind(settings, "valuable").items():
+    for name, policy in settings.policies().items():
+        if policy.kind != "valuable":
+            continue
         at = policies.positions(name, policy, batch.slices)
         for b in np.flatnonzero(policies.most_valuable(policy, at, columns, flagged_B)).tolist():
             weakest = min(at, key=lambda s, b=b: batch.rows[b].normalised[s])  # type: ignore[misc]

@@ -16,34 +16,20 @@ _SCORED = """
 
 
 def scores_of_batch(connection: Connection, batch_id: int, recipe_id: int, set_id: int) -> Rows:
-    """What a batch is judged on: an example's id, scores, verdict in force (``former``), what it nearly copies."""
+    """What a batch is judged on: an example's id, its scores, and the verdict in force (``former``)."""
     return list(
         connection.execute(
             text(
                 f"""
-                SELECT e.id, {_SCORED}, f.verdict AS former, k.of_id, k.similarity
+                SELECT e.id, {_SCORED}, f.verdict AS former
                 FROM curator.examples e
                 JOIN curator.scores s ON s.example_id = e.id AND s.recipe_id = :recipe_id
                 LEFT JOIN curator.verdicts_in_force f ON f.example_id = e.id
-                LEFT JOIN curator.sketches k ON k.example_id = e.id
                 WHERE e.batch_id = :batch_id AND s.direction_set_id = :set_id
                 ORDER BY e.id
                 """  # noqa: S608 - the columns above
             ),
             {"batch_id": batch_id, "recipe_id": recipe_id, "set_id": set_id},
-        )
-    )
-
-
-def awaits_sketches(connection: Connection, batch_id: int) -> bool:
-    """Whether some of a batch was not yet held against what came before it: near-duplicates follow the intake."""
-    return bool(
-        connection.scalar(
-            text(
-                "SELECT EXISTS (SELECT FROM curator.examples e WHERE e.batch_id = :id"
-                " AND NOT EXISTS (SELECT FROM curator.sketches k WHERE k.example_id = e.id))"
-            ),
-            {"id": batch_id},
         )
     )
 

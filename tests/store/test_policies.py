@@ -105,35 +105,6 @@ def test_an_outlier_is_one_among_the_references(two_slices: Engine, settings: Se
     assert [row[0] for row in history(two_slices) if row[1] == "harmful"] == [3]
 
 
-def look_for_copies(engine: Engine) -> None:
-    """The seventh example is nearly the third."""
-    with begin(engine) as connection:
-        connection.execute(
-            text(
-                "INSERT INTO curator.sketches (example_id, bands, of_id, similarity)"
-                " SELECT id, '{}', CASE id WHEN 7 THEN 3 END, CASE id WHEN 7 THEN 0.9 END FROM curator.examples"
-            )
-        )
-        connection.execute(text("UPDATE curator.work SET not_before = now() WHERE stage = 'verdicts'"))
-
-
-def test_a_copy_is_flagged_once_copies_were_looked_for(two_slices: Engine, settings: Settings) -> None:
-    """Not the first of its kind; and nothing is said of a batch before, or whether it is flagged were a race."""
-    copies = judging(settings, copies=Policy(kind="duplicate"))
-    run(two_slices, copies)
-    assert history(two_slices) == []
-    look_for_copies(two_slices)
-    run(two_slices, copies)
-    flags = history(two_slices, "example_id, policy, reason, p_value", "WHERE verdict = 'harmful'")
-    assert flags == [(7, "copies", "nearly the same as example 3 (likeness 0.90)", None)]
-
-
-def test_a_copy_is_no_flag_unless_a_policy_says_so(two_slices: Engine, settings: Settings) -> None:
-    look_for_copies(two_slices)
-    run(two_slices, settings)
-    assert [row[1] for row in history(two_slices)] == ["valuable"] * 2
-
-
 def test_every_verdict_carries_what_it_rests_on(arrived: Engine, settings: Settings) -> None:  # noqa: F811
     offer(arrived)
     run(arrived, settings)
