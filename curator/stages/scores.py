@@ -131,6 +131,7 @@ def _row(result: Result, row: int, number: int) -> Mapping[str, Any]:
         "percentile": result.percentile_BS[row].tolist(),
         "self_influence": float(scored.self_influence_B[row]),
         "neighbours": scored.neighbours_BS[row].tolist(),
+        "familiarity": scored.familiarity_BS[row].tolist(),
         "harm": scored.harm_BS[row].tolist(),
         "p_value": result.p_value_BS[row].tolist(),
     }

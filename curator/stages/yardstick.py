@@ -15,7 +15,7 @@ from torch import Tensor
 from curator.influence import scoring
 from curator.influence.attribution import Measured
 from curator.influence.confidence import compression_error, measurement_slope, standard_error
-from curator.influence.harm import Harm, evidence, neighbour_cosine
+from curator.influence.harm import Harm, evidence, nearest_trusted
 from curator.influence.scoring import Directions
 from curator.store import directions, tensors, validation, vectors
 from curator.store.recipes import Recipe
@@ -24,6 +24,9 @@ Key = tuple[int, str]
 Rows = tuple[Tensor, Tensor]
 """Whitened unit vectors and lengths of examples."""
 Floats = NDArray[np.float64]
+
+CHUNK = 1_000
+"""Trusted examples that are compared with all others at a time."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Scored:
     normalised_stderr_BS: Floats
     self_influence_B: Tensor
     neighbours_BS: Floats
+    familiarity_BS: Floats
     harm_BS: Floats
 
 
@@ -62,11 +66,10 @@ class Yardstick:
         cosines, weighted = _products(unit_BK, self.behind)
         away, away_weighted = _products(unit_BK, self.against)
         unit_error_BS, whitened_error_BS = self._compression_errors(unit_BK)
+        near = [nearest_trusted(c_BV) for c_BV in cosines]
+        facts = scores.self_influence_B.numpy(), calibrated_loss_B.numpy()
         harm = [
-            each(
-                evidence(scores.normalised_BS[:, s].numpy(), scores.self_influence_B.numpy(), calibrated_loss_B.numpy())
-            )
-            for s, each in enumerate(self.harms)
+            each(evidence(scores.normalised_BS[:, s].numpy(), *facts, *near[s])) for s, each in enumerate(self.harms)
         ]
         return Scored(
             influence_BS=scores.influence_BS,
@@ -74,7 +77,8 @@ class Yardstick:
             normalised_BS=scores.normalised_BS,
             normalised_stderr_BS=np.hypot(_spread(cosines, away), unit_error_BS),
             self_influence_B=scores.self_influence_B,
-            neighbours_BS=np.stack([neighbour_cosine(c_BV) for c_BV in cosines], axis=1),
+            neighbours_BS=np.stack([vote_B for vote_B, _ in near], axis=1),
+            familiarity_BS=np.stack([known_B for _, known_B in near], axis=1),
             harm_BS=np.stack(harm, axis=1).astype(np.float32).astype(np.float64),
         )
 
@@ -122,8 +126,9 @@ def fit(
     harms, behind, away = [], [], []
     for s, key in enumerate(keys):
         m, bad = measured.rows(rows[key]), measured.rows(against.get(key, torch.zeros(0, dtype=torch.long)))
-        own = _among_others(m.unit_BK, bad.unit_BK, towards.unit_SK[s])
-        harms.append(Harm.fit(evidence(own.numpy(), m.whitened_norm_B.square().numpy(), m.calibrated_loss_B.numpy())))
+        facts = m.whitened_norm_B.square().numpy(), m.calibrated_loss_B.numpy()
+        own = _among_others(m.unit_BK, bad.unit_BK, towards.unit_SK[s]).numpy()
+        harms.append(Harm.fit(evidence(own, *facts, *_nearest_others(m.unit_BK))))
         behind.append((m.unit_BK, m.whitened_norm_B * m.measurement_B))
         away.append((bad.unit_BK, bad.whitened_norm_B * bad.measurement_B))
     return Yardstick(towards, harms, behind, away)
@@ -135,6 +140,18 @@ def _among_others(unit_VK: Tensor, bad_NK: Tensor, direction_K: Tensor) -> Tenso
         return scoring.leave_one_out(unit_VK @ direction_K, len(unit_VK))
     away_K = bad_NK.mean(dim=0)
     return scoring.leave_one_out(unit_VK @ (direction_K + away_K), len(unit_VK)) - unit_VK @ away_K
+
+
+def _nearest_others(unit_VK: Tensor) -> tuple[Floats, Floats]:
+    """``nearest_trusted`` of the examples behind a direction, each among the others."""
+    found: list[tuple[Floats, Floats]] = []
+    for start in range(0, len(unit_VK), CHUNK):
+        cosine_BV = (unit_VK[start : start + CHUNK] @ unit_VK.T).numpy()
+        own = np.arange(len(cosine_BV))
+        cosine_BV[own, start + own] = 0.0  # nearest to nothing
+        found.append(nearest_trusted(cosine_BV))
+    vote, known = zip(*found, strict=True)
+    return np.concatenate(vote), np.concatenate(known)
 
 
 def load(connection: Connection, recipe: Recipe, set_id: int) -> Yardstick:

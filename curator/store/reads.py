@@ -65,7 +65,7 @@ def scores_of(connection: Connection, example_id: int) -> Rows:
                 """
                 SELECT checkpoint, validation_set, slice, influence, stderr, percentile, normalised_influence,
                        exact_influence, self_influence, harm, p_value, loss, calibrated_loss, gradient_norm,
-                       embedding_similarity, bm25
+                       embedding_similarity, bm25, neighbour_cosine, familiarity
                 FROM curator.influence_scores WHERE example_id = :id AND in_use ORDER BY validation_set, slice
                 """
             ),

@@ -16,15 +16,16 @@ def upsert(connection: Connection, recipe_id: int, set_id: int, rows: Sequence[M
         text(
             """
             INSERT INTO curator.scores (recipe_id, example_id, direction_set_id, influence, stderr, normalised,
-                                        normalised_stderr, percentile, self_influence, neighbours, harm, p_value)
+                                        normalised_stderr, percentile, self_influence, neighbours, familiarity, harm,
+                                        p_value)
             VALUES (:recipe_id, :id, :set_id, :influence, :stderr, :normalised, :normalised_stderr, :percentile,
-                    :self_influence, :neighbours, :harm, :p_value)
+                    :self_influence, :neighbours, :familiarity, :harm, :p_value)
             ON CONFLICT (recipe_id, example_id) DO UPDATE
             SET direction_set_id = excluded.direction_set_id, influence = excluded.influence,
                 stderr = excluded.stderr, normalised = excluded.normalised,
                 normalised_stderr = excluded.normalised_stderr, percentile = excluded.percentile,
-                self_influence = excluded.self_influence, neighbours = excluded.neighbours, harm = excluded.harm,
-                p_value = excluded.p_value, scored_at = now()
+                self_influence = excluded.self_influence, neighbours = excluded.neighbours,
+                familiarity = excluded.familiarity, harm = excluded.harm, p_value = excluded.p_value, scored_at = now()
             """
         ),
         [{"recipe_id": recipe_id, "set_id": set_id, **row} for row in rows],

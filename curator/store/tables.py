@@ -443,6 +443,9 @@ scores = Table(
         "neighbours", ARRAY(REAL), nullable=False, server_default="{}", comment="mean cosine with the nearest trusted"
     ),
     _now("scored_at"),
+    Column(
+        "familiarity", ARRAY(REAL), nullable=False, server_default="{}", comment="mean size of the cosines with them"
+    ),
     PrimaryKeyConstraint("recipe_id", "example_id", comment="One row an example; scored again, it is replaced."),
     CheckConstraint(
         "array_position(influence, 'NaN') IS NULL AND array_position(stderr, 'NaN') IS NULL"

@@ -157,22 +157,22 @@ def _ingredients(connection: Connection, footing: Row[Any], scores: Sequence[dic
     return tuple(
         ingredient
         for score in scores
-        if None not in (score["normalised_influence"], score["self_influence"], score["calibrated_loss"])
+        if score["calibrated_loss"] is not None
         for ingredient in _of_harm(score, {p: a[ordinals[score["validation_set"], score["slice"]] - 1]
                                            for p, a in scales.items()})
     )  # fmt: skip
 
 
 def _of_harm(score: dict[str, Any], scale: dict[str, Any]) -> list[Ingredient]:
-    values_C = harm.evidence(
-        [score["normalised_influence"]], [score["self_influence"]], [score["calibrated_loss"]]
-    )[0]  # fmt: skip
-    deviations_C = (values_C - scale["centre"]) / scale["spread"]
-    parts_C = deviations_C * harm.WEIGHTS / harm.WEIGHTS.sum()
-    columns = (values_C.tolist(), deviations_C.tolist(), harm.WEIGHTS.tolist(), parts_C.tolist())
+    made = harm.Harm.of(scale)
+    weights_C = made.weights()
+    known = harm.EVIDENCE[: len(weights_C)]
+    values_C = harm.evidence(*([score[name]] for name in harm.EVIDENCE))[0, : len(known)]
+    deviations_C = (values_C - made.centre_C) / made.spread_C
+    columns = (values_C, deviations_C, weights_C, made.parts(values_C[None])[0])
     found = [
-        Ingredient(score["validation_set"], score["slice"], name, *row)
-        for name, row in zip(harm.EVIDENCE, zip(*columns, strict=True), strict=True)
+        Ingredient(score["validation_set"], score["slice"], name, *map(float, row))
+        for name, row in zip(known, zip(*columns, strict=True), strict=True)
     ]
     return sorted(found, key=lambda ingredient: -ingredient.part)
 

@@ -20,7 +20,6 @@ from curator.influence.confidence import (
     standard_error,
     stream_level,
 )
-from curator.influence.harm import neighbour_cosine
 
 
 def philox(seed):
@@ -57,11 +56,6 @@ def test_a_code_that_does_not_follow_the_exact_score_says_nothing(exact):
 def test_the_sign_is_tested_against_the_normal_distribution():
     p = normal_p([-1.96, 0, 1.96, -1, -1], [1, 1, 1, 0, np.nan])
     np.testing.assert_allclose(p, [0.025, 0.5, 0.975, 1, 1], atol=1e-4)
-
-
-def test_neighbours_are_the_nearest_along_a_line():
-    assert neighbour_cosine([[0.1, -0.9, 0.2, 0.8]], 2)[0] == pytest.approx((0.8 - 0.9) / 2)
-    assert neighbour_cosine([[0.1, 0.3]], 10)[0] == pytest.approx(0.2)
 
 
 class Digits:

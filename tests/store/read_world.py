@@ -21,8 +21,8 @@ from curator.store.engine import begin
 EVIL = "<script>alert(1)</script> \x1b[31mred\x1b[0m \u202egnp.exe =cmd()"
 EVIL_SOURCE = "=cmd|' /C calc'!A0"
 SLICES = ("science", "sport")
-CENTRE_SC = np.array([[-0.5, 0.1, -1.0], [-0.4, 0.2, -2.0]])
-SPREAD_SC = np.array([[0.2, 0.5, 1.5], [0.1, 0.4, 1.0]])
+CENTRE_SC = np.array([[-0.5, 0.1, -1.0, -0.3, -0.6], [-0.4, 0.2, -2.0, -0.2, -0.7]])
+SPREAD_SC = np.array([[0.2, 0.5, 1.5, 0.3, 0.2], [0.1, 0.4, 1.0, 0.2, 0.1]])
 Floats = NDArray[np.float64]
 
 
@@ -238,6 +238,7 @@ def _scores(connection: Connection, recipe_id: int, set_id: int, normalised_BS: 
             "percentile": [float(x) for x in p],
             "self_influence": 1.0,
             "neighbours": [float(x) for x in n],
+            "familiarity": [abs(float(x)) for x in n],
             "harm": [float(1 - x) / 2 for x in n],
             "p_value": [float(x) for x in p],
         }

@@ -128,12 +128,14 @@ def test_why_says_which_ingredient_carried_the_harm(curator: Curator, world: Wor
         "normalised_influence": -world.normalised_BS[8, 1],
         "self_influence": 0.0,  # the logarithm of 1
         "calibrated_loss": np.log(np.expm1(loss)),
+        "neighbour_cosine": -world.normalised_BS[8, 1],
+        "familiarity": -abs(world.normalised_BS[8, 1]),
     }
     found = {each["evidence"]: each for each in row["harm_from"] if each["slice"] == "sport"}
-    for c, (name, weight) in enumerate(zip(values, (1.0, 0.5, 1.0), strict=True)):
+    for c, (name, weight) in enumerate(zip(values, (1.0, 0.5, 1.0, 1.0, 0.5), strict=True)):
         deviations = (values[name] - CENTRE_SC[1, c]) / SPREAD_SC[1, c]
         assert found[name]["deviations"] == pytest.approx(deviations, abs=1e-4)
-        assert found[name]["part"] == pytest.approx(deviations * weight / 2.5, abs=1e-4)
+        assert found[name]["part"] == pytest.approx(deviations * weight / 4, abs=1e-4)
     parts = [each["part"] for each in found.values()]
     assert parts == sorted(parts, reverse=True)
     shown = curator("why", "9").stdout
