@@ -120,9 +120,13 @@ def _write(title: str, rows: list[dict[str, Accuracies]], promises: list[tuple[f
     n, harmful, bad, random_harmful, random_bad, gain, random_gain = np.mean(promises, axis=0)
     lines += [
         "",
-        f"{n:.0f} chosen. Expected harmful {harmful:.2f}, wrong in truth {bad:.2f}; of a random draw of the unflagged"
-        f" {random_harmful:.2f} and {random_bad:.2f}. Expected gain {gain:.2f}, of that draw {random_gain:.2f}.",
+        f"{len(rows)} seeds, {n:.0f} chosen. Expected harmful {harmful:.2f}, wrong in truth {bad:.2f}; of a random draw of"
+        f" the unflagged {random_harmful:.2f} and {random_bad:.2f}. Expected gain {gain:.2f}, of that draw"
+        f" {random_gain:.2f}.",
     ]
     tables[title] = "\n".join(lines) + "\n"
-    note = "± is the standard error over five seeds of the difference from random.\n"
+    note = (
+        "± is the standard error over the seeds of the difference from random. The base is what the checkpoint was"
+        " trained on, the trusted are the examples that directions and references come from.\n"
+    )
     path.write_text("\n## ".join([described(__doc__ or "") + "\n" + note, *tables.values()]), encoding="utf-8")
