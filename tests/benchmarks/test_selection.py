@@ -120,8 +120,8 @@ def _write(title: str, rows: list[dict[str, Accuracies]], promises: list[tuple[f
     n, harmful, bad, random_harmful, random_bad, gain, random_gain = np.mean(promises, axis=0)
     lines += [
         "",
-        f"{len(rows)} seeds, {n:.0f} chosen. Expected harmful {harmful:.2f}, wrong in truth {bad:.2f}; of a random draw of"
-        f" the unflagged {random_harmful:.2f} and {random_bad:.2f}. Expected gain {gain:.2f}, of that draw"
+        f"{len(rows)} seeds, {n:.0f} chosen. Expected harmful {harmful:.2f}, wrong in truth {bad:.2f}; of a random draw"
+        f" of the unflagged {random_harmful:.2f} and {random_bad:.2f}. Expected gain {gain:.2f}, of that draw"
         f" {random_gain:.2f}.",
     ]
     tables[title] = "\n".join(lines) + "\n"
