@@ -16,7 +16,7 @@ import torch
 from curator.stages.selections import Choice
 from tests.benchmarks import selection
 from tests.benchmarks.machine import described
-from tests.benchmarks.selection import Judged, accuracy, curators, judge
+from tests.benchmarks.selection import Judged, accuracies, curators, judge
 
 SEEDS = range(5)
 DRAWS = 2
@@ -24,13 +24,13 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def arms(judged: Judged, chosen: list[int], seed: int) -> dict[str, list[list[int]]]:
-    """Rows of the pool by arm; random ones are drawn several times."""
+    """Rows of the pool by arm; what all are compared with is drawn more than once."""
     n, size = judged.scene.budget, len(judged.p)
     rng = np.random.Generator(np.random.Philox(seed))
     pool, unflagged = np.arange(size), np.flatnonzero(judged.unflagged)
 
-    def drawn(rows: np.ndarray) -> list[list[int]]:
-        return [rng.permutation(rows)[:n].tolist() for _ in range(DRAWS)]
+    def drawn(rows: np.ndarray, draws: int = 1) -> list[list[int]]:
+        return [rng.permutation(rows)[:n].tolist() for _ in range(draws)]
 
     def highest(score: np.ndarray, rows: np.ndarray = pool) -> list[list[int]]:
         return [rows[np.argsort(-score[rows], kind="stable")[:n]].tolist()]
@@ -38,11 +38,10 @@ def arms(judged: Judged, chosen: list[int], seed: int) -> dict[str, list[list[in
     loss = judged.pool.loss_B.double().numpy()
     return {
         "**curator**": [chosen],
-        "random": drawn(pool),
+        "random": drawn(pool, DRAWS),
         "random of the unflagged": drawn(unflagged),
         "lowest loss": highest(-loss),
         "highest loss": highest(loss),
-        "gradient norm": highest(judged.pool.gradient_norm_B.double().numpy()),
         "embedding similarity": highest(judged.similarity),
         "highest influence of the unflagged": highest(judged.normalised, unflagged),
         "oracle: random of the good": drawn(np.flatnonzero(~judged.scene.bad)),
@@ -50,7 +49,8 @@ def arms(judged: Judged, chosen: list[int], seed: int) -> dict[str, list[list[in
     }
 
 
-Accuracies = tuple[float, float, float]
+WAYS = ("chosen alone", "with the base", "with base and trusted")
+Accuracies = tuple[float, ...]
 
 
 def measured(judged: Judged, chosen: list[int], seed: int) -> dict[str, Accuracies]:
@@ -65,14 +65,15 @@ def measured(judged: Judged, chosen: list[int], seed: int) -> dict[str, Accuraci
     given = {arm: [[scene.pool[row] for row in rows] for rows in draws] for arm, draws in drawn.items()}
     given |= {"the trusted instead": [trusted], "nothing": [[]]}
 
-    def trained_on(records: list[selection.Record]) -> Accuracies:
-        both = [*records, *scene.base]
-        rows = (records, both, both if records is trusted else [*both, *trusted])
-        return tuple(accuracy(judged, each, seed) for each in rows)  # type: ignore[return-value]
-
-    return {
-        arm: tuple(np.mean([trained_on(records) for records in draws], axis=0).tolist()) for arm, draws in given.items()
-    }
+    names = [arm for arm, draws in given.items() for _ in draws]
+    alone = [records for draws in given.values() for records in draws]
+    based = [[*records, *scene.base] for records in alone]
+    both = [
+        [*records, *trusted] if name != "the trusted instead" else records
+        for name, records in zip(names, based, strict=True)
+    ]
+    values = np.array(accuracies(judged, [*alone, *based, *both], seed)).reshape(len(WAYS), -1)
+    return {arm: tuple(values[:, [n == arm for n in names]].mean(1).tolist()) for arm in given}
 
 
 def promised(judged: Judged, chosen: list[int], choice: Choice) -> tuple[float, ...]:
@@ -104,9 +105,6 @@ def test_a_selection_beside_its_controls(name: str, dirty: bool) -> None:
     _write(f"{name}, {'dirty' if dirty else 'clean'} pool", rows, promises)
 
 
-WAYS = ("chosen alone", "with the base", "with base and trusted")
-
-
 def _write(title: str, rows: list[dict[str, Accuracies]], promises: list[tuple[float, ...]]) -> None:
     """Put one table in the place of its former self; the others stay."""
     path = RESULTS / "selection.md"
@@ -122,9 +120,13 @@ def _write(title: str, rows: list[dict[str, Accuracies]], promises: list[tuple[f
     n, harmful, bad, random_harmful, random_bad, gain, random_gain = np.mean(promises, axis=0)
     lines += [
         "",
-        f"{n:.0f} chosen. Expected harmful {harmful:.2f}, wrong in truth {bad:.2f}; of a random draw of the unflagged"
-        f" {random_harmful:.2f} and {random_bad:.2f}. Expected gain {gain:.2f}, of that draw {random_gain:.2f}.",
+        f"{len(rows)} seeds, {n:.0f} chosen. Expected harmful {harmful:.2f}, wrong in truth {bad:.2f}; of a random draw"
+        f" of the unflagged {random_harmful:.2f} and {random_bad:.2f}. Expected gain {gain:.2f}, of that draw"
+        f" {random_gain:.2f}.",
     ]
     tables[title] = "\n".join(lines) + "\n"
-    note = "± is the standard error over five seeds of the difference from random.\n"
+    note = (
+        "± is the standard error over the seeds of the difference from random. The base is what the checkpoint was"
+        " trained on, the trusted are the examples that directions and references come from.\n"
+    )
     path.write_text("\n## ".join([described(__doc__ or "") + "\n" + note, *tables.values()]), encoding="utf-8")
