@@ -218,7 +218,7 @@ def page(every: Mapping[str, Mapping[str, Any]]) -> str:
     parts += ["## Texts of the target among the first\n", *share_lines(seeds)]
     if ready := [seed for seed in seeds if "planted" in seed]:
         parts += ["\n## Planted texts among the lowest 1 %\n", *planted_lines(ready)]
-    if ready := [seed for seed in seeds if set(TRAINED) <= set(seed.get("perplexity", {}))]:
+    if ready := [seed for seed in seeds if "everything" in seed.get("perplexity", {})]:
         parts += ["\n## Perplexity on the target after training on a fifth of the pool\n", *perplexity_lines(ready)]
     return "\n".join(parts) + "\n"
 
@@ -226,8 +226,9 @@ def page(every: Mapping[str, Mapping[str, Any]]) -> str:
 EXPLAINED = """{n} seeds (texts, model, order). A Llama of a million parameters with a byte-level BPE of 2,048
 tokens, four passes over {base:,} texts, as many of each source; a pool of {pool:,} others, a sixth of each source;
 {trusted:,} trusted texts, those of a source as its target and all of them behind the curvature; {test:,} test texts;
-the recipe of a new project. Influence without "exact" is of stored vectors in half precision. Intervals are bootstrap
-intervals over seeds and targets, or Wilson's.
+the recipe of a new project. Influence without "exact" is of stored vectors in half precision. "Less the others" is a
+judgement less its mean over the five other sources. Intervals are bootstrap intervals over seeds and targets, or
+Wilson's.
 """
 
 
@@ -260,7 +261,11 @@ def perplexity_lines(seeds: list[Mapping[str, Any]]) -> list[str]:
         {s: np.mean([seed["perplexity"][f"random {i}"][s] for i in range(DRAWS)]) for s in SOURCES} for seed in seeds
     ]
     rows: dict[str, list[Mapping[str, float]]] = {"random fifth, mean of 3 draws": random}
-    rows |= {name: [seed["perplexity"][name] for seed in seeds] for name in ("nothing", *TRAINED, "everything")}
+    rows |= {
+        name: [seed["perplexity"][name] for seed in seeds]
+        for name in ("nothing", *TRAINED, "everything")
+        if all(name in seed["perplexity"] for seed in seeds)
+    }
     for name, found in rows.items():
         ratios = [x[s] / r[s] for x, r in zip(found, random, strict=True) for s in SOURCES]
         value = np.exp(np.mean([np.log(x[s]) for x in found for s in SOURCES]))

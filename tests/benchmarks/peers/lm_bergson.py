@@ -13,6 +13,7 @@ from lm_job import Job
 logging.disable(logging.INFO)
 job = Job()
 model = job.model(frozen=True)
+model.model.norm.weight.requires_grad_(True)  # it wants something to train
 rows = job.id_NT.tolist()
 # Its collector drops a column when it is done, so each build starts from the rows again.
 batches = [list(range(at, min(at + job.batch, len(rows)))) for at in range(0, len(rows), job.batch)]
