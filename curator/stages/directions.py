@@ -30,6 +30,7 @@ from curator.sources.faults import swapped
 from curator.sources.likeness import words
 from curator.stages import instrument, yardstick
 from curator.stages.instrument import Instrument, finite, states_of
+from curator.stages.trusted import FEWEST_REHEARSED
 from curator.store import directions, offers, recipes, tensors, validation, vectors, work
 from curator.store.engine import read
 from curator.store.validation import ValidationExample
@@ -78,7 +79,9 @@ def claim(connection: Connection, settings: Settings) -> Batch | None:
     while lease := work.claim(connection, STAGE, 1, settings.limits.lease_seconds):
         (set_id,) = lease.subjects
         if directions.is_asked(connection, set_id):
-            examples = validation.validation_examples(connection, directions.validation_sets_of(connection, set_id))
+            sets = directions.validation_sets_of(connection, set_id)
+            seen = validation.seen_by_curvature(connection, lease.recipe_id, sets)
+            examples = [e for e in validation.validation_examples(connection, sets) if e.id not in seen]
             fitted = recipes.recipe(connection, lease.recipe_id).state == "ready"
             return Batch(lease, lease.recipe_id, set_id, examples, fitted)
         work.finish(connection, lease)
@@ -210,7 +213,7 @@ def _rehearsal(
     found: dict[Key, tuple[Measured, Measured]] = {}
     for key in keys:
         rows = _usable("rehearsal", key, examples, measured)
-        wrong = swapped([examples[row].record for row in rows])
+        wrong = swapped([examples[row].record for row in rows]) if len(rows) >= FEWEST_REHEARSED else None
         faulty = None if wrong is None else _like_arrivals(tools, attributor, wrong)
         if faulty is None or not bool(faulty.ok_B.any()):
             return {}

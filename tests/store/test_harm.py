@@ -13,7 +13,7 @@ from curator.settings import Settings
 from curator.sources import jsonl
 from curator.stages import directions, examples, gradients, recipes, scores
 from curator.stages.turn import Turn
-from curator.store import evidence
+from curator.store import evidence, validation
 from curator.store.engine import begin, read
 from curator.types import Record
 from curator.views import examples as views
@@ -70,3 +70,25 @@ def test_a_workload_that_takes_no_rehearsed_fault_is_scored_without(
         n = connection.scalar(text("SELECT count(*) FROM curator.influence_scores WHERE harm IS NOT NULL"))
     assert sorted(kept) == ["centre", "spread"]
     assert n == ARRIVALS
+
+
+def test_what_the_curvature_has_seen_is_not_rehearsed_on(
+    engine: Engine, settings: Settings, digits_files: digits.Files, tmp_path: Path
+) -> None:
+    """As where a set from before there were rehearsals is added again: its direction then had the examples in it."""
+    score(engine, settings, digits_files, tmp_path)
+    with begin(engine) as connection:
+        before = validation.seen_by_curvature(connection, 1, [1])
+        connection.execute(text("UPDATE curator.validation_examples SET role = 'direction' WHERE role = 'rehearsal'"))
+        connection.execute(text("UPDATE curator.validation_sets SET digest = 'before'"))
+        connection.execute(text("UPDATE curator.direction_sets SET key = 'before'"))
+        found = jsonl.open_records(digits_files.validation, settings.limits, any_shape=True)
+        recipes.add_validation(connection, settings, "trusted", "", [r for r in found if isinstance(r, Record)])
+        after = validation.seen_by_curvature(connection, 1, [2])
+        aside = connection.scalar(text("SELECT count(*) FROM curator.validation_examples WHERE role = 'rehearsal'"))
+    assert (len(before), len(after)) == (0, aside)
+    Turn(engine, settings).run(directions, 60)
+    with read(engine) as connection:
+        made = connection.scalar(text("SELECT id FROM curator.direction_sets WHERE in_use"))
+        assert made != 1
+        assert sorted(evidence.harm_scales(connection, made)) == ["centre", "spread"]
