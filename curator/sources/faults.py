@@ -21,6 +21,9 @@ _ANSWERS: Final = {
     "messages": "messages",
     "conversations": "conversations",
 }
+FEWEST_REHEARSED: Final = 10
+"""With fewer, none are: what the weights of harm gained would not be worth what the direction lost."""
+
 _TALKS: Final = frozenset({"messages", "conversations"})
 
 

@@ -26,11 +26,10 @@ from curator.influence.exact import directions_of
 from curator.influence.mixtures import Mixtures
 from curator.influence.scoring import Directions
 from curator.settings import Settings
-from curator.sources.faults import swapped
+from curator.sources.faults import FEWEST_REHEARSED, swapped
 from curator.sources.likeness import words
 from curator.stages import instrument, yardstick
 from curator.stages.instrument import Instrument, finite, states_of
-from curator.stages.trusted import FEWEST_REHEARSED
 from curator.store import directions, offers, recipes, tensors, validation, vectors, work
 from curator.store.engine import read
 from curator.store.validation import ValidationExample

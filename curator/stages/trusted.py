@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from curator.errors import ContrastMissing, ContrastOverlaps, EmptyValidation, MissingSliceField, TooFewTrusted
+from curator.sources.faults import FEWEST_REHEARSED
 from curator.store.validation import NewValidationExample
 from curator.types import Record
 
@@ -23,9 +24,6 @@ Slices = Mapping[str, Mapping[bytes, Record]]
 
 REHEARSED = 0.25
 """Of what is not kept aside as references: those that faults are rehearsed on."""
-
-FEWEST_REHEARSED = 10
-"""With fewer, none are: what the weights of harm gained would not be worth what the direction lost."""
 
 
 class Roles(NamedTuple):
