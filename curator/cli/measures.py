@@ -157,9 +157,12 @@ def add_validation(here: Invocation, name: str, file: Path, field: str, contrast
 
 
 def _describe(name: str, slices: Mapping[str, Roles], fdr: float) -> None:
-    for key, (behind, aside, contrast) in slices.items():
+    for key, (behind, aside, contrast, rehearsed) in slices.items():
         against = f", against {contrast}" if contrast else ""
-        say(f"{name}/{key}: {behind} examples give the direction{against}, {aside} are kept aside as references")
+        faults = f", on {rehearsed} faults are rehearsed" if rehearsed else ""
+        say(
+            f"{name}/{key}: {behind} examples give the direction{against}{faults}, {aside} are kept aside as references"
+        )
     say(_reach(sum(roles.reference for roles in slices.values()), fdr, len(slices)))
 
 

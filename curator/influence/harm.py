@@ -19,10 +19,16 @@ from curator.influence.confidence import margin
 Floats = NDArray[np.float64]
 
 EVIDENCE = ("normalised_influence", "self_influence", "calibrated_loss", "neighbour_cosine", "familiarity")
-"""Columns of evidence, C of them. New ones come last: directions keep the columns that they were made with."""
+"""Columns of evidence, C of them."""
 
-WEIGHTS = np.array([1.0, 0.5, 1.0, 1.0, 0.5])
-"""Self-influence and familiarity count half: they see what is unusual, and not all that is unusual harms."""
+UNREHEARSED = np.array([1.0, 0.5, 1.0])
+"""Weights of the first columns where no fault could be rehearsed."""
+
+EXPECTED = np.array([1.0, 0.5, 1.0, 1.0, 0.5])
+"""Weights that a rehearsal starts from: what is merely unusual counts half, since not all of it harms."""
+
+PENALTY = 1.0
+"""Of a weight's squared distance from what was expected: a few dozen rehearsed examples are enough to overrule it."""
 
 SMALLEST = 1e-12
 _NINTH_DECILE = 1.2815515655446004
@@ -66,10 +72,14 @@ def nearest_trusted(cosine_BV: ArrayLike, nearest: int = NEAREST) -> tuple[Float
 
 @dataclass(frozen=True)
 class Harm:
-    """Where each kind of evidence lies for trusted examples: centre and spread, (C,)."""
+    """Where each kind of evidence lies for trusted examples, centre and spread, (C,), and what it counts.
+
+    Without ``weight_C`` nothing was rehearsed: the first three columns are added as they are, UNREHEARSED.
+    """
 
     centre_C: Floats
     spread_C: Floats
+    weight_C: Floats | None = None
 
     @classmethod
     def fit(cls, trusted_NC: Floats) -> Harm:
@@ -80,9 +90,20 @@ class Harm:
                 p-values stay exact; each without its own part in what it is compared with
                 (``scoring.leave_one_out``), or it would look better than any arrival can.
         """
-        centre_C = np.median(trusted_NC, axis=0)
-        spread_C = (np.quantile(trusted_NC, 0.9, axis=0) - centre_C) / _NINTH_DECILE
-        return cls(centre_C, np.where(spread_C > SMALLEST, spread_C, 1.0))
+        return cls(*_scale(trusted_NC[:, : len(UNREHEARSED)]))
+
+    @classmethod
+    def rehearsed(cls, right_NC: Floats, faulty_MC: Floats) -> Harm:
+        """The scale of trusted examples, and the weights that tell them best from the same with a fault.
+
+        A logistic regression, its weights drawn to EXPECTED and never below 0. Neither the direction nor the curvature
+        has seen the examples: those that it was made of look better than any arrival, most of all in self-influence,
+        and would teach the wrong weights (docs/decisions/0045).
+        """
+        made = cls(*_scale(right_NC), EXPECTED)
+        x_NC = np.concatenate([made.features(right_NC), made.features(faulty_MC)])
+        faulty_N = np.arange(len(x_NC)) >= len(right_NC)
+        return cls(made.centre_C, made.spread_C, fitted_weights(x_NC, faulty_N, EXPECTED, PENALTY))
 
     def __call__(self, evidence_BC: Floats) -> Floats:
         """Harm in (0, 1), (B,): the weighted mean z of the standardised evidence, as (1 + z / (1 + |z|)) / 2.
@@ -94,18 +115,80 @@ class Harm:
 
     def parts(self, evidence_BC: Floats) -> Floats:
         """What each kind of evidence adds to z, (B, C)."""
-        weight_C = self.weights()
-        return np.asarray((evidence_BC[:, : len(weight_C)] - self.centre_C) / self.spread_C * weight_C / weight_C.sum())
+        return np.asarray(self.features(evidence_BC) * self.weights / self.weights.sum(), np.float64)
 
+    def features(self, evidence_BC: Floats) -> Floats:
+        """Deviations from trusted examples; of a rehearsed harm their logarithm, so that none decides alone."""
+        z = self.deviations(evidence_BC)
+        return z if self.weight_C is None else np.asarray(np.sign(z) * np.log1p(np.abs(z)))
+
+    def deviations(self, evidence_BC: Floats) -> Floats:
+        """In units of the spread of trusted examples, of the columns that count, (B, C)."""
+        return np.asarray((evidence_BC[:, : len(self.centre_C)] - self.centre_C) / self.spread_C)
+
+    @property
     def weights(self) -> Floats:
-        """Of the columns that were known when this was fitted: former directions go on scoring as they did."""
-        return WEIGHTS[: len(self.centre_C)]
+        """What each column counts."""
+        return UNREHEARSED if self.weight_C is None else self.weight_C
 
     def arrays(self) -> dict[str, Floats]:
         """As named arrays."""
-        return {"centre": self.centre_C, "spread": self.spread_C}
+        found = {"centre": self.centre_C, "spread": self.spread_C}
+        return found if self.weight_C is None else {**found, "weight": self.weight_C}
 
     @classmethod
     def of(cls, arrays: Mapping[str, Floats]) -> Harm:
         """Back from ``arrays``."""
-        return cls(arrays["centre"], arrays["spread"])
+        return cls(arrays["centre"], arrays["spread"], arrays.get("weight"))
+
+
+def _scale(trusted_NC: Floats) -> tuple[Floats, Floats]:
+    centre_C = np.median(trusted_NC, axis=0)
+    spread_C = (np.quantile(trusted_NC, 0.9, axis=0) - centre_C) / _NINTH_DECILE
+    return centre_C, np.where(spread_C > SMALLEST, spread_C, 1.0)
+
+
+# --- the weights ----------------------------------------------------------------------------------------------
+
+STEPS = 60
+LONGEST = 2.0
+"""A Newton step is cut to this length: where two sets are far apart the curvature is nearly nothing."""
+
+
+def fitted_weights(x_NC: Floats, bad_N: NDArray[np.bool_], expected_C: Floats, penalty: float) -> Floats:
+    """Weights of a ridge logistic regression of ``bad_N`` on x, none below 0, and drawn to a multiple of the expected.
+
+    Which multiple is fitted first, as the ratios are what is expected. The intercept is left out: the order counts.
+    """
+    one_N1 = np.ones((len(x_NC), 1))
+    along_2 = _newton(np.hstack([x_NC @ expected_C[:, None], one_N1]), bad_N, np.array([1.0, 0.0]), 1e-3)
+    multiple = max(along_2[0], SMALLEST)
+    start_C1 = np.append(multiple * expected_C, along_2[1])
+    free_C1 = np.ones(len(start_C1), bool)
+    design_NC1 = np.hstack([x_NC, one_N1])
+    while True:
+        found_C1 = np.zeros(len(start_C1))
+        found_C1[free_C1] = _newton(design_NC1[:, free_C1], bad_N, start_C1[free_C1], penalty)
+        below_C1 = found_C1 < 0
+        below_C1[-1] = False
+        if not below_C1.any():
+            weight_C = found_C1[:-1]
+            return weight_C if weight_C.any() else expected_C
+        free_C1 &= ~below_C1
+
+
+def _newton(design_ND: Floats, bad_N: NDArray[np.bool_], start_D: Floats, penalty: float) -> Floats:
+    """The penalised maximum likelihood; the last column is the intercept, which is not drawn to where it starts."""
+    pull_D = np.full(len(start_D), penalty)
+    pull_D[-1] = 1e-6
+    b_D = start_D.copy()
+    for _ in range(STEPS):
+        chance_N = 1 / (1 + np.exp(-np.clip(design_ND @ b_D, -30, 30)))
+        slope_D = design_ND.T @ (chance_N - bad_N) + pull_D * (b_D - start_D)
+        bend_N = np.maximum(chance_N * (1 - chance_N), 1e-3)
+        step_D = np.linalg.solve((design_ND * bend_N[:, None]).T @ design_ND + np.diag(pull_D), slope_D)
+        longest = float(np.abs(step_D).max())
+        b_D -= step_D * min(1.0, LONGEST / max(longest, SMALLEST))
+        if longest < 1e-7:
+            break
+    return b_D

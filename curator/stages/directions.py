@@ -6,6 +6,7 @@ here; afterwards an arrival's scores depend on nothing but itself.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +27,7 @@ from curator.influence.layers import find_layers
 from curator.influence.mixtures import Mixtures
 from curator.influence.scoring import Directions
 from curator.settings import Settings
+from curator.sources.faults import FEWEST_REHEARSED, swapped
 from curator.sources.likeness import words
 from curator.stages import instrument, yardstick
 from curator.stages.instrument import Instrument, finite, states_of
@@ -34,6 +36,8 @@ from curator.store.engine import read
 from curator.store.validation import ValidationExample
 from curator.types import Counts, GradientState, Lease, Stage
 from curator.workloads import base
+
+log = logging.getLogger(__name__)
 
 STAGE = Stage.DIRECTIONS
 
@@ -75,7 +79,9 @@ def claim(connection: Connection, settings: Settings) -> Batch | None:
     while lease := work.claim(connection, STAGE, 1, settings.limits.lease_seconds):
         (set_id,) = lease.subjects
         if directions.is_asked(connection, set_id):
-            examples = validation.validation_examples(connection, directions.validation_sets_of(connection, set_id))
+            sets = directions.validation_sets_of(connection, set_id)
+            seen = validation.seen_by_curvature(connection, lease.recipe_id, sets)
+            examples = [e for e in validation.validation_examples(connection, sets) if e.id not in seen]
             fitted = recipes.recipe(connection, lease.recipe_id).state == "ready"
             return Batch(lease, lease.recipe_id, set_id, examples, fitted)
         work.finish(connection, lease)
@@ -116,7 +122,8 @@ def _made(tools: Instrument, batch: Batch) -> Result:
     arrays = {f"mean/{name}": t.numpy() for name, t in made.tensors().items()}
     if tools.spec.exact:
         arrays |= _exact(tools, attributor, batch.examples, rows, against)
-    stick = yardstick.fit(list(rows), rows, measured, made, against)
+    rehearsal = _rehearsal(tools, attributor, batch.examples, measured, list(rows))
+    stick = yardstick.fit(list(rows), rows, measured, made, against, rehearsal)
     arrays |= {f"harm/{name}": array for name, array in stick.harm_arrays().items()}
     arrays |= _controls(batch.examples, measured, rows, against)
     stick, code = _with_code_error(stick, tools, attributor, batch.examples, measured, arrays)
@@ -135,9 +142,14 @@ def _fit(tools: Instrument, trusted: Sequence[ValidationExample]) -> Attributor:
 
 
 def _measured(tools: Instrument, attributor: Attributor, examples: Sequence[ValidationExample]) -> Measured:
-    """Every validation example: those behind a direction by the validation loss, references like arrivals."""
+    """Every validation example: those behind a direction by the validation loss, all others like arrivals."""
     by_validation_loss = attributor.with_losses(base.validation_losses_of(tools.workload))
-    by_role = {"direction": by_validation_loss, "contrast": by_validation_loss, "reference": attributor}
+    by_role = {
+        "direction": by_validation_loss,
+        "contrast": by_validation_loss,
+        "rehearsal": attributor,
+        "reference": attributor,
+    }
     parts: list[Measured] = []
     order: list[int] = []
     for role, measure in by_role.items():
@@ -188,6 +200,47 @@ def _directions(rows: Mapping[Key, Tensor], against: Mapping[Key, Tensor], measu
     length_B = measured.whitened_norm_B * measured.measurement_B
     parts, mixtures = _parts(rows, against)
     return scoring.directions({name: (measured.unit_BK[r], length_B[r]) for name, r in parts.items()}).mixed(mixtures)
+
+
+def _rehearsal(
+    tools: Instrument,
+    attributor: Attributor,
+    examples: Sequence[ValidationExample],
+    measured: Measured,
+    keys: Sequence[Key],
+) -> dict[Key, tuple[Measured, Measured]]:
+    """Of each slice, what faults are rehearsed on, and the same with each other's answers.
+
+    Of all slices or of none: not where one has too few trusted examples, or its answers are all the same.
+    """
+    found: dict[Key, tuple[Measured, Measured]] = {}
+    for key in keys:
+        rows = _usable("rehearsal", key, examples, measured)
+        wrong = swapped([examples[row].record for row in rows]) if len(rows) >= FEWEST_REHEARSED else None
+        faulty = None if wrong is None else _like_arrivals(tools, attributor, wrong)
+        if faulty is None or not bool(faulty.ok_B.any()):
+            return {}
+        found[key] = measured.rows(torch.tensor(rows)), faulty.rows(faulty.ok_B.nonzero()[:, 0])
+    return found
+
+
+def _like_arrivals(tools: Instrument, attributor: Attributor, records: Sequence[Any]) -> Measured | None:
+    """None where the workload cannot take them: they are not what a user has given us."""
+    try:
+        return Measured.join([attributor.measure(batch) for batch in tools.batches(records)])
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - the user's code may raise anything
+        log.warning("no fault can be rehearsed on this workload: %s", error)
+        return None
+
+
+def _usable(role: str, key: Key, examples: Sequence[ValidationExample], measured: Measured) -> list[int]:
+    return [
+        row
+        for row, e in enumerate(examples)
+        if e.role == role and (e.validation_set_id, e.slice) == key and bool(measured.ok_B[row])
+    ]
 
 
 def _exact(

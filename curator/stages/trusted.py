@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from curator.errors import ContrastMissing, ContrastOverlaps, EmptyValidation, MissingSliceField, TooFewTrusted
+from curator.sources.faults import FEWEST_REHEARSED
 from curator.store.validation import NewValidationExample
 from curator.types import Record
 
@@ -21,12 +22,17 @@ FEWEST = 4
 Slices = Mapping[str, Mapping[bytes, Record]]
 
 
+REHEARSED = 0.25
+"""Of what is not kept aside as references: those that faults are rehearsed on."""
+
+
 class Roles(NamedTuple):
     """How many examples of a slice are what."""
 
     direction: int
     reference: int
     contrast: int = 0
+    rehearsal: int = 0
 
 
 def examples(
@@ -37,7 +43,8 @@ def examples(
     Args:
         name: of the set, for messages.
         slice_field: the field that names a record's slice; empty: there is one slice.
-        good: trusted examples; part of each slice gives its direction, the rest is kept aside as references.
+        good: trusted examples; part of each slice gives its direction, on part of it faults are rehearsed, the rest
+            is kept aside as references.
         bad: what the direction leads away from, slice by slice; without any, the direction is of the good.
         references: the share that is kept aside.
 
@@ -91,15 +98,15 @@ def _check_contrast(name: str, trusted: Slices, contrast: Slices) -> None:
 
 
 def _split(name: str, key: str, members: Mapping[bytes, Record], share: float) -> list[NewValidationExample]:
-    """Part of a slice becomes its direction, the rest its references: by digest, so it is the same every time."""
+    """What each example of a slice is for: by digest, so it is the same every time."""
     if len(members) < FEWEST:
         raise TooFewTrusted(name=name, slice=key, found=len(members), needed=FEWEST)
     references = min(max(round(len(members) * share), 1), len(members) - 2)
+    rehearsed = int((len(members) - references) * REHEARSED)
+    rehearsed = rehearsed if rehearsed >= FEWEST_REHEARSED else 0
     ordered = sorted(members, key=lambda digest: hashlib.sha256(b"reference" + digest).digest())
-    return [
-        _row(key, members[digest], "reference" if rank < references else "direction")
-        for rank, digest in enumerate(ordered)
-    ]
+    roles = ["reference"] * references + ["rehearsal"] * rehearsed + ["direction"] * len(members)
+    return [_row(key, members[digest], role) for digest, role in zip(ordered, roles, strict=False)]
 
 
 def _row(key: str, record: Record, role: str) -> NewValidationExample:

@@ -25,9 +25,6 @@ Rows = tuple[Tensor, Tensor]
 """Whitened unit vectors and lengths of examples."""
 Floats = NDArray[np.float64]
 
-CHUNK = 1_000
-"""Trusted examples that are compared with all others at a time."""
-
 
 @dataclass(frozen=True)
 class Scored:
@@ -121,14 +118,23 @@ def fit(
     measured: Measured,
     towards: Directions,
     against: Mapping[Key, Tensor] = MappingProxyType({}),
+    rehearsal: Mapping[Key, tuple[Measured, Measured]] = MappingProxyType({}),
 ) -> Yardstick:
-    """The yardstick of directions that were just made, from the examples behind them, and in their contrasts."""
+    """The yardstick of directions that were just made, from the examples behind them, and in their contrasts.
+
+    ``rehearsal`` are trusted examples of every slice that are behind none, as they are and with a fault; without, harm
+    is on the scale of those behind the direction.
+    """
     harms, behind, away = [], [], []
     for s, key in enumerate(keys):
         m, bad = measured.rows(rows[key]), measured.rows(against.get(key, torch.zeros(0, dtype=torch.long)))
-        facts = m.whitened_norm_B.square().numpy(), m.calibrated_loss_B.numpy()
-        own = _among_others(m.unit_BK, bad.unit_BK, towards.unit_SK[s]).numpy()
-        harms.append(Harm.fit(evidence(own, *facts, *_nearest_others(m.unit_BK))))
+        if rehearsal:
+            right, faulty = (_evidence(each, m.unit_BK, towards.unit_SK[s]) for each in rehearsal[key])
+            harms.append(Harm.rehearsed(right, faulty))
+        else:
+            facts = m.whitened_norm_B.square().numpy(), m.calibrated_loss_B.numpy()
+            own = _among_others(m.unit_BK, bad.unit_BK, towards.unit_SK[s]).numpy()
+            harms.append(Harm.fit(evidence(own, *facts, own, own)))  # the last two do not count
         behind.append((m.unit_BK, m.whitened_norm_B * m.measurement_B))
         away.append((bad.unit_BK, bad.whitened_norm_B * bad.measurement_B))
     return Yardstick(towards, harms, behind, away)
@@ -142,16 +148,11 @@ def _among_others(unit_VK: Tensor, bad_NK: Tensor, direction_K: Tensor) -> Tenso
     return scoring.leave_one_out(unit_VK @ (direction_K + away_K), len(unit_VK)) - unit_VK @ away_K
 
 
-def _nearest_others(unit_VK: Tensor) -> tuple[Floats, Floats]:
-    """``nearest_trusted`` of the examples behind a direction, each among the others."""
-    found: list[tuple[Floats, Floats]] = []
-    for start in range(0, len(unit_VK), CHUNK):
-        cosine_BV = (unit_VK[start : start + CHUNK] @ unit_VK.T).numpy()
-        own = np.arange(len(cosine_BV))
-        cosine_BV[own, start + own] = 0.0  # nearest to nothing
-        found.append(nearest_trusted(cosine_BV))
-    vote, known = zip(*found, strict=True)
-    return np.concatenate(vote), np.concatenate(known)
+def _evidence(of: Measured, unit_VK: Tensor, direction_K: Tensor) -> Floats:
+    """Of examples that are not behind the direction."""
+    facts = of.whitened_norm_B.square().numpy(), of.calibrated_loss_B.numpy()
+    near = nearest_trusted((of.unit_BK @ unit_VK.T).numpy())
+    return evidence((of.unit_BK @ direction_K).numpy(), *facts, *near)
 
 
 def load(connection: Connection, recipe: Recipe, set_id: int) -> Yardstick:

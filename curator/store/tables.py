@@ -261,7 +261,7 @@ validation_examples = Table(
     Column("slice", Text, nullable=False),
     Column("role", Text, nullable=False),
     UniqueConstraint("validation_set_id", "digest"),
-    _one_of("role", "direction", "reference", "contrast"),
+    _one_of("role", "direction", "reference", "contrast", "rehearsal"),
 )
 
 recipes = Table(

@@ -111,6 +111,23 @@ def validation_examples(connection: Connection, set_ids: Sequence[int]) -> list[
     return [ValidationExample(*row) for row in rows]
 
 
+def seen_by_curvature(connection: Connection, recipe_id: int, set_ids: Sequence[int]) -> set[int]:
+    """Examples of those sets that are there to rehearse on, but that the recipe's curvature was fitted on."""
+    return set(
+        connection.scalars(
+            text(
+                """
+                SELECT v.id FROM curator.recipes r
+                JOIN curator.validation_examples f ON f.validation_set_id = ANY(r.fitted_on) AND f.role = 'direction'
+                JOIN curator.validation_examples v ON v.digest = f.digest AND v.role = 'rehearsal'
+                WHERE r.id = :recipe_id AND v.validation_set_id = ANY(:ids)
+                """
+            ),
+            {"recipe_id": recipe_id, "ids": list(set_ids)},
+        )
+    )
+
+
 def validation_summary(connection: Connection) -> list[Row[Any]]:
     """Each validation set and slice: name, version, in_use, slice, direction, reference, contrast."""
     return list(

@@ -165,14 +165,13 @@ def _ingredients(connection: Connection, footing: Row[Any], scores: Sequence[dic
 
 def _of_harm(score: dict[str, Any], scale: dict[str, Any]) -> list[Ingredient]:
     made = harm.Harm.of(scale)
-    weights_C = made.weights()
-    known = harm.EVIDENCE[: len(weights_C)]
-    values_C = harm.evidence(*([score[name]] for name in harm.EVIDENCE))[0, : len(known)]
-    deviations_C = (values_C - made.centre_C) / made.spread_C
-    columns = (values_C, deviations_C, weights_C, made.parts(values_C[None])[0])
+    known = harm.EVIDENCE[: len(made.weights)]
+    values_1C = harm.evidence(*([score[name]] for name in harm.EVIDENCE))
+    share_C = made.weights / made.weights.sum()
+    columns = (values_1C[0], made.deviations(values_1C)[0], share_C, made.parts(values_1C)[0])
     found = [
         Ingredient(score["validation_set"], score["slice"], name, *map(float, row))
-        for name, row in zip(known, zip(*columns, strict=True), strict=True)
+        for name, row in zip(known, zip(*columns, strict=False), strict=True)
     ]
     return sorted(found, key=lambda ingredient: -ingredient.part)
 

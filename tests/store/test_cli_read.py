@@ -15,7 +15,7 @@ from curator.embedded.locks import EXCLUSIVE, FileLock
 from curator.store.engine import begin, make_engine
 from tests.conftest import open_folder
 from tests.store.conftest import Curator
-from tests.store.read_world import CENTRE_SC, EVIL_SOURCE, SPREAD_SC, World
+from tests.store.read_world import CENTRE_SC, EVIL_SOURCE, SPREAD_SC, WEIGHT_SC, World
 
 INERT = ["flagged", "valuable", "why 1", "neighbours 1", "status", "quarantine list", "quarantine show 1"]
 
@@ -132,10 +132,11 @@ def test_why_says_which_ingredient_carried_the_harm(curator: Curator, world: Wor
         "familiarity": -abs(world.normalised_BS[8, 1]),
     }
     found = {each["evidence"]: each for each in row["harm_from"] if each["slice"] == "sport"}
-    for c, (name, weight) in enumerate(zip(values, (1.0, 0.5, 1.0, 1.0, 0.5), strict=True)):
+    for c, (name, weight) in enumerate(zip(values, WEIGHT_SC[1] / WEIGHT_SC[1].sum(), strict=True)):
         deviations = (values[name] - CENTRE_SC[1, c]) / SPREAD_SC[1, c]
         assert found[name]["deviations"] == pytest.approx(deviations, abs=1e-4)
-        assert found[name]["part"] == pytest.approx(deviations * weight / 4, abs=1e-4)
+        assert found[name]["weight"] == pytest.approx(weight)
+        assert found[name]["part"] == pytest.approx(np.sign(deviations) * np.log1p(abs(deviations)) * weight, abs=1e-4)
     parts = [each["part"] for each in found.values()]
     assert parts == sorted(parts, reverse=True)
     shown = curator("why", "9").stdout

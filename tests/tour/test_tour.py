@@ -49,7 +49,7 @@ def walk(engine: Engine, settings: Settings, files: digits.Files) -> None:
         trusted = list(jsonl.open_records(files.validation, settings.limits, any_shape=True))
         assert all(isinstance(item, Record) for item in trusted)
         slices = recipes.add_validation(connection, settings, "trusted", "", trusted)  # type: ignore[arg-type]
-    assert slices == {"all": (200, 200, 0)}, "half gives the direction, half are references for p-values"
+    assert slices == {"all": (150, 200, 0, 50)}, "half are references for p-values; on 50 faults are rehearsed"
 
     # 2. A file arrives. Nothing is computed yet: an intake is opened, and the ledger has one piece of work.
     with begin(engine) as connection:

@@ -39,6 +39,12 @@ def test_a_slice_that_is_too_small_to_be_split_is_named() -> None:
         trusted.examples("trusted", "topic", records(*["maths"] * 5, *["safety"] * 3), [], 0.5)
 
 
+def test_faults_are_rehearsed_on_a_part_of_what_is_no_reference() -> None:
+    rows = trusted.examples("trusted", "topic", records(*["maths"] * 100, *["safety"] * 60), [], 0.5)
+    assert trusted.roles(rows) == {"maths": (38, 50, 0, 12), "safety": (30, 30, 0, 0)}, "7 are too few to learn from"
+    assert rows == trusted.examples("trusted", "topic", records(*["maths"] * 100, *["safety"] * 60), [], 0.5)
+
+
 def test_too_few_references_say_how_many_are_needed() -> None:
     assert "at least 19 are needed" in _reach(8, 0.05, 1)
     assert "at least 39 are needed" in _reach(30, 0.05, 2), "each of two slices is looked at"
