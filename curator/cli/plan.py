@@ -49,6 +49,7 @@ def _rows(cost: Mapping[str, Any], n: int) -> Iterator[dict[str, object]]:
     yield _row("examples", "", 1, n)
     yield _row("tokens", "", round(cost["tokens"], 1), round(cost["tokens"] * n))
     yield _row("longest", "tokens", cost["longest"], cost["longest"])
+    yield _row("cut", "longer than the limit", *_both(cost["cut"], n))
     yield _row("time", "seconds of one worker", *_both(cost["seconds"], n))
     yield _row("hours", "of one worker", *_both(cost["seconds"] / HOUR, n))
     yield _row("operations", "FLOP", *_both(cost["flops"], n))

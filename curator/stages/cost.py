@@ -23,12 +23,16 @@ WARM = 4
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of one example, on average over the sample. ``flops`` counts matrix products; bytes are of the database."""
+    """Of one example, on average over the sample.
+
+    ``cut`` is the share that is longer than the limit; ``flops`` counts matrix products; bytes are of the database.
+    """
 
     device: str
     sample: int
     tokens: float
     longest: int
+    cut: float
     seconds: float
     flops: float
     vector_bytes: float
@@ -61,6 +65,7 @@ def of_sample(tools: Instrument, records: Sequence[Mapping[str, Any]], record_by
         sample=len(records),
         tokens=mean(lengths),
         longest=max(lengths),
+        cut=mean(base.n_cut_of(tools.workload, record) > 0 for record in records),
         seconds=seconds / len(records),
         flops=counter.get_total_flops() / len(records),
         vector_bytes=2 * width * VECTOR_OVERHEAD,

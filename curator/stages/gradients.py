@@ -46,12 +46,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured, and the records that could not be, with the reason."""
+    """What was measured, the records that could not be, with the reason, and how long each is (``_length``)."""
 
     ids: Sequence[int]
     measured: Measured | None
     broken: Mapping[int, str]
-    tokens: Mapping[int, int]
+    lengths: Mapping[int, Mapping[str, int]]
 
 
 def claim(connection: Connection, settings: Settings) -> Batch | None:
@@ -89,8 +89,13 @@ def compute(tools: Instrument, batch: Batch) -> Result:
     if len(broken) >= SUSPICIOUS and len(broken) > len(ids) / 2 and not _is_sound(tools):
         raise WorkloadBroken(n=len(broken), of=len(ids), reason=next(iter(broken.values())))
     done = [number for number in ids if number not in broken]
-    tokens = {number: base.n_tokens_of(tools.workload, batch.records[number]) for number in done}
-    return Result(done, Measured.join(parts) if parts else None, {**refused, **broken}, tokens)
+    lengths = {number: _length(tools, batch.records[number]) for number in done}
+    return Result(done, Measured.join(parts) if parts else None, {**refused, **broken}, lengths)
+
+
+def _length(tools: Instrument, record: Mapping[str, object]) -> dict[str, int]:
+    """What the model sees of a record, and what was cut off."""
+    return {"tokens": base.n_tokens_of(tools.workload, record), "cut_tokens": base.n_cut_of(tools.workload, record)}
 
 
 def _is_sound(tools: Instrument) -> bool:
@@ -147,7 +152,7 @@ def record(connection: Connection, settings: Settings, batch: Batch, result: Res
     batch_of = examples.batches_by_example(connection, list(held))
     if result.measured is not None and keep:
         measured = result.measured.rows(torch.tensor(keep))
-        _write(connection, batch, [result.ids[row] for row in keep], measured, batch_of, result.tokens)
+        _write(connection, batch, [result.ids[row] for row in keep], measured, batch_of, result.lengths)
     for number in held & result.broken.keys():
         examples.quarantine_example(connection, number, RecordUnusable.code, result.broken[number])
     offers.verdicts(connection, batch.recipe_id, sorted(set(batch_of.values())))
@@ -160,10 +165,10 @@ def _write(
     ids: Sequence[int],
     measured: Measured,
     batch_of: Mapping[int, int],
-    tokens: Mapping[int, int],
+    lengths: Mapping[int, Mapping[str, int]],
 ) -> None:
     states = states_of(measured)
-    facts = [{**_facts(measured, row, number, states[row]), "tokens": tokens[number]} for row, number in enumerate(ids)]
+    facts = [{**_facts(measured, row, number, states[row]), **lengths[number]} for row, number in enumerate(ids)]
     gradients.insert(connection, batch.recipe_id, batch.direction_set_id, facts)
     usable = [row for row, state in enumerate(states) if state == GradientState.OK]
     numbers = np.array([ids[row] for row in usable], np.int64)

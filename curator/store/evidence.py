@@ -164,7 +164,7 @@ def controls(connection: Connection, recipe_id: int, example_id: int) -> Row[Any
                    avg((o.calibrated_loss < g.calibrated_loss)::integer)::float8 AS calibrated_loss_percentile,
                    avg((o.gradient_norm < g.gradient_norm)::integer)::float8 AS gradient_norm_percentile,
                    avg((o.whitened_norm < g.whitened_norm)::integer)::float8 AS self_influence_percentile,
-                   min(l.length) AS length, min(l.percentile) AS length_percentile
+                   min(l.length) AS length, min(l.percentile) AS length_percentile, g.tokens, g.cut_tokens
             FROM curator.gradients g
             JOIN LATERAL (
                 SELECT own.length, avg((octet_length(e.record::text) < own.length)::integer)::float8 AS percentile

@@ -13,16 +13,19 @@ def insert(
 ) -> None:
     """One row an example.
 
-    id, state, loss, calibrated_loss, gradient_norm, whitened_norm, exact, tokens, embedding_similarity, bm25.
+    id, state, loss, calibrated_loss, gradient_norm, whitened_norm, exact, tokens, cut_tokens, embedding_similarity,
+    bm25.
     """
     if not rows:
         return
     connection.execute(
         text(
             "INSERT INTO curator.gradients (recipe_id, example_id, state, loss, calibrated_loss, gradient_norm,"
-            " whitened_norm, direction_set_id, exact, tokens, embedding_similarity, bm25)"
+            " whitened_norm, direction_set_id, exact, tokens, cut_tokens, embedding_similarity,"
+            " bm25)"
             " VALUES (:recipe_id, :id, :state, :loss, :calibrated_loss,"
-            " :gradient_norm, :whitened_norm, :direction_set_id, :exact, :tokens, :embedding_similarity, :bm25)"
+            " :gradient_norm, :whitened_norm, :direction_set_id, :exact, :tokens, :cut_tokens,"
+            " :embedding_similarity, :bm25)"
         ),
         [{"recipe_id": recipe_id, "direction_set_id": direction_set_id, **row} for row in rows],
     )

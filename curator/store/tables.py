@@ -385,6 +385,7 @@ gradients = Table(
     Column("direction_set_id", BigInteger, comment="the directions `exact` was taken against, on arrival"),
     Column("exact", ARRAY(REAL), comment="un-compressed normalised influence on each of them"),
     Column("tokens", Integer, nullable=False, server_default="1", comment="what the workload counts of the record"),
+    Column("cut_tokens", Integer, nullable=False, server_default="0", comment="beyond the limit: not seen"),
     Column("embedding_similarity", ARRAY(REAL), comment="control: of the last hidden states, with each of them"),
     Column("bm25", ARRAY(REAL), comment="control: of the words, for each of them"),
     _now("computed_at"),

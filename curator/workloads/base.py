@@ -27,9 +27,9 @@ class Workload(Protocol):
     """What a user's factory returns. ``load`` is called before ``collate`` and ``losses``.
 
     Optional, with defaults in this module: ``layers(model) -> names``, ``validation_losses(model, batch) -> (B,)``,
-    ``n_tokens(record) -> int``, ``validate(record) -> None or a reason``, ``correct(model, batch) -> (B,)`` of zeros
-    and ones, ``training() -> Training`` and ``train(model, records, *, seed, device, how) -> model``;
-    ``positions(record) -> texts`` has none.
+    ``n_tokens(record) -> int``, ``n_cut(record) -> int``, ``validate(record) -> None or a reason``,
+    ``correct(model, batch) -> (B,)`` of zeros and ones, ``training() -> Training`` and
+    ``train(model, records, *, seed, device, how) -> model``; ``positions(record) -> texts`` has none.
     """
 
     def load(self, checkpoint: Path, device: torch.device) -> nn.Module:
@@ -101,6 +101,14 @@ def n_tokens_of(workload: Workload, record: Record) -> int:
         with users_code("n_tokens"):
             return int(count(record))
     return 1
+
+
+def n_cut_of(workload: Workload, record: Record) -> int:
+    """How many tokens of a record the model does not see, because it is longer than the limit; 0 by default."""
+    if count := getattr(workload, "n_cut", None):
+        with users_code("n_cut"):
+            return int(count(record))
+    return 0
 
 
 def positions_of(workload: Workload, record: Record) -> list[str]:

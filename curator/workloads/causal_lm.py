@@ -36,6 +36,7 @@ CHOICES = {
     "weights": ("full", "adapter"),
     "dtype": ("float32", "bfloat16"),
     "objective": ("sft", "dpo"),
+    "overlong": ("cut", "refuse"),
 }
 
 
@@ -47,10 +48,12 @@ class Options:
     adapter takes the gradients of a PEFT adapter's own matrices, full those of the weights it is merged into: the
     former behave almost like dot products, the latter cost little more. ``objective`` dpo takes preference pairs
     (arXiv:2305.18290, equation 7) at temperature ``beta`` against the folder ``reference``, or where that is empty
-    against the checkpoint itself, which is what training starts from.
+    against the checkpoint itself, which is what training starts from. A record of more than ``max_tokens`` loses its
+    end, which is counted, or is refused: ``overlong``.
     """
 
     max_tokens: int = 512
+    overlong: Literal["cut", "refuse"] = "cut"
     reduction: Literal["mean", "sum"] = "mean"
     loss_on: Literal["completion", "all"] = "completion"
     weights: Weights = "full"
@@ -128,12 +131,13 @@ class CausalLM:
     # --- records --------------------------------------------------------------------------------------------
 
     def validate(self, record: Record) -> str | None:
-        """One of the known shapes, with text in it."""
+        """One of the known shapes, with text in it, and not too long where that is refused."""
         pair = preference(record) if self.options.objective == "dpo" else None
         if self.options.objective == "dpo" and pair is None:
             return "it is no preference pair: it has not both chosen and rejected"
         try:
-            return next((reason for part in pair or (record,) if (reason := self._unlearnable(part))), None)
+            unlearnable = (reason for part in pair or (record,) if (reason := self._unlearnable(part)))
+            return next(unlearnable, None) or self._overlong(record)
         except (KeyError, TypeError, AttributeError):
             return "its messages are not a list of {role, content}"
 
@@ -146,6 +150,12 @@ class CausalLM:
         learned = [m["content"] for m in messages or () if self._all or m["role"] == "assistant"]
         learned += [text for text, counts in plain or () if self._all or counts]
         return None if any(learned) else "nothing in it is to be learned: its completion is empty"
+
+    def _overlong(self, record: Record) -> str | None:
+        """Only a tokenizer can tell, so before a checkpoint is loaded nothing is too long."""
+        if self.options.overlong == "cut" or self._tokenizer is None or not (cut := self.n_cut(record)):
+            return None
+        return f'it is {cut} tokens longer than max_tokens, {self.options.max_tokens}, and overlong is "refuse"'
 
     @property
     def _all(self) -> bool:
@@ -191,6 +201,10 @@ class CausalLM:
     def n_tokens(self, record: Record) -> int:
         """Tokens of the record after cutting."""
         return sum(len(self.tokens(text).ids) for text in preference(record) or (record,))
+
+    def n_cut(self, record: Record) -> int:
+        """Tokens of the record that were cut off."""
+        return sum(self.tokens(text).cut for text in preference(record) or (record,))
 
     def positions(self, record: Record) -> list[str]:
         """The text of each token; none of a preference, whose two answers share their positions."""

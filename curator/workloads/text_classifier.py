@@ -179,6 +179,8 @@ class _Reader(Protocol):
 
     def positions(self, text: str) -> list[str]: ...
 
+    def n_cut(self, text: str) -> int: ...
+
 
 @dataclass(frozen=True)
 class _Hashed:
@@ -194,6 +196,9 @@ class _Hashed:
 
     def positions(self, text: str) -> list[str]:
         return []  # the model sees the mean of all words
+
+    def n_cut(self, text: str) -> int:
+        return 0
 
 
 @dataclass(frozen=True)
@@ -215,6 +220,10 @@ class _Tokenized:
     def positions(self, text: str) -> list[str]:
         ids = self.tokenizer(text, truncation=True, max_length=self.max_tokens)["input_ids"]
         return [self.tokenizer.decode([token]) for token in ids]
+
+    def n_cut(self, text: str) -> int:
+        # Not verbose: transformers warns of texts longer than the model, and these are cut.
+        return max(0, len(self.tokenizer(text, verbose=False)["input_ids"]) - self.max_tokens)
 
     def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         inputs = {name: tensor for name, tensor in batch.items() if name != "label_B"}
@@ -289,6 +298,10 @@ class TextClassification:
     def n_tokens(self, record: Record) -> int:
         """Words of the text, at least 1."""
         return max(len(words(record["text"])), 1)
+
+    def n_cut(self, record: Record) -> int:
+        """Tokens that a Hugging Face model does not see; the built-in one reads texts of any length."""
+        return self.reader.n_cut(record["text"])
 
 
 def build(*, project: Path, max_tokens: int = 512) -> TextClassification:

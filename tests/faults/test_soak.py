@@ -24,7 +24,7 @@ from tests import digits
 from tests.faults import chaos
 
 SECONDS = float(os.environ.get("CURATOR_SOAK_SECONDS", "1800"))
-# Records a second at most. Without a limit the next file comes as soon as fewer than BACKLOG wait: the workers never idle.
+# Records a second at most. Without a limit the next file comes as soon as fewer than BACKLOG wait, so nobody idles.
 RATE = float(os.environ.get("CURATOR_SOAK_RATE", "inf"))
 BACKLOG = int(os.environ.get("CURATOR_SOAK_BACKLOG", "96"))
 FILE_RECORDS = 100

@@ -46,6 +46,15 @@ def test_no_shell_and_no_remote_code() -> None:
     assert found == []
 
 
+def test_vectors_of_half_precision_are_never_added_up() -> None:
+    """pgvector's sum and avg of halfvec overflow at 65,504."""
+    added = re.compile(r"\b(?:sum|avg)\s*\(\s*(?:\w+\.)?vector\b", re.IGNORECASE)
+    sources = [path for folder in SHIPPED for path in files(ROOT / folder) if path.suffix in (".py", ".sql")]
+    found = [path.name for path in sources if added.search(path.read_text(encoding="utf-8"))]
+    assert added.search("SELECT avg(b.vector)")
+    assert found == []
+
+
 def test_no_error_is_swallowed() -> None:
     """Who catches everything does something with it: a log line or `pass` is nothing."""
     found = [

@@ -101,6 +101,17 @@ def test_why_for_people_names_the_verdict_and_the_controls(curator: Curator) -> 
         assert word in shown
 
 
+def test_what_the_model_did_not_see_of_an_example_is_said(curator: Curator, world_url: str) -> None:
+    engine = make_engine(world_url)
+    with begin(engine) as connection:
+        connection.execute(text("UPDATE curator.gradients SET tokens = 16, cut_tokens = 6 WHERE example_id = 1"))
+    engine.dispose()
+    assert "6 tokens behind the limit" in curator("why", "1").stdout
+    assert "behind the limit" not in curator("why", "2").stdout
+    [row] = curator.rows("sql", "SELECT example_id, tokens, cut_tokens, in_use FROM cut_examples")
+    assert row == {"example_id": 1, "tokens": 16, "cut_tokens": 6, "in_use": True}
+
+
 def test_why_says_which_ingredient_carried_the_harm(curator: Curator, world: World) -> None:
     [row] = curator.rows("why", "9")
     loss = row["controls"]["calibrated_loss"]

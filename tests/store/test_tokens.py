@@ -68,6 +68,7 @@ def test_a_word_s_pull_is_the_score_less_that_without_it(settings: Settings, eng
         tools = instrument.load(connection, settings, recipe.id, 1)
         towards = yardstick.load(connection, recipe, 1).directions
     [score] = known.scores
+    assert (known.controls["tokens"], known.controls["cut_tokens"]) == (4, 0)
     assert -1 <= score["embedding_similarity"] <= 1
     assert score["bm25"] > 0, "one of its words is also in the trusted texts"
     runtime = Runtime(settings)

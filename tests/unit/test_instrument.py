@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from curator.influence.attribution import Attributor, RecipeSpec
+from curator.stages import gradients
 from curator.stages.instrument import Instrument, Room
+from curator.types import Lease, Stage
 
 
 class Padded:
@@ -31,6 +33,9 @@ class Padded:
 
     def n_tokens(self, record):
         return len(record)
+
+    def n_cut(self, record):
+        return 2 * len(record)
 
 
 def instrument(memory=10**9, tokens=40, examples=5):
@@ -90,3 +95,9 @@ def test_one_record_that_does_not_fit_is_no_reason_to_shrink():
 
 def test_no_records_are_an_empty_result():
     assert instrument().measure([]).unit_BK.shape == (0, 3)
+
+
+def test_what_is_seen_and_what_is_cut_of_a_record_are_counted():
+    lease = Lease("me", Stage.GRADIENTS, 1, (7, 8), (1, 2))
+    result = gradients.compute(instrument(), gradients.Batch(lease, 1, None, {7: RECORDS[0], 8: RECORDS[1]}))
+    assert result.lengths == {7: {"tokens": 3, "cut_tokens": 6}, 8: {"tokens": 9, "cut_tokens": 18}}

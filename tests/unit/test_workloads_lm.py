@@ -197,6 +197,17 @@ def test_a_completion_that_was_cut_away_has_no_signal_and_others_do_not_feel_pad
         torch.testing.assert_close(alone.exact_BS[0], found.exact_BS[b], rtol=0, atol=1e-4)
 
 
+def test_what_is_too_long_is_cut_and_counted_or_refused(workload, folder):
+    fits, over = {"text": "a b"}, {"text": "a " * 20}  # with <s> and </s>: 4 and 22 tokens, of 16
+    assert [base.n_cut_of(workload, record) for record in (fits, over)] == [0, 6]
+    assert base.reason_against(workload, over) is None
+    strict = CausalLM(folder, Options(max_tokens=16, overlong="refuse"))
+    assert base.reason_against(strict, over) is None  # nothing can be counted before a tokenizer is there
+    strict.load(folder, CPU)
+    assert base.reason_against(strict, fits) is None
+    assert base.reason_against(strict, over) == 'it is 6 tokens longer than max_tokens, 16, and overlong is "refuse"'
+
+
 def test_an_empty_batch_and_a_missing_checkpoint(workload):
     assert base.batch_of(workload, [], CPU).id_BT.shape == (0, 1)
     with pytest.raises(NotLoaded):
