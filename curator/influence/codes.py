@@ -211,9 +211,9 @@ def fit_code(kind: str, chunks: Chunks, width: int, seed: int) -> Code | None:
 class CodedWhitening:
     """Whitening and then a linear code, (K, C), with the length that the whitened entries had BEFORE the code.
 
-    So a stored vector is shorter than 1 by what the code does not see: data unlike the sample of a PCA has small products
-    and its whole self-influence. Scaled to length 1 again, its shadow would count as much as a gradient that the PCA
-    knows (docs/decisions/0060).
+    So a stored vector is shorter than 1 by what the code does not see: data unlike the sample of a PCA has small
+    products and its whole self-influence. Scaled to length 1 again, its shadow would count as much as a gradient that
+    the PCA knows (docs/decisions/0060).
     """
 
     whitening: Whitening

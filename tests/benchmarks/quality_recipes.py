@@ -45,8 +45,8 @@ class Masked:
 class Coded:
     """A wide mask, whitened, and a code: (blocks, rows, damping, size, seed) -> y by part, or None if too wide.
 
-    With ``whole`` the stored norm is that before the code, as the package's is; without, what the code sees is scaled to
-    length 1 again.
+    With ``whole`` the stored norm is that before the code, as the package's is; without, what the code sees is scaled
+    to length 1 again.
     """
 
     name: str

@@ -130,8 +130,8 @@ INTRODUCTION = f"""2,500 arrivals, 10.6 % flipped; the overconfident checkpoint 
 trusted examples give the direction, curvature and code, half are references. "Unlike": the trusted examples are the
 digits below {KNOWN}, the arrivals the others, which the checkpoint knows and the trusted data does not. AUC for wrong
 labels of harm, of normalised influence and of self-influence; false discovery proportion and power of one batch at
-{FDR}. Mean of {len(SEEDS)} seeds, with the standard error of the harm's. Damping c = .1 unless said. The control takes a
-vector's shadow on the components for the whole vector, as curator did before decision 0060.
+{FDR}. Mean of {len(SEEDS)} seeds, with the standard error of the harm's. Damping c = .1 unless said. The control takes
+a vector's shadow on the components for the whole vector, as curator did before decision 0060.
 """
 
 
