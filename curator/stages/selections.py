@@ -254,7 +254,7 @@ def reader(connection: Connection, pool: Pool) -> Fetch:
     def fetch(ids: Sequence[int]) -> NDArray[np.float32]:
         stored_RK = vectors.read(connection, pool.recipe_id, ids, pool.dimension)
         length_R1 = np.linalg.norm(stored_RK, axis=1, keepdims=True)
-        return np.divide(stored_RK, length_R1, out=stored_RK, where=length_R1 > 0)
+        return np.asarray(stored_RK / np.where(length_R1 > 0, length_R1, 1), np.float32)
 
     return fetch
 
