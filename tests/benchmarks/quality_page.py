@@ -114,7 +114,12 @@ def _against(rows: dict[str, dict[int, Found]], name: str) -> str:
 
 def seeds(scenes: list[Scene]) -> str:
     """The headline over seeds of data, subsets and masks: the mean, and from the lowest to the highest."""
-    lines = ["## Over seeds of data, subsets and masks", "", "Normalised score; the mean, and lowest to highest.", ""]
+    lines = [
+        "## Over seeds of data, subsets and masks",
+        "",
+        "Normalised score; the mean, and lowest to highest, of the seeds that a row has.",
+        "",
+    ]
     if all(row["seed"] == 0 for _, _, s in scenes for row in s["rows"]):
         lines[2] = "One seed was run."
     for model, stage, s in scenes:
