@@ -119,6 +119,10 @@ class Scores:
     """How influence is computed."""
 
     damping: float = field(default=0.1, metadata={"doc": "relative to the mean of the Fisher's diagonal"})
+    curvature: Literal["angular", "fisher"] = field(
+        default="angular",
+        metadata={"doc": "fisher: loud examples weigh more; exact scores rank better, find less harm"},
+    )
     exact_curvature: Literal["kfac", "ekfac"] = field(
         default="kfac", metadata={"doc": "of exact scores; ekfac: one more pass over the trusted data"}
     )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from curator.errors import NoCurvature
 from curator.influence import fitting, parts, scoring
 from curator.influence.capture import Reader, capture, each, find_layers
-from curator.influence.codes import FoldedCode
+from curator.influence.codes import CodedWhitening
 from curator.influence.confidence import calibrated_loss, measurement_slope
 from curator.influence.controls import LastHidden
 from curator.influence.curvature import Moments
@@ -52,7 +52,7 @@ class Attributor:
     @property
     def is_coded(self) -> bool:
         """Whether vectors are numbers of a code, and not the kept entries themselves."""
-        return isinstance(self.fitted.encoding, FoldedCode)
+        return isinstance(self.fitted.encoding, CodedWhitening)
 
     @property
     def temperature(self) -> float:
@@ -115,7 +115,7 @@ class Attributor:
     def _assemble(
         self, loss_B: Tensor, kept: KeptEntries, exact: ExactScores | None, hidden_BH: Tensor | None
     ) -> Measured:
-        unit_BK, whitened_B = scoring.unit(self.fitted.encoding.apply(kept.g_BK(loss_B)))
+        unit_BK, whitened_B = self.fitted.encoding.units(kept.g_BK(loss_B))
         gradient_B = kept.norm_B().to(self.device)
         state_B = _states(loss_B, gradient_B, whitened_B)
         ok_B = state_B == Signal.OK
@@ -151,11 +151,10 @@ class Attributor:
         kept = KeptEntries(self.fitted.masks, "kept")
         loss_B = self._pass(batch, kept)
         encoding, g_BK = self.fitted.encoding, kept.g_BK(loss_B)
-        w_BK = encoding.apply(g_BK)
-        norm_B = scoring.unit(w_BK)[1]
+        norm_B = encoding.units(g_BK)[1]
         ok_B = _states(loss_B, kept.norm_B().to(self.device), norm_B) == Signal.OK
         unit_SK, whitened_SK = (encoding.pull_back(u.to(self.device)) for u in (towards.unit_SK, towards.whitened_SK))
-        x_BK, own_BK = _only(ok_B, g_BK), _only(ok_B, encoding.pull_back(w_BK))
+        x_BK, own_BK = _only(ok_B, g_BK), _only(ok_B, encoding.dual(g_BK))
         return parts.split(x_BK, own_BK, _only(ok_B, norm_B), unit_SK.cpu(), whitened_SK.cpu(), self.fitted.columns)
 
     def by_position(self, batch: Any, towards: Towards) -> PositionScores:

@@ -19,6 +19,7 @@ as for the masks: the same on every machine.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from curator.errors import CodeTooWide, UnknownCompression
-from curator.influence.curvature import Chunks, Whitening, principal
+from curator.influence.curvature import Chunks, Whitening, principal, under
 from curator.influence.dropout import stream
 
 CodeKind = Literal["none", "sjlt", "pca", "pca+sjlt"]
@@ -207,33 +208,48 @@ def fit_code(kind: str, chunks: Chunks, width: int, seed: int) -> Code | None:
 
 
 @dataclass(frozen=True)
-class FoldedCode:
-    """Whitening and a linear code as the one matrix they are, (K, C): what a recipe with a code applies and keeps."""
+class CodedWhitening:
+    """Whitening and then a linear code, (K, C), with the length that the whitened entries had BEFORE the code.
 
-    encoder_KC: Tensor
+    So a stored vector is shorter than 1 by what the code does not see: data unlike the sample of a PCA has small
+    products and its whole self-influence. Scaled to length 1 again, its shadow would count as much as a gradient that
+    the PCA knows (docs/decisions/0060).
+    """
 
-    @classmethod
-    def fold(cls, whitening: Whitening, code: Code) -> FoldedCode:
-        """F^-1/2 M of the code's matrix M, its columns taken as rows: F^-1/2 is symmetric."""
-        return cls(whitening.apply(code.matrix_KC().T.to(whitening.device)).T.contiguous())
+    whitening: Whitening
+    code_KC: Tensor
 
     @property
     def width(self) -> int:
         """C."""
-        return self.encoder_KC.shape[1]
+        return self.code_KC.shape[1]
 
-    def apply(self, g_BK: Tensor) -> Tensor:
-        """y_BC of kept gradients."""
-        return g_BK.to(self.encoder_KC.dtype) @ self.encoder_KC
+    def units(self, g_BK: Tensor) -> tuple[Tensor, Tensor]:
+        """y_BC of kept gradients, whitened and of length 1 before the code, and norm_B, the length before that."""
+        unit_BK, norm_B = self.whitening.units(g_BK)
+        return unit_BK @ self.code_KC, norm_B
+
+    def dual(self, g_BK: Tensor) -> Tensor:
+        """F^-1 g: <g, F^-1 g> is the self-influence."""
+        return self.whitening.dual(g_BK)
 
     def pull_back(self, u_SC: Tensor) -> Tensor:
-        """The v_SK with <y, u> = <g, v>."""
-        return u_SC.to(self.encoder_KC.dtype) @ self.encoder_KC.T
+        """The v_SK with <norm * y, u> = <g, v>."""
+        return self.whitening.pull_back(u_SC.to(self.code_KC.dtype) @ self.code_KC.T)
 
-    def to(self, device: torch.device) -> FoldedCode:
-        """The same matrix on ``device``."""
-        return FoldedCode(self.encoder_KC.to(device))
+    def to(self, device: torch.device) -> CodedWhitening:
+        """The same matrices on ``device``."""
+        return CodedWhitening(self.whitening.to(device), self.code_KC.to(device))
 
     def tensors(self) -> dict[str, Tensor]:
-        """As named tensors."""
-        return {"code": self.encoder_KC}
+        """As named tensors; not under the whitening's own names, by which vectors are split into layers."""
+        return {"code": self.code_KC} | {CODED + n: t for n, t in self.whitening.tensors().items()}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> CodedWhitening:
+        """Back from ``tensors``."""
+        return cls(Whitening.of(under(CODED, tensors)), tensors["code"])
+
+
+CODED = "before code/"
+"""Where a recipe's state keeps the whitening that a code comes after."""

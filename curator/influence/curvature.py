@@ -108,6 +108,14 @@ class Whitening:
         """w_BK = F^-1/2 g."""
         return torch.cat([times(g_BK[:, c], self.roots[n]) for n, c in self.slices.items()], dim=1)
 
+    def units(self, g_BK: Tensor) -> tuple[Tensor, Tensor]:
+        """w_BK scaled to length 1, and norm_B."""
+        return unit(self.apply(g_BK))
+
+    def dual(self, g_BK: Tensor) -> Tensor:
+        """F^-1 g: <g, F^-1 g> is the self-influence."""
+        return self.apply(self.apply(g_BK))
+
     def pull_back(self, u_SK: Tensor) -> Tensor:
         """The v with <F^-1/2 g, u> = <g, v>: the matrix is its own transpose."""
         return self.apply(u_SK)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from curator.errors import LayersUnreached, NoCurvature, StateMismatch, UnknownCurvature
 from curator.influence.capture import Layer, Reader, capture, each, find_layers
-from curator.influence.codes import FoldedCode, fit_code
+from curator.influence.codes import CodedWhitening, fit_code
 from curator.influence.confidence import fit_temperature
 from curator.influence.curvature import (
     ROOT_RANK,
@@ -43,7 +43,7 @@ from curator.influence.scoring import unit
 Losses = Callable[[nn.Module, Any], Tensor]
 """The workload's losses: (model, batch) -> losses_B."""
 
-Encoding = Whitening | FoldedCode
+Encoding = Whitening | CodedWhitening
 """What turns kept entries into stored vectors."""
 
 
@@ -105,12 +105,18 @@ def _encoding_of(masks: Mapping[str, LayerMask], spec: RecipeSpec, tensors: Mapp
         found_shape = tuple(tensors["code"].shape) if "code" in tensors else None
         if found_shape != shape:
             raise StateMismatch(found=found_shape, wanted=shape)
-        return FoldedCode(tensors["code"])
+        coded = CodedWhitening.of(tensors)
+        _check_columns(masks, coded.whitening)
+        return coded
     whitening = Whitening.of(tensors)
+    _check_columns(masks, whitening)
+    return whitening
+
+
+def _check_columns(masks: Mapping[str, LayerMask], whitening: Whitening) -> None:
     if dict(whitening.slices) != columns(masks):
         found = {name: c.stop - c.start for name, c in whitening.slices.items()}
-        raise StateMismatch(found=found, wanted=wanted)
-    return whitening
+        raise StateMismatch(found=found, wanted={name: mask.kept for name, mask in masks.items()})
 
 
 # --- passes over the trusted data -----------------------------------------------------------------------------
@@ -209,7 +215,7 @@ def _encoding(sample: _Sample, masks: Mapping[str, LayerMask], whitening: Whiten
     if not spec.shortens(sum(mask.kept for mask in masks.values())):
         return whitening
     code = fit_code(spec.code, _whitened(sample, masks, whitening), spec.code_dimension, spec.seed)
-    return FoldedCode.fold(whitening, code) if code else whitening
+    return CodedWhitening(whitening, code.matrix_KC().to(whitening.device)) if code else whitening
 
 
 def _whitening(sample: _Sample, masks: Mapping[str, LayerMask], fisher: FisherSums, spec: RecipeSpec) -> Whitening:
@@ -240,7 +246,7 @@ def _whitened(sample: _Sample, masks: Mapping[str, LayerMask], whitening: Whiten
     def chunks() -> Iterator[Tensor]:
         for loss_B, kept in sample.kept(masks):
             # Every example counts alike, as in the curvature.
-            yield unit(whitening.apply(kept.g_BK(loss_B)))[0]
+            yield whitening.units(kept.g_BK(loss_B))[0]
 
     return chunks
 

@@ -117,10 +117,11 @@ def standard_error(score_BV: Tensor) -> Tensor:
     return score_BV.std(dim=1) / math.sqrt(score_BV.shape[1])
 
 
-def leave_one_out(normalised_B: Tensor, count: int) -> Tensor:
-    """Normalised influence of examples that are themselves among the ``count`` behind the direction.
+def leave_one_out(unit_VK: Tensor, direction_K: Tensor) -> Tensor:
+    """Normalised influence of the V examples behind a direction, on the mean of the others.
 
-    <u_V, unit_v> holds the example's product with itself, which is 1; without it a trusted example can be ranked
-    beside arrivals.
+    <u_V, unit_v> holds the example's product with itself, 1 or what a code sees of it; without that a trusted example
+    can be ranked beside arrivals.
     """
-    return (normalised_B * count - 1) / (count - 1)
+    count = len(unit_VK)
+    return (unit_VK @ direction_K * count - unit_VK.square().sum(dim=1)) / (count - 1)

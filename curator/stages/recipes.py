@@ -169,6 +169,7 @@ def spec(settings: Settings) -> dict[str, Any]:
             "code_dimension": asked.code_dimension if asked.code != "none" else 0,
             "seed": asked.seed,
             "damping": settings.scores.damping,
+            "curvature": settings.scores.curvature,
             "measurement": _measurement(settings),
             "exact": asked.exact,
             "exact_norm": asked.exact_norm,

@@ -278,8 +278,14 @@ def record(
 
 
 def reader(connection: Connection, pool: Pool) -> Fetch:
-    """Vectors of the pool's recipe, read when they are asked for."""
-    return lambda ids: vectors.read(connection, pool.recipe_id, ids, pool.dimension)
+    """Vectors of the pool's recipe, read when they are asked for; of length 1 also where a code sees a part of them."""
+
+    def fetch(ids: Sequence[int]) -> NDArray[np.float32]:
+        stored_RK = vectors.read(connection, pool.recipe_id, ids, pool.dimension)
+        length_R1 = np.linalg.norm(stored_RK, axis=1, keepdims=True)
+        return np.asarray(stored_RK / np.where(length_R1 > 0, length_R1, 1), np.float32)
+
+    return fetch
 
 
 def _lots(digests: Sequence[bytes], seed: int) -> Floats:

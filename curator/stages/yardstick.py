@@ -143,9 +143,9 @@ def fit(
 def _among_others(unit_VK: Tensor, bad_NK: Tensor, direction_K: Tensor) -> Tensor:
     """Normalised influence of the good examples behind a direction, each without its product with itself."""
     if not len(bad_NK):
-        return scoring.leave_one_out(unit_VK @ direction_K, len(unit_VK))
+        return scoring.leave_one_out(unit_VK, direction_K)
     away_K = bad_NK.mean(dim=0)
-    return scoring.leave_one_out(unit_VK @ (direction_K + away_K), len(unit_VK)) - unit_VK @ away_K
+    return scoring.leave_one_out(unit_VK, direction_K + away_K) - unit_VK @ away_K
 
 
 def _evidence(of: Measured, unit_VK: Tensor, direction_K: Tensor) -> Floats:

@@ -45,7 +45,8 @@ def write(connection: Connection, recipe_id: int, example_ids: Longs, unit_BK: F
         connection: the transaction that also closes the work.
         recipe_id: whose masks and whitening these are.
         example_ids: (B,) numbers.
-        unit_BK: (B, K) finite rows of unit length. One NaN would make the server refuse the whole batch.
+        unit_BK: (B, K) finite rows, of length 1 or shorter by what a code does not see. One NaN would make the server
+            refuse the whole batch.
     """
     _copy(connection, "gradient_blocks", "example_id", recipe_id, example_ids, unit_BK)
 

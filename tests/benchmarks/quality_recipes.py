@@ -43,11 +43,16 @@ class Masked:
 
 @dataclass(frozen=True)
 class Coded:
-    """A wide mask, whitened, and a code: (blocks, rows, damping, size, seed) -> y by part, or None if too wide."""
+    """A wide mask, whitened, and a code: (blocks, rows, damping, size, seed) -> y by part, or None if too wide.
+
+    With ``whole`` the stored norm is that before the code, as the package's is; without, what the code sees is scaled
+    to length 1 again.
+    """
 
     name: str
     rows: Callable[[Gradients, int, int], dict[str, dict[str, Tensor]]]
     code: Callable[..., dict[str, Tensor] | None]
+    whole: bool = False
 
 
 # --- masks --------------------------------------------------------------------------------------------------
@@ -252,6 +257,8 @@ def precondition_first(found: Blocks, g: Gradients, damping: float, size: int, s
 # --- the table ----------------------------------------------------------------------------------------------
 
 PCA_CODE = "wide mask, whitened, PCA"
+WHOLE_PCA = f"{PCA_CODE}, whole length"
+SKETCHED = "wide mask, whitened, PCA + SJLT, whole length"
 MASKED = (
     Masked("coordinate mask", masked("coordinate")),
     Masked("neuron mask", masked("neuron")),
@@ -266,6 +273,8 @@ MASKED = (
 _WIDE_EVEN = masked("coordinate", kept=WIDE)
 CODED = (
     Coded(PCA_CODE, _WIDE_EVEN, pca),
+    Coded(WHOLE_PCA, _WIDE_EVEN, pca, whole=True),
+    Coded(SKETCHED, _WIDE_EVEN, pca_and_sjlt, whole=True),
     Coded("wide mask, whitened, PCA + SJLT", _WIDE_EVEN, pca_and_sjlt),
     Coded("wide neuron mask, whitened, PCA", masked("neuron", kept=WIDE), pca),
     Coded("wide mask by RMS and energy, whitened, PCA", masked("coordinate", True, True, WIDE), pca),

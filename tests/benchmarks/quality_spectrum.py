@@ -10,7 +10,7 @@ Vectors are never rounded here: half precision moves no cosine by .001 (a test s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -110,6 +110,11 @@ class Blocks:
         lengths = queries.clamp_min(1e-30).sqrt()[:, None] * others.clamp_min(1e-30).sqrt()
         return plain.T, (plain / lengths).T
 
+    def lengths(self, part: str, damping: float) -> Tensor:
+        """(N,): of whitened rows."""
+        ridges = self.ridges(damping)
+        return sum(s.squares(part, ridges[n]) for n, s in self.spectra.items()).clamp_min(1e-30).sqrt()
+
     def with_sample(self, part: str, damping: float) -> Tensor:
         ridges = self.ridges(damping)
         return sum(s.with_sample(part, ridges[n]) for n, s in self.spectra.items())
@@ -131,8 +136,13 @@ def components(blocks: Blocks, damping: float) -> dict[str, Tensor]:
     return {p: blocks.with_sample(p, damping) @ onto for p in names if p != "sample"}
 
 
-def cosines(y: Parts, part: str) -> tuple[Tensor, Tensor]:
-    """(N, V) both: of vectors that exist, rounded as rows are stored: a unit vector in half precision, and a norm."""
-    (q, long_V), (z, long_N) = (unit(y[p]) for p in ("queries", part))
+def cosines(y: Parts, part: str, lengths: Callable[[str], Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """(N, V) both: of vectors that exist, rounded as rows are stored: a unit vector in half precision, and a norm.
+
+    With ``lengths`` the norm is that before a code, and the vector shorter than 1 by what the code does not see.
+    """
+    (q, long_V), (z, long_N) = (
+        (y[p] / lengths(p)[:, None], lengths(p)) if lengths else unit(y[p]) for p in ("queries", part)
+    )
     cosine = z.half().float() @ q.half().float().T
     return cosine * long_N[:, None] * long_V, cosine

@@ -32,7 +32,17 @@ from curator.influence.retraining import outcomes, retrain
 from tests.benchmarks import quality, quality_page
 from tests.benchmarks.quality import SETTINGS, STAGES, Scene
 from tests.benchmarks.quality_eigen import Eigen
-from tests.benchmarks.quality_recipes import CODED, MASKED, PCA_CODE, Coded, Masked, numbers, precondition_first
+from tests.benchmarks.quality_recipes import (
+    CODED,
+    MASKED,
+    PCA_CODE,
+    SKETCHED,
+    WHOLE_PCA,
+    Coded,
+    Masked,
+    numbers,
+    precondition_first,
+)
 from tests.benchmarks.quality_spectrum import Blocks, cosines
 
 RESULTS = Path(__file__).parent / "results"
@@ -41,6 +51,8 @@ SIZES = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 CODE_SIZES = (256, 512, 1024, 2048, 4096)  # the sample of 1,500 has no more than 1,500 components
 HEADLINE = {
     PCA_CODE,
+    WHOLE_PCA,
+    SKETCHED,
     "EK-FAC, then its largest entries, PCA",
     "EK-FAC, then its largest entries",
     "coordinate mask",
@@ -205,7 +217,8 @@ def coded_row(judge: Judge, recipe: Coded, size: int, mask_seed: int) -> Found |
     rows, found = _wide(judge, recipe, mask_seed)
 
     def scores(c: float, part: str) -> tuple[np.ndarray, np.ndarray]:
-        return judge.scores(cosines(recipe.code(found, rows, c, size, mask_seed), part))
+        lengths = (lambda p: found.lengths(p, c)) if recipe.whole else None
+        return judge.scores(cosines(recipe.code(found, rows, c, size, mask_seed), part, lengths))
 
     if recipe.code(found, rows, 1.0, size, mask_seed) is None:
         return None
@@ -342,9 +355,9 @@ def steps(judge: Judge, seed: int) -> Iterator[tuple[str, int, Callable[[], Foun
 
 
 def wanted(name: str, size: int, seed: int, model: str) -> bool:
-    """Seeds after the first repeat the headline alone."""
+    """Seeds after the first repeat the headline and its controls alone."""
     sizes = (*HEADLINE_SIZES, 32768) if model == "transformer" else HEADLINE_SIZES
-    return seed == 0 or name.startswith("un-compressed") or (name in HEADLINE and size in sizes)
+    return seed == 0 or size == 0 or (name in HEADLINE and size in sizes)
 
 
 def study(store: Store, model: str, stage: int, seed: int, end: float) -> None:

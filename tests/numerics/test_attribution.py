@@ -233,13 +233,14 @@ def test_masks_of_a_recipe_do_not_depend_on_the_data_or_the_device_of_the_draw()
         assert torch.equal(a.fitted.masks[name].rows, b.fitted.masks[name].rows)
 
 
-def test_leave_one_out_is_the_direction_without_the_example():
+@pytest.mark.parametrize("code", [{}, {"code": "pca", "code_dimension": 3}], ids=str)
+def test_leave_one_out_is_the_direction_without_the_example(code):
     c = case("rows")
     trusted = c.batch(6, 1, 0)
-    a = fitted(c, spec(), trusted)
+    a = fitted(c, spec(**code), trusted)
     V = a.measure(trusted)
     everyone = a.directions({"all": [V]})
-    found = scoring.leave_one_out(V.unit_BK @ everyone.unit_SK[0], 6)
+    found = scoring.leave_one_out(V.unit_BK, everyone.unit_SK[0])
     rest = [int(i) for i in range(6) if i != 2]
     assert float(found[2]) == pytest.approx(float((V.unit_BK[rest] @ V.unit_BK[2]).mean()), abs=1e-6)
 

@@ -54,6 +54,20 @@ def test_a_code_of_all_directions_of_the_trusted_data_scores_them_like_no_code(c
     torch.testing.assert_close(y.whitened_norm_B, w.whitened_norm_B, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("code", VARIANTS[3:], ids=str)
+def test_a_code_leaves_the_whitened_length_and_shortens_what_it_does_not_see(code):
+    """Whatever the code: self-influence is that of the whole mask, and a PCA's shadow of new data is not blown up."""
+    c, _, plain, _ = fitted(**{n: v for n, v in code.items() if not n.startswith("code")})
+    _, _, coded, _ = fitted(**code)
+    arrived = c.batch(40, 2, 9)
+    w, y = (a.measure(arrived) for a in (plain, coded))
+    torch.testing.assert_close(y.whitened_norm_B, w.whitened_norm_B, rtol=1e-5, atol=0)
+    expected = w.unit_BK @ coded.fitted.encoding.code_KC
+    torch.testing.assert_close(y.unit_BK, expected, rtol=0, atol=1e-5)
+    if code["code"] == "pca":
+        assert float(y.unit_BK.norm(dim=1).max()) < 1
+
+
 def test_a_recipe_s_code_is_checked_when_it_is_fitted_and_when_it_is_restored():
     with pytest.raises(UnknownCompression, match="zip"):
         fitted(code="zip")

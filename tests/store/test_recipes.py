@@ -27,6 +27,7 @@ ASKED: Mapping[str, tuple[str, int]] = {
         240,
     ),
     "given layers": ('dimension = 300\nkept = { "4" = 100 }\nlayers = ["2", "4"]\nmask = "neuron"', 300),
+    "plain Fisher": ('dimension = 400\n[scores]\ncurvature = "fisher"', 400),
     "eigenvalues corrected, low rank": ('dimension = 400\n[scores]\nexact_curvature = "ekfac"\nexact_rank = 12', 400),
 }
 

@@ -10,6 +10,7 @@ import pytest
 
 from curator.influence.attribution import RecipeSpec
 from curator.influence.codes import CODE_KINDS
+from curator.influence.curvature import CURVATURE_KINDS
 from curator.influence.dropout import MASK_KINDS
 from curator.settings import Gradients, Scores, Settings
 from curator.stages import recipes
@@ -32,6 +33,7 @@ PLAIN = Settings(project=Path("/nowhere"))
         ("gradients.exact_norm", False),
         ("scores.damping", 1.0),
         ("scores.measurement", "loss"),
+        ("scores.curvature", "fisher"),
         ("scores.exact_curvature", "ekfac"),
         ("scores.exact_rank", 4),
     ],
@@ -55,3 +57,4 @@ def test_settings_offer_what_the_engine_knows() -> None:
     assert set(get_args(hints["code"])) == set(CODE_KINDS)
     assert set(get_args(hints["mask"])) == set(MASK_KINDS)
     assert set(get_args(get_type_hints(Scores)["exact_curvature"])) == {"kfac", "ekfac"}
+    assert set(get_args(get_type_hints(Scores)["curvature"])) < set(CURVATURE_KINDS), "the others are controls"
