@@ -861,7 +861,7 @@ class AdapterBaseMissing(DataError):
 class ExactWithoutForm(UsageError):
     """Exact scores take Kronecker factors, and Adam's second moments have none."""
 
-    code = "CUR-CKP-017"
+    code = "CUR-WRK-016"
     hint = "Set exact = false in [gradients], or take second_moments out of [workload] options."
 
 

@@ -110,7 +110,9 @@ class Gradients:
     tokens: int = field(
         default=8192, metadata={"doc": "padded tokens a forward pass, at most; halved where memory runs out"}
     )
-    device: str = field(default="auto", metadata={"doc": 'auto: every GPU, or the CPU; cpu, cuda:1, "cuda:0,cuda:2"'})
+    device: str = field(
+        default="auto", metadata={"doc": 'auto: every GPU, or the CPU; cuda: every GPU; cpu, cuda:1, "cuda:0,cuda:2"'}
+    )
     workers: int = field(default=1, metadata={"doc": "processes a device that measure, each with a model of its own"})
 
 

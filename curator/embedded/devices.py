@@ -35,7 +35,7 @@ def places(device: str, workers: int, visible: Sequence[str], *, spread: bool = 
     """A place for each model worker, device by device.
 
     Args:
-        device: ``auto`` (every GPU, or the CPU where there is none), ``cuda`` (the first), ``cuda:0,cuda:2``, or
+        device: ``auto`` (every GPU, or the CPU where there is none), ``cuda`` (every GPU), ``cuda:0,cuda:2``, or
             whatever else torch knows.
         workers: processes a device.
         visible: the GPUs there are, of ``visible_devices``; ``cuda:N`` is the Nth of them.
@@ -54,7 +54,7 @@ def places(device: str, workers: int, visible: Sequence[str], *, spread: bool = 
 
 
 def _chosen(device: str, visible: Sequence[str]) -> list[int]:
-    if device == "auto":
+    if device == "auto" or (device == "cuda" and visible):
         return list(range(len(visible)))
     names = [name.strip() for name in device.split(",")]
     if not all(re.fullmatch(r"cuda(:\d+)?", name) for name in names):

@@ -42,10 +42,10 @@ class EnergySums:
 
     def close(self) -> None:
         """End a batch."""
-        squares = dict(zip(self.pending, together(self.pending.values()), strict=True))
-        total_B = torch.stack(list(squares.values())).sum(dim=0)
+        square = dict(zip(self.pending, together(self.pending.values()), strict=True))
+        total_B = torch.stack(list(square.values())).sum(dim=0)
         fine_B = total_B.isfinite() & (total_B > 0)
-        for name, square_B in squares.items():
+        for name, square_B in square.items():
             part = float((square_B[fine_B] / total_B[fine_B]).sum())
             self.shares[name] = self.shares.get(name, 0.0) + part
         self.pending.clear()

@@ -36,7 +36,7 @@ from curator.influence.ekfac import EigenvalueSums, bases
 from curator.influence.energy import EnergySums
 from curator.influence.kept import KeptEntries
 from curator.influence.kronecker import KroneckerRoots, KroneckerSums
-from curator.influence.layers import Where, at
+from curator.influence.layers import Where, at, device_of
 from curator.influence.recipe import RecipeSpec, draw_masks
 from curator.influence.scoring import unit
 
@@ -176,7 +176,8 @@ def fit(
         losses_N.append(loss_B.float().cpu())
     _check_fit(fisher, masks, reached)
     roots = _roots(sample, kronecker, spec) if spec.exact else None
-    whitening = adam_whitening(moments, masks) if moments else _whitening(sample, masks, fisher, spec)
+    known = adam_whitening(moments, masks).to(device_of(model)) if moments else None
+    whitening = known or _whitening(sample, masks, fisher, spec)
     return Fitted(masks, _encoding(sample, masks, whitening, spec), roots, _temperature(losses_N, spec))
 
 

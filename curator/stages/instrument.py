@@ -156,7 +156,8 @@ def unfitted(settings: Settings, recipe: Recipe) -> Instrument:
     """The model of a recipe's checkpoint, with nothing fitted: enough to see whether the recipe suits the model."""
     workload = workload_of(settings, recipe.spec["workload"])
     device = device_of(settings)
-    model = base.load_model(workload, verified(recipe), device)
+    with answering(device):
+        model = base.load_model(workload, verified(recipe), device)
     room = Room(settings.gradients.batch, settings.gradients.tokens)
     return Instrument(recipe, workload, model, device, _spec(recipe, workload, model), room)
 

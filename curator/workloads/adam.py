@@ -1,4 +1,4 @@
-"""Adam's second moments beside a checkpoint, as ``curator.training.adam`` writes them; not ``optimizer.pt``, a pickle."""
+"""Adam's second moments beside a checkpoint, as ``curator.training.adam`` writes them; ``optimizer.pt`` is a pickle."""
 
 from __future__ import annotations
 

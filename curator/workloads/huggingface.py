@@ -90,9 +90,9 @@ def pretrained(
     transformers = _library("transformers", "A Hugging Face folder")
     base = adapter_base(folder)
     tokenized = folder if base is None or (folder / "tokenizer_config.json").exists() else base
-    quantised = _quantised(base or folder, quantization, dtype)
-    placed = placement.arguments(device, bool(quantised or _method(base or folder)))
     try:
+        quantised = _quantised(base or folder, quantization, dtype)
+        placed = placement.arguments(device, bool(quantised or _method(base or folder)))
         with _quiet(transformers):
             tokenizer = transformers.AutoTokenizer.from_pretrained(tokenized, **OFFLINE)
             model = getattr(transformers, model_class).from_pretrained(

@@ -210,14 +210,15 @@ def test_a_look_without_gradients_does_not_cut_later_ones_off(folder, bitsandbyt
 
 
 @pytest.fixture
-def adapter(folder, tmp_path):
+def adapter(folder, tmp_path, request):
     """What QLoRA trains: an adapter whose base is quantised while it is loaded."""
+    dora = getattr(request, "param", False)
     peft = pytest.importorskip("peft")
     with torch.random.fork_rng():
         torch.manual_seed(1)
         targets = ["q_proj", "up_proj"] if folder.name.startswith("llama") else ["c_attn"]
         config = peft.LoraConfig(
-            r=2, target_modules=targets, fan_in_fan_out=targets == ["c_attn"], init_lora_weights=False
+            r=2, target_modules=targets, fan_in_fan_out=targets == ["c_attn"], init_lora_weights=False, use_dora=dora
         )
         model = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(folder), config)
         model.save_pretrained(tmp_path / "adapter")
@@ -252,6 +253,12 @@ def test_an_adapter_on_a_quantised_base_is_measured_by_its_own_or_the_bases_weig
     for b, row in enumerate(rows):
         expected = by_autograd(workload, plain, row, layers, masks)
         torch.testing.assert_close(g_BK[b], expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("adapter", [True], indirect=True)
+def test_the_weights_beneath_dora_have_other_gradients_and_are_refused(adapter, bitsandbytes):
+    with pytest.raises(CheckpointForeign, match='set weights = "adapter"'):
+        loaded(adapter, quantization="4bit", weights="full")
 
 
 def test_a_folder_that_says_it_is_quantised_is_loaded_so(folder, bitsandbytes, tmp_path):

@@ -36,7 +36,8 @@ def test_auto_is_every_gpu_or_the_cpu():
 @pytest.mark.parametrize(
     ("device", "workers", "seen"),
     [
-        ("cuda", 1, ["GPU-aa"]),
+        ("cuda", 1, ["GPU-aa", "GPU-bb"]),
+        ("cuda:0", 1, ["GPU-aa"]),
         ("cuda:1", 1, ["GPU-bb"]),
         ("cuda:1, cuda:0", 1, ["GPU-bb", "GPU-aa"]),
         ("cuda:1,cuda:1", 1, ["GPU-bb"]),

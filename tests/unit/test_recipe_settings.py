@@ -12,7 +12,7 @@ from curator.influence.attribution import RecipeSpec
 from curator.influence.codes import CODE_KINDS
 from curator.influence.curvature import CURVATURE_KINDS
 from curator.influence.dropout import MASK_KINDS
-from curator.settings import Gradients, Scores, Settings
+from curator.settings import Gradients, Scores, Settings, Workload
 from curator.stages import recipes
 
 PLAIN = Settings(project=Path("/nowhere"))
@@ -46,10 +46,20 @@ def test_what_changes_the_meaning_of_a_vector_changes_its_recipe(key: str, value
     assert RecipeSpec.from_dict(after["gradients"]) != RecipeSpec.from_dict(before["gradients"])
 
 
-@pytest.mark.parametrize(("key", "value"), [("batch", 3), ("device", "cpu")])
+@pytest.mark.parametrize(("key", "value"), [("batch", 3), ("device", "cpu"), ("workers", 2)])
 def test_how_it_is_computed_does_not(key: str, value: Any) -> None:
     changed = replace(PLAIN, gradients=replace(PLAIN.gradients, **{key: value}))
     assert recipes.spec(changed) == recipes.spec(PLAIN)
+
+
+@pytest.mark.parametrize(("kind", "same"), [("causal-lm", True), ("text-classifier", True), ("torch", False)])
+def test_where_a_model_is_does_not_either_but_a_factorys_options_are_its_own(kind: Any, same: bool) -> None:
+    placed = {"device_map": "auto", "max_memory": {"cpu": "2GiB"}, "max_tokens": 9}
+    plain, spread = (
+        recipes.spec(replace(PLAIN, workload=Workload(kind, options=options)))
+        for options in ({"max_tokens": 9}, placed)
+    )
+    assert (plain == spread) == same
 
 
 def test_settings_offer_what_the_engine_knows() -> None:
