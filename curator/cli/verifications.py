@@ -78,8 +78,10 @@ def verify(
     with here.runtime() as opened:
         asked = _ask(opened, wish, selection, not no_selection, held_out, actor or whoami())
         _describe(asked)
-        if not wait:
+        if opened.daemon_runs:
             opened.wake(Stage.VERIFICATIONS)
+        if not wait:
+            _leave(opened, asked, form)
             return
         _await(opened, asked.verification)
         found = _read(opened, asked.verification)
@@ -107,6 +109,13 @@ def _describe(asked: Asked) -> None:
     say("; ".join([*said, f"{asked.held_out} held-out examples"]))
 
 
+def _leave(opened: Runtime, asked: Asked, form: Form) -> None:
+    if not opened.daemon_runs:
+        say("next: curator drain, or curator up: the daemon is not running")
+    if form is not Form.TEXT:
+        show([asked], form)
+
+
 # --- waiting --------------------------------------------------------------------------------------------------
 
 
@@ -118,7 +127,6 @@ def _await(opened: Runtime, number: int) -> None:
     """
     try:
         if opened.daemon_runs:
-            opened.wake(Stage.VERIFICATIONS)
             _follow(opened, number, lambda: time.sleep(LOOK_SECONDS))
             return
         with draining(opened, Stage.VERIFICATIONS) as child:

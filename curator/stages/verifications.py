@@ -76,10 +76,15 @@ def claim(connection: Connection, settings: Settings) -> Batch | None:
 
 
 def load(engine: Engine, settings: Settings, batch: Batch) -> Bench:
-    """The verification's records and the workload of its recipe."""
+    """The verification's records and the workload of its recipe.
+
+    Raises:
+        CheckpointMissing, CheckpointChanged: it is not there, or not what was added.
+    """
     with read(engine) as connection:
         recipe = recipes.recipe(connection, batch.run.recipe_id)
         inputs = verifications.inputs(connection, batch.run.verification_id)
+    instrument.verified(recipe)  # here, where it is the operator's to mend and no run's fault
     workload = instrument.workload_of(settings, recipe.spec["workload"])
     return Bench(recipe, workload, instrument.device_of(settings), inputs)
 
@@ -93,8 +98,8 @@ def compute(tools: Bench, batch: Batch) -> Result:
     began = time.monotonic()
     run, inputs = batch.run, tools.inputs
     ids = arms.members(np.array(list(inputs.pool)), run.picked, run.left_out)
+    model = tools.model()
     try:
-        model = tools.model()
         how = _how(training_of(tools.workload), run)
         records = [inputs.pool[number] for number in ids.tolist()]
         model = trained(tools.workload, model, records, seed=run.seed, device=tools.device, how=how)
@@ -128,8 +133,8 @@ def record(connection: Connection, settings: Settings, batch: Batch, result: Res
     number = batch.run.verification_id
     verification = verifications.lock(connection, number)
     verifications.record_run(connection, batch.run.id, _row(result))
-    rows = verifications.outcomes(connection, number)
-    if verification.state == "running" and rows is not None:
+    if verification.state == "running" and not verifications.unfinished(connection, number):
+        rows = verifications.outcomes(connection, number)
         trusted = verifications.trusted(connection, number)
         slices = {role: [row.slice for row in trusted if row.role == role] for role in ("direction", "reference")}
         named = {"validation": slices["direction"], "held-out": [] if verification.held_out else slices["reference"]}

@@ -203,21 +203,23 @@ def record_run(connection: Connection, run_id: int, result: Mapping[str, Any]) -
     )
 
 
-def outcomes(connection: Connection, verification_id: int) -> Rows | None:
-    """(arm, draw, seed, validation_loss, validation_correct, held_out_loss, held_out_correct) of all its runs.
+def unfinished(connection: Connection, verification_id: int) -> int:
+    """How many of its runs are still to come."""
+    query = text(f"SELECT count(*) {_OF_RUN} WHERE v.id = :id AND r.finished_at IS NULL")
+    return int(connection.scalar(query, {"id": verification_id}) or 0)
 
-    None while one is still to come.
-    """
-    rows = list(
+
+def outcomes(connection: Connection, verification_id: int) -> Rows:
+    """(arm, seed, validation_loss, validation_correct, held_out_loss, held_out_correct) of all its runs."""
+    return list(
         connection.execute(
             text(
-                "SELECT t.arm, t.draw, r.seed, r.validation_loss, r.validation_correct, r.held_out_loss,"
-                f" r.held_out_correct, r.finished_at {_OF_RUN} WHERE v.id = :id ORDER BY r.seed, r.id"
+                "SELECT t.arm, r.seed, r.validation_loss, r.validation_correct, r.held_out_loss, r.held_out_correct"
+                f" {_OF_RUN} WHERE v.id = :id ORDER BY r.seed, r.id"
             ),
             {"id": verification_id},
         )
     )
-    return None if any(row.finished_at is None for row in rows) else rows
 
 
 def conclude(connection: Connection, verification_id: int, results: Sequence[Mapping[str, Any]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from curator.sources.files import open_records
 from curator.stages import verifications
 from curator.stages.arms import Pool, Trial, Wish, members, trials
 from curator.store import offers, work
+from curator.store import verifications as store
 from curator.store.engine import begin, make_engine, read
 from curator.types import Arm
 from tests.store.conftest import Curator
@@ -113,6 +115,81 @@ def test_members_are_in_the_order_of_the_pool() -> None:
     assert members(ids, [9, 3], None).tolist() == [3, 9]
     assert members(ids, None, [5]).tolist() == [3, 8, 9]
     assert members(ids, [], None).tolist() == []
+
+
+# --- what follows from the runs -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Done:
+    """A run that is over, on 30 validation examples of one slice, and 20 and 4 held-out ones of two."""
+
+    arm: str
+    seed: int
+    validation_loss: list[float]
+    held_out_loss: list[float]
+    validation_correct: list[float] | None = None
+    held_out_correct: list[float] | None = None
+
+
+SLICES = {"validation": ["set/a"] * 30, "held-out": ["set/a"] * 20 + ["set/b"] * 4}
+
+
+def runs(rng: np.random.Generator) -> list[Done]:
+    """Losses fall by .1 where arms keep and rise by .2 where they drop at random; of slice b the other way round."""
+    shift = {"base": 0.0, "all": 0.1, "kept": -0.1, "random-dropped": 0.2, "highest-loss-dropped": -0.05}
+    found = []
+    for arm, by in shift.items():
+        for seed in (0,) if arm == "base" else (0, 1, 2):
+            for _ in range(3 if arm == "random-dropped" else 1):
+                loss = 1 + by + 0.01 * rng.normal(size=30)
+                held = 1 + by * np.repeat([1, -1], [20, 4]) + 0.01 * rng.normal(size=24)
+                right = (held < 1).astype(float).tolist()
+                found.append(Done(arm, seed, loss.tolist(), held.tolist(), [1.0] * 30, right))
+    return found
+
+
+def test_a_result_is_the_mean_difference_turned_so_that_more_is_better() -> None:
+    done = runs(np.random.default_rng(0))
+    rows = {tuple(row[k] for k in ("arm", "beside", "part", "slice", "measure")): row
+            for row in verifications.results(done, SLICES)}  # fmt: skip
+
+    def mean(arm: str, column: str, of: slice = slice(None)) -> float:
+        return float(np.mean([np.array(getattr(run, column))[of] for run in done if run.arm == arm]))
+
+    found = rows["kept", "random-dropped", "held-out", "", "loss"]
+    assert found["effect"] == pytest.approx(mean("random-dropped", "held_out_loss") - mean("kept", "held_out_loss"))
+    assert found["mean"] == pytest.approx(mean("kept", "held_out_loss"))
+    assert found["ci_low"] < found["effect"] < found["ci_high"]
+    found = rows["kept", "all", "held-out", "set/a", "loss"]
+    assert found["effect"] == pytest.approx(0.2, abs=0.01)
+    found = rows["kept", "all", "held-out", "", "accuracy"]
+    assert found["effect"] == pytest.approx(mean("kept", "held_out_correct") - mean("all", "held_out_correct"))
+    assert rows["base", "base", "validation", "", "loss"]["effect"] == 0
+    assert {key[3] for key in rows} == {"", "set/a"}, "four examples of a slice say nothing"
+    assert {key[3] for key in rows if key[2] == "validation"} == {""}, "one slice is all there is"
+    assert {key[1] for key in rows if key[0] == "kept"} == {"base", "all", "random-dropped", "highest-loss-dropped"}
+
+
+def test_a_workload_that_cannot_tell_right_from_wrong_has_no_accuracy() -> None:
+    done = [replace(run, validation_correct=None, held_out_correct=None) for run in runs(np.random.default_rng(0))]
+    assert {row["measure"] for row in verifications.results(done, SLICES)} == {"loss"}
+
+
+def test_the_view_and_the_words_say_what_the_results_do(curator: Curator) -> None:
+    number = ask(curator, "--seeds", "3")
+    worse = [replace(run, held_out_loss=[-x for x in run.held_out_loss]) for run in runs(np.random.default_rng(0))]
+    with begin(make_engine(curator.url, pooled=False)) as connection:
+        store.conclude(connection, number, list(verifications.results(worse, SLICES)))
+    result = curator("verifications", "show", "--json")
+    rows = {(row["arm"], row["slice"], row["measure"]): row for row in json.loads(result.stdout)}
+    kept = rows["kept", None, "loss"]
+    assert (kept["random_arm"], kept["control_arm"]) == ("random-dropped", "highest-loss-dropped")
+    assert kept["beside_random"] < 0 < kept["validation_effect"]
+    assert kept["beside_random_low"] < kept["beside_random"] < kept["beside_random_high"] < 0
+    assert rows["all", None, "loss"]["random_arm"] is None
+    assert "kept is WORSE than random-dropped: held-out loss better by -0.2" in result.stderr
+    assert "slice set/a: kept is WORSE than random-dropped: held-out loss" in result.stderr
 
 
 # --- the command ------------------------------------------------------------------------------------------------

@@ -15,7 +15,20 @@ from sqlalchemy import Engine, text
 from curator.errors import NothingToUndo
 from curator.settings import Settings, load
 from curator.sources import jsonl
-from curator.stages import directions, examples, gradients, recipes, reviews, scores, upkeep, verdicts, yardstick
+from curator.stages import (
+    arms,
+    directions,
+    examples,
+    gradients,
+    recipes,
+    reviews,
+    scores,
+    upkeep,
+    verdicts,
+    verifications,
+    yardstick,
+)
+from curator.stages.arms import Wish
 from curator.stages.turn import Turn
 from curator.store import directions as directions_store
 from curator.store import recipes as recipes_store
@@ -108,6 +121,21 @@ def test_compressed_and_exact_scores_agree(walked: tuple[Engine, Settings]) -> N
             text("SELECT corr(normalised_influence, exact_influence) FROM curator.influence_scores")
         )
     assert correlation > 0.8
+
+
+def test_the_claim_is_proved_by_training(walked: tuple[Engine, Settings]) -> None:
+    """The checkpoint is trained on all, without the flags, and without as many at random; then it is measured."""
+    engine, settings = walked
+    with begin(engine) as connection:
+        asked = arms.ask(connection, Wish(seeds=3, epochs=2), actor="ada")
+    assert Turn(engine, settings).run(verifications, 60).done == asked.runs == 19, "a run is a piece of work"
+    with read(engine) as connection:
+        row = connection.execute(
+            text("SELECT * FROM curator.verification_arms WHERE arm = 'kept' AND slice IS NULL AND measure = 'loss'")
+        ).one()
+    assert (row.examples, row.random_arm) == (asked.pool - asked.flagged, "random-dropped")
+    assert row.beside_random_low > 0, "surely better than dropping as many at random"
+    assert row.beside_all_low > 0, "and than training on everything"
 
 
 def test_a_second_walk_changes_nothing(walked: tuple[Engine, Settings], digits_files: digits.Files) -> None:
