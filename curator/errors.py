@@ -1076,6 +1076,20 @@ class NotRunning(UsageError):
     hint = "`curator verifications show {verification}` shows what it found."
 
 
+class NotTrainable(DataError):
+    """The model cannot be trained as it is loaded: {reason}."""
+
+    code = "CUR-VRF-010"
+    hint = 'A quantised model needs an adapter and weights = "adapter"; no part of it may be kept on cpu or disk.'
+
+
+class SelectionSpent(UsageError):
+    """Nothing of selection {name} can be trained on: it is flagged by now, or not judged at the checkpoint in use."""
+
+    code = "CUR-VRF-011"
+    hint = "`curator select --budget N` makes another; --no-selection verifies the flags alone."
+
+
 # --- daemon and intake ------------------------------------------------------------------------------------
 
 

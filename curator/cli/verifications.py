@@ -36,7 +36,13 @@ LOOK_SECONDS = 1.0
 )
 @click.option("--seeds", type=int, default=5, show_default=True, help="Trainings of each arm, at least 3.")
 @click.option("--draws", type=int, default=3, show_default=True, help="Random sets for each seed, at least 3.")
-@click.option("--seed", type=int, default=0, show_default=True, help="The first; the same seed gives the same result.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**32 - 1),
+    default=0,
+    show_default=True,
+    help="The first; the same seed gives the same result.",
+)
 @click.option("--epochs", type=click.IntRange(1), help="Passes over the data. [default: as the workload says]")
 @click.option("--batch", type=click.IntRange(1), help="Examples a step. [default: as the workload says]")
 @click.option("--learning-rate", type=click.FloatRange(0, min_open=True), help="[default: as the workload says]")

@@ -16,6 +16,7 @@ from curator.errors import (
     NoCheckpoint,
     NothingToCompare,
     NothingToVerify,
+    SelectionSpent,
     TooFewHeldOut,
     TooFewRuns,
     UnknownSelection,
@@ -163,7 +164,8 @@ def ask(
         actor: who asks.
 
     Raises:
-        TooFewRuns, NoCheckpoint, NothingToVerify, NothingToCompare, TooFewHeldOut, UnknownSelection: see there.
+        TooFewRuns, NoCheckpoint, NothingToVerify, NothingToCompare, TooFewHeldOut: see there.
+        UnknownSelection, SelectionSpent: see ``_selection``.
     """
     _check(wish)
     footing = reads.footing(connection)
@@ -228,6 +230,7 @@ def _selection(connection: Connection, pool: Pool, name: str | None) -> tuple[st
 
     Raises:
         UnknownSelection: there is none of that name.
+        SelectionSpent: nothing of it can be: its arms would be trained on no example at all.
     """
     found = selections.find(connection, name)
     if found is None:
@@ -235,7 +238,10 @@ def _selection(connection: Connection, pool: Pool, name: str | None) -> tuple[st
             raise UnknownSelection(name=repr(name))
         return None
     chosen = np.array(verifications.chosen(connection, found.id), np.int64)
-    return found.name, pool.ids_N[np.isin(pool.ids_N, chosen) & ~pool.flagged_N], found.unit == "tokens"
+    left = pool.ids_N[np.isin(pool.ids_N, chosen) & ~pool.flagged_N]
+    if not len(left):
+        raise SelectionSpent(name=repr(found.name))
+    return found.name, left, found.unit == "tokens"
 
 
 def _row(trial: Trial, pool: Longs) -> dict[str, object]:

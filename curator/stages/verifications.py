@@ -94,22 +94,29 @@ def compute(tools: Bench, batch: Batch) -> Result:
 
     Raises:
         CheckpointChanged: it is not what was added any more.
+        DeviceLost: see ``instrument.answering``.
     """
     began = time.monotonic()
-    run, inputs = batch.run, tools.inputs
-    ids = arms.members(np.array(list(inputs.pool)), run.picked, run.left_out)
-    model = tools.model()
-    try:
-        how = _how(training_of(tools.workload), run)
-        records = [inputs.pool[number] for number in ids.tolist()]
-        model = trained(tools.workload, model, records, seed=run.seed, device=tools.device, how=how)
-        validation, held_out = (
-            _finite(outcome(tools.workload, model, part, tools.device, how.batch), how)
-            for part in (inputs.validation, inputs.held_out)
-        )
-    except DataError as error:
-        return Result(failure=f"{error.code}: {error} {error.fix}")
+    with instrument.answering(tools.device):
+        model = tools.model()
+        try:
+            how = _how(training_of(tools.workload), batch.run)
+            validation, held_out = _outcomes(tools, model, batch.run, how)
+        except DataError as error:
+            return Result(failure=f"{error.code}: {error} {error.fix}")
     return Result(validation, held_out, str(how), time.monotonic() - began)
+
+
+def _outcomes(tools: Bench, model: torch.nn.Module, run: Run, how: Training) -> tuple[Outcome, Outcome]:
+    """Of the validation and held-out examples, after training."""
+    ids = arms.members(np.array(list(tools.inputs.pool)), run.picked, run.left_out)
+    records = [tools.inputs.pool[number] for number in ids.tolist()]
+    model = trained(tools.workload, model, records, seed=run.seed, device=tools.device, how=how)
+    validation, held_out = (
+        _finite(outcome(tools.workload, model, part, tools.device, how.batch), how)
+        for part in (tools.inputs.validation, tools.inputs.held_out)
+    )
+    return validation, held_out
 
 
 def _how(chosen: Training, run: Run) -> Training:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from curator.errors import TrainingDiverged
+from curator.errors import NotTrainable, TrainingDiverged
 from curator.workloads.base import Record, Workload, batch_of, losses_of, users_code, validation_losses_of
 
 
@@ -58,7 +58,7 @@ def trained(
     The same seed gives the same order of batches; the caller's random state is left alone.
 
     Raises:
-        TrainingDiverged: a batch's loss was not finite.
+        NotTrainable, TrainingDiverged: see ``descend``.
     """
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -73,7 +73,10 @@ def trained(
 
 def _in_full(model: nn.Module) -> nn.Module:
     halves = (torch.float16, torch.bfloat16)
-    return model.to(torch.float32) if any(p.dtype in halves for p in model.parameters()) else model
+    if not any(p.dtype in halves for p in model.parameters()):
+        return model
+    # Not the model's own ``to``: transformers refuses it where some weights are quantised, and those stay as they are.
+    return nn.Module.to(model, torch.float32)
 
 
 def descend(
@@ -82,13 +85,14 @@ def descend(
     """The default training, in place; of no records, none.
 
     Raises:
+        NotTrainable: see ``_trainable``.
         TrainingDiverged: a batch's loss was not finite.
     """
+    weights = _trainable(model)
     if not records:
         return
     model.train()
     losses = losses_of(workload)
-    weights = [p for p in model.parameters() if p.requires_grad]
     adamw = torch.optim.AdamW(weights, lr=how.learning_rate, weight_decay=how.weight_decay)
     for epoch in range(how.epochs):
         for rows in torch.split(torch.randperm(len(records)), how.batch):
@@ -99,6 +103,22 @@ def descend(
                 raise TrainingDiverged(epoch=epoch + 1, loss=value, rate=how.learning_rate)
             loss.backward()  # type: ignore[no-untyped-call]
             adamw.step()
+
+
+def _trainable(model: nn.Module) -> list[nn.Parameter]:
+    """What requires a gradient.
+
+    Raises:
+        NotTrainable: nothing does, or a part of the model would stay as it is without a word.
+    """
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if getattr(model, "is_quantized", False) and not any("lora_" in name for name in weights):
+        raise NotTrainable(reason="its weights are quantised, and it has no adapter of its own to train")
+    if not weights:
+        raise NotTrainable(reason="no weight requires a gradient")
+    if any(p.is_meta for p in weights.values()):
+        raise NotTrainable(reason="accelerate keeps some of its weights elsewhere between calls")
+    return list(weights.values())
 
 
 def outcome(

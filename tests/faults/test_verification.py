@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 from sqlalchemy import Engine, text
 
 from curator.cli import main
+from curator.errors import DeviceLost
 from curator.settings import Settings, load
 from curator.stages import arms, upkeep, verifications
 from curator.stages.arms import Wish
@@ -39,6 +40,9 @@ def collate(self, records):
         if left == 0:
             mark.unlink()
             os.kill(os.getpid(), 9)
+    if (lost := Path(__file__).with_name("lost")).exists():
+        lost.unlink()
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure")
     return quick(self, records)
 
 def correct(self, model, batch):
@@ -219,6 +223,16 @@ def test_a_run_that_kills_its_worker_each_time_ends_it(home: Home) -> None:
     assert found.state == "failed"
     assert found.detail is not None
     assert "3 workers stopped" in found.detail
+
+
+def test_a_run_whose_device_is_lost_ends_the_process_and_not_the_verification(home: Home) -> None:
+    number = home.ask()
+    (home.settings.project / "lost").touch()
+    with pytest.raises(DeviceLost):
+        home.work()
+    ledger = "SELECT attempts, count(*) FROM curator.work WHERE stage = 'verifications' AND state = 'ready' GROUP BY 1"
+    assert home.rows(f"{ledger} ORDER BY 1") == [(0, 18), (1, 1)]
+    assert home.rows(f"SELECT state FROM curator.verifications WHERE id = {number}") == [("running",)]
 
 
 def test_a_checkpoint_that_was_replaced_is_not_trained(home: Home, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from curator.errors import BadWorkloadOption, CheckpointForeign, ExtraMissing
+from curator.errors import BadWorkloadOption, CheckpointForeign, ExtraMissing, NotTrainable
 from curator.influence.attribution import Attributor
 from curator.influence.capture import capture, find_layers
 from curator.influence.dropout import columns
@@ -18,6 +18,7 @@ from curator.influence.recipe import RecipeSpec, draw_masks
 from curator.workloads import base, huggingface
 from curator.workloads.causal_lm import CausalLM, Options
 from curator.workloads.tokens import padded
+from curator.workloads.training import Training, trained
 from tests.numerics.test_language_models import built, by_autograd, examples, kept_entries
 
 transformers = pytest.importorskip("transformers")
@@ -259,6 +260,21 @@ def test_an_adapter_on_a_quantised_base_is_measured_by_its_own_or_the_bases_weig
 def test_the_weights_beneath_dora_have_other_gradients_and_are_refused(adapter, bitsandbytes):
     with pytest.raises(CheckpointForeign, match='set weights = "adapter"'):
         loaded(adapter, quantization="4bit", weights="full")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_on_quantised_weights_only_an_adapter_is_trained(folder, adapter, bitsandbytes, dtype):
+    """Norms and embeddings could be, and the proof would be about other weights than those that are measured."""
+    for checkpoint in (folder, adapter):
+        workload, model = loaded(checkpoint, quantization="4bit", dtype=dtype)
+        with pytest.raises(NotTrainable, match="quantised"):
+            trained(workload, model, [{"text": "a a"}], seed=0, device=CPU, how=Training())
+    workload, model = loaded(adapter, quantization="4bit", dtype=dtype, weights="adapter")
+    before = {name: weight.float().clone() for name, weight in model.named_parameters() if weight.requires_grad}
+    model = trained(workload, model, [{"text": "a b a"}] * 8, seed=0, device=CPU, how=Training(learning_rate=1e-2))
+    after = dict(model.named_parameters())
+    assert {".lora_" in name for name in before} == {True}
+    assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
 def test_a_folder_that_says_it_is_quantised_is_loaded_so(folder, bitsandbytes, tmp_path):

@@ -234,6 +234,19 @@ def test_the_latest_selection_is_verified_or_the_one_that_is_named_or_none(curat
     assert sizes == [{30}, {20}, set()]
 
 
+def test_a_selection_of_which_nothing_can_be_trained_on_is_refused(curator: Curator) -> None:
+    """Else the arm that is curator's, and the draws beside it, would be fifty trainings on nothing."""
+    curator("select", "--budget", "2", "--name", "spent")
+    with read(make_engine(curator.url, pooled=False)) as connection:
+        chosen = connection.scalars(text("SELECT example_id FROM curator.selection_examples")).all()
+    for number in chosen:
+        curator("review", str(number), "--drop")
+    for arguments in ((), ("--selection", "spent")):
+        result = curator("verify", "--no-wait", *arguments)
+        assert (result.exit_code, "CUR-VRF-011" in result.stderr) == (2, True)
+    assert ask(curator, "--no-selection") == 1
+
+
 def test_nothing_is_trained_on_that_it_is_measured_with(curator: Curator, tmp_path: Path) -> None:
     with begin(make_engine(curator.url, pooled=False)) as connection:
         connection.execute(
@@ -262,6 +275,7 @@ def test_nothing_is_trained_on_that_it_is_measured_with(curator: Curator, tmp_pa
     [
         (("--seeds", "2"), "CUR-VRF-004"),
         (("--draws", "1"), "CUR-VRF-004"),
+        (("--seed", "-1"), "--seed"),
         (("--selection", "nobody"), "CUR-SEL-003"),
         (("--selection", "a", "--no-selection"), "exclude each other"),
     ],

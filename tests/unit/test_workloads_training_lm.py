@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from curator.errors import NotTrainable
 from curator.workloads import base, training
 from curator.workloads.causal_lm import CausalLM, Options
 from tests.unit.test_workloads_lm import CPU, adapter, folder  # noqa: F401 - fixtures
@@ -59,6 +60,13 @@ def test_half_precision_is_trained_in_float32(folder):  # noqa: F811
     state = {name: weight.float().clone() for name, weight in rounded.state_dict().items()}
     training.descend(half, rounded, TEXTS, CPU, training.training_of(half))
     assert len(changed(state, rounded)) < len(state)
+
+
+@pytest.mark.parametrize("stays", [torch.nn.Linear(2, 1).requires_grad_(False), torch.nn.Linear(2, 1, device="meta")])
+def test_a_model_of_which_a_part_would_stay_as_it_is_is_refused_before_any_run(folder, stays):  # noqa: F811
+    """Even of no records: the first run of a verification is the untrained checkpoint's."""
+    with pytest.raises(NotTrainable):
+        training.trained(CausalLM(folder), stays, [], seed=0, device=CPU, how=training.Training())
 
 
 def test_preferences_are_measured_against_the_checkpoint_they_were_trained_from(folder):  # noqa: F811
