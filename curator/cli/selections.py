@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 @click.option("--budget", type=click.IntRange(1), help="Examples at most.")
 @click.option("--tokens", type=click.IntRange(1), help="Tokens at most, instead: as the workload counts them.")
 @click.option("--name", help="What to call the selection. [default: selection-N]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Another seed, another selection as good.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Another seed, another selection as good."
+)
 @click.option(
     "--trust",
     type=click.FloatRange(0, 1),

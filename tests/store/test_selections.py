@@ -165,6 +165,7 @@ def test_tokens_are_what_gradients_counted(curator: Curator, world_url: str) -> 
         (("--budget", "3", "--quota", "vendor-a"), "is not SOURCE=SHARE"),
         (("--budget", "3", "--quota", "vendor-a=2"), "is not SOURCE=SHARE"),
         (("--budget", "3", "--quota", "vendor-x=0.5"), "CUR-SEL-004"),
+        (("--budget", "3", "--seed", "-1"), "--seed"),
     ],
 )
 def test_a_wish_that_makes_no_sense_is_refused(curator: Curator, arguments: tuple[str, ...], message: str) -> None:
