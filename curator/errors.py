@@ -1083,6 +1083,13 @@ class NotTrainable(DataError):
     hint = 'A quantised model needs an adapter and weights = "adapter"; no part of it may be kept on cpu or disk.'
 
 
+class TrainingTooLarge(DataError):
+    """Memory ran out while an arm was trained."""
+
+    code = "CUR-VRF-012"
+    hint = "Ask again with a smaller `--batch`, on a larger device, or for a checkpoint with an adapter."
+
+
 class SelectionSpent(UsageError):
     """Nothing of selection {name} can be trained on: it is flagged by now, or not judged at the checkpoint in use."""
 

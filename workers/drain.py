@@ -20,6 +20,7 @@ from curator.stages import directions, examples, gradients, likeness, scores, up
 from curator.stages.turn import StageModule, Turn
 from curator.store import fidelity, migrate, offers, work
 from curator.store.engine import read, transact
+from curator.types import Stage
 from workers.base import stopping
 
 STAGES: tuple[StageModule, ...] = (examples, directions, gradients, scores, verdicts, verifications)
@@ -64,8 +65,8 @@ def main() -> int:
     try:
         with read(runtime.engine) as connection:
             migrate.require_revision(connection)
-        named = [stage for stage in STAGES if stage.STAGE in sys.argv[1:]]
-        return 0 if drain(runtime, named or STAGES) else STOPPED
+        asked = [Stage(word) for word in sys.argv[1:]]
+        return 0 if drain(runtime, [s for s in STAGES if s.STAGE in asked] or STAGES) else STOPPED
     except CuratorError as error:
         sys.stderr.write(f"error {error.code}: {error}\nfix: {error.fix}\n")
         return error.exit_code

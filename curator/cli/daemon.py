@@ -112,7 +112,9 @@ def _places(settings: Settings) -> list[Place]:
     from curator.embedded import devices
 
     asked, spread = settings.gradients, bool(settings.workload.placing.get("device_map"))
-    return devices.places(asked.device, asked.workers, devices.visible_devices(os.environ), spread=spread)
+    # The driver may have to wake its cards to list them, so it is asked only where a card may be wanted.
+    visible = devices.visible_devices(os.environ) if asked.device.startswith(("auto", "cuda")) else []
+    return devices.places(asked.device, asked.workers, visible, spread=spread)
 
 
 def _watchdog(opened: Runtime, models: bool) -> Watchdog:
@@ -189,15 +191,19 @@ def drain(here: Invocation, timeout: float | None, at: tuple[str, ...]) -> None:
 
 def _drain_at(opened: Runtime, names: Sequence[str], end: float | None) -> int:
     """Drain at each checkpoint, then put the one in use to use again, whatever happened."""
-    from curator.errors import NoCheckpoint
+    from curator.embedded.supervisor import daemon_status
+    from curator.errors import DaemonRunning, NoCheckpoint
     from curator.stages.recipes import use_checkpoint
     from curator.store import engine, recipes
 
     if not names:
         return 0
+    if (daemon := daemon_status(opened.settings.home)) is not None:  # it would judge by the checkpoint of the moment
+        raise DaemonRunning(pid=daemon.pid, since=daemon.started)
     with engine.read(opened.engine) as connection:
         if (home := recipes.checkpoint_in_use(connection)) is None:
             raise NoCheckpoint()
+    say(f"measuring at {', '.join(names)}; then `curator checkpoint use {home.name}`, by itself unless this is killed")
     code = 0
     try:
         for name in names:

@@ -28,7 +28,7 @@ SAME = 0.95
 """A cosine above this makes two the same. At .9 what is merely alike is passed over, and that is worth having."""
 
 LEVERAGE = 0.5
-
+"""The largest exponent: of a checkpoint that knows the task."""
 
 TAIL = 25
 """References that are looked at for the share of the good: it is sure to a fifth, so that a clean pool is trusted."""

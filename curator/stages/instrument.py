@@ -164,7 +164,8 @@ def unfitted(settings: Settings, recipe: Recipe) -> Instrument:
 
 def workload_of(settings: Settings, asked: Any) -> Workload:
     """The workload a recipe was made for; of these settings is only where its model is."""
-    options = {**settings.workload.placing, **asked["options"]}
+    placing = settings.workload.placing if asked["kind"] == settings.workload.kind else {}
+    options = {**placing, **asked["options"]}
     if asked["kind"] == "torch":
         options["factory"] = asked["factory"]
     return registry.build(asked["kind"], settings.project, options)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from sqlalchemy import Connection, Engine
 
-from curator.errors import DataError, TrainingDiverged
+from curator.errors import DataError, TrainingDiverged, TrainingTooLarge
 from curator.influence.effects import FEWEST_MEASURED, NONE, crossed
 from curator.settings import Settings
 from curator.stages import arms, instrument
@@ -102,8 +102,9 @@ def compute(tools: Bench, batch: Batch) -> Result:
         try:
             how = _how(training_of(tools.workload), batch.run)
             validation, held_out = _outcomes(tools, model, batch.run, how)
-        except DataError as error:
-            return Result(failure=f"{error.code}: {error} {error.fix}")
+        except (DataError, torch.OutOfMemoryError) as error:
+            reason = error if isinstance(error, DataError) else TrainingTooLarge()
+            return Result(failure=f"{reason.code}: {reason} {reason.fix}")
     return Result(validation, held_out, str(how), time.monotonic() - began)
 
 

@@ -131,12 +131,13 @@ _QUEUE = f"""
         JOIN unnest(CAST(:p AS float8[]), CAST(:harmful AS float8[])) AS h (p, harmful) ON h.p = t.p
         LEFT JOIN curator.verdicts_in_force f ON f.example_id = t.example_id
         LEFT JOIN curator.verdicts v ON v.id = f.verdict_id
+        LEFT JOIN curator.policy_sets y ON y.id = v.policy_set_id
         LEFT JOIN curator.sketches k ON k.example_id = t.example_id
         LEFT JOIN (SELECT of_id, count(*) AS n FROM curator.sketches WHERE of_id IS NOT NULL GROUP BY of_id) l
                ON l.of_id = coalesce(k.of_id, t.example_id)
         CROSS JOIN LATERAL (SELECT 1 + coalesce(l.n, 0) AS stake) c
         CROSS JOIN LATERAL (
-            SELECT CASE WHEN v.p_value = 0 THEN 0  -- a copy, and no estimate
+            SELECT CASE WHEN y.policies -> v.policy ->> 'kind' = 'duplicate' THEN 0  -- counted, no estimate
                         WHEN f.verdict = 'harmful' THEN 1 - h.harmful ELSE h.harmful END AS doubt) d
         WHERE {{condition}}
         ORDER BY gain DESC, t.influence DESC, t.example_id LIMIT :limit

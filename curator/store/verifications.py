@@ -60,7 +60,7 @@ def pool(connection: Connection, recipe_id: int, set_id: int, held_out: Sequence
                 WHERE s.recipe_id = :recipe AND s.direction_set_id = :directions
                   AND EXISTS (SELECT FROM curator.judged_batches j
                               WHERE j.batch_id = e.batch_id AND j.direction_set_id = :directions)
-                  AND s.example_id NOT IN (SELECT example_id FROM curator.validation_leaks)
+                  AND NOT EXISTS (SELECT FROM curator.validation_leaks l WHERE l.example_id = s.example_id)
                   AND e.digest <> ALL(CAST(:held_out AS bytea[]))
                 ORDER BY s.example_id
                 """

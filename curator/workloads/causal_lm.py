@@ -113,8 +113,8 @@ class CausalLM:
             TemplateDiffers: the option ``chat_template`` is not the template stored with the checkpoint.
             AdapterBaseMissing, CheckpointForeign, ExtraMissing: see ``pretrained``.
         """
+        self._reference = None  # that of a former model goes before the next one comes
         model, self._tokenizer = self._pretrained(checkpoint, device)
-        self._reference = None
         self._checkpoint = checkpoint
         if self.options.chat_template:
             self._take_template(self.project / self.options.chat_template)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 
-from curator.errors import CheckpointForeign, ExtraMissing
+from curator.errors import BadWorkloadOption, CheckpointForeign, ExtraMissing
 from curator.workloads.checkpoints import adapter_base
 
 OFFLINE = {"local_files_only": True, "trust_remote_code": False}
@@ -120,7 +120,11 @@ def _quantised(folder: Path, asked: Quantization, dtype: torch.dtype) -> dict[st
     if not asked:
         return {}
     named = {f"load_in_{asked}": True, "bnb_4bit_quant_type": "nf4"} if isinstance(asked, str) else dict(asked)
-    config = _library("transformers", "").BitsAndBytesConfig(**{"bnb_4bit_compute_dtype": dtype, **named})
+    make = _library("transformers", "").BitsAndBytesConfig
+    try:
+        config = make(**{"bnb_4bit_compute_dtype": dtype, **named})
+    except TypeError as error:
+        raise BadWorkloadOption(kind="of this model", reason=f"quantization: {error}") from error
     return {"quantization_config": config}
 
 

@@ -18,6 +18,8 @@ COMMENT ON VIEW curator.cut_examples IS
 'Examples longer than the workload''s limit: scored without their end, one row for each checkpoint.';
 COMMENT ON COLUMN curator.cut_examples.example_id IS 'curator''s own number of the example';
 COMMENT ON COLUMN curator.cut_examples.external_id IS 'the record''s own id, where it has one';
+COMMENT ON COLUMN curator.cut_examples.source IS 'who delivered it first';
+COMMENT ON COLUMN curator.cut_examples.checkpoint IS 'whose tokenizer counted';
 COMMENT ON COLUMN curator.cut_examples.tokens IS 'tokens that the model was given';
 COMMENT ON COLUMN curator.cut_examples.cut_tokens IS 'tokens behind the limit, which it was not given';
 COMMENT ON COLUMN curator.cut_examples.state IS

@@ -81,6 +81,17 @@ COMMENT ON COLUMN curator.verification_arms.beside_random IS
 COMMENT ON COLUMN curator.verification_arms.control_arm IS
 'what does the same without curator''s part in it: highest-loss-dropped of kept, random-kept of selected';
 COMMENT ON COLUMN curator.verification_arms.beside_control IS 'on held-out examples: how much better than that control';
+COMMENT ON COLUMN curator.verification_arms.finished_at IS 'when its last training was measured';
+COMMENT ON COLUMN curator.verification_arms.checkpoint IS 'what every arm is trained from';
+COMMENT ON COLUMN curator.verification_arms.validation_high IS 'upper end';
+COMMENT ON COLUMN curator.verification_arms.held_out_low IS 'lower end of its 95 % interval';
+COMMENT ON COLUMN curator.verification_arms.held_out_high IS 'upper end';
+COMMENT ON COLUMN curator.verification_arms.beside_all_low IS 'lower end of its 95 % interval';
+COMMENT ON COLUMN curator.verification_arms.beside_all_high IS 'upper end';
+COMMENT ON COLUMN curator.verification_arms.beside_random_low IS 'lower end of its 95 % interval';
+COMMENT ON COLUMN curator.verification_arms.beside_random_high IS 'upper end';
+COMMENT ON COLUMN curator.verification_arms.beside_control_low IS 'lower end of its 95 % interval';
+COMMENT ON COLUMN curator.verification_arms.beside_control_high IS 'upper end';
 
 DO $$
 BEGIN
