@@ -26,11 +26,11 @@ from curator.influence.confidence import benjamini_hochberg
 from curator.influence.effects import Effect, crossed, repeated
 from curator.stages.arms import Pool, Trial, Wish, members, trials
 from curator.types import Arm
-from curator.workloads.text_classifier import FURTHER, HashedText, TextBatch, TextConfig, bags, joined
+from curator.workloads.text_classifier import FURTHER, HashedText, TextConfig
 from curator.workloads.training import Training, outcome, trained
 from tests.benchmarks import mail
 from tests.benchmarks.machine import described
-from tests.benchmarks.selection import CPU, Judged, Mails, Scene, Vectors, judge
+from tests.benchmarks.selection import BUCKETS, CPU, Judged, Scene, Texts, Vectors, hashed, judge
 
 REPETITIONS = range(20, 25)  # no seed that anything was chosen on
 FDR = 0.10
@@ -61,18 +61,8 @@ class Counted(Vectors):
         return logits.argmax(1) == label_B
 
 
-class CountedMails(Mails, Counted):
-    """The same for texts, each hashed once: it comes by in every epoch of every arm."""
-
-    config = TextConfig(mails.LABELS, buckets=1 << 13)
-
-    def collate(self, records: Sequence[Any]) -> TextBatch:
-        return joined([_hashed(record["x"], record["y"]) for record in records])
-
-
-@cache
-def _hashed(words: str, label: int) -> TextBatch:
-    return bags([words], [label], CountedMails.config.buckets)
+class CountedTexts(Texts, Counted):
+    """The same for texts."""
 
 
 def images(x: Any, y: Any, seed: int, sizes: Sequence[int], **scene: Any) -> Delivery:
@@ -137,12 +127,13 @@ def post(seed: int) -> Delivery:
     split = mails.split(*_everything(), sizes, seed)
 
     def records(some: Sequence[mails.Mail]) -> list[dict[str, Any]]:
-        return [{"x": m.text, "y": mails.LABELS.index(m.label)} for m in some]
+        return [hashed(m.text, mails.LABELS.index(m.label)) for m in some]
 
     given = (split.base, split.trusted[:250], split.trusted[250:], split.arrivals, split.test)
     bad = np.array([m.wrong for m in split.arrivals])
     parts = dict(zip(PARTS, map(records, given), strict=True))
-    made = Scene(CountedMails(), lambda: HashedText(CountedMails.config), FURTHER, 6, bad=bad, budget=0, **parts)
+    config = TextConfig(mails.LABELS, buckets=BUCKETS)
+    made = Scene(CountedTexts(), lambda: HashedText(config), FURTHER, 6, bad=bad, budget=0, **parts)
     return Delivery(made, [len(some) for some in split.vendors.values()])
 
 

@@ -54,7 +54,7 @@ def test_a_recipe_of_the_settings_scores_arrivals_and_finds_what_is_wrong(
     assert recipe.dimension == dimension
     wrong = np.array([row.external_id in digits_files.wrong for row in rows])
     for name in ("normalised_influence", "exact_influence"):
-        assert auc(-np.array([getattr(row, name) for row in rows]), wrong) > 0.9, name
+        assert auc(-np.array([getattr(row, name) for row in rows]), wrong) > 0.85, name
     assert all(row.normalised_stderr > 0 for row in rows)
 
 

@@ -127,7 +127,7 @@ def test_the_claim_is_proved_by_training(walked: tuple[Engine, Settings]) -> Non
     """The checkpoint is trained on all, without the flags, and without as many at random; then it is measured."""
     engine, settings = walked
     with begin(engine) as connection:
-        asked = arms.ask(connection, Wish(seeds=3, epochs=2), actor="ada")
+        asked = arms.ask(connection, Wish(seeds=3, epochs=5), actor="ada")
     assert Turn(engine, settings).run(verifications, 60).done == asked.runs == 19, "a run is a piece of work"
     with read(engine) as connection:
         row = connection.execute(
