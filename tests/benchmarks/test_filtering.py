@@ -251,7 +251,7 @@ A repetition has its own base, trusted, arriving and test examples, faults and c
 random ones with three draws each. Three vendors (mail: four) deliver: clean, labels flipped at random, whole clusters
 under one wrong label. Intervals are 95 %, Student's over repetitions, of the difference in accuracy and in loss on the
 test examples; above zero the arm is better. The last column: in how many repetitions verify's own interval, from that
-repetition alone, says that the loss is less than at random. Harm is that of directions on which no faults are rehearsed.
+repetition alone, says that the loss is less than at random. Harm is the fixed sum: no faults are rehearsed here.
 """
 
 
