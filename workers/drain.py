@@ -56,7 +56,7 @@ def _left(connection: Connection, runtime: Runtime, stages: Sequence[StageModule
     return left or (everything and bool(offers.missing(connection)))
 
 
-def main() -> int:
+def main(names: Sequence[str] = ()) -> int:
     """Exit codes: 0 drained, 143 asked to stop before that, 2 or 3 by the error."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -65,7 +65,7 @@ def main() -> int:
     try:
         with read(runtime.engine) as connection:
             migrate.require_revision(connection)
-        asked = [Stage(word) for word in sys.argv[1:]]
+        asked = [Stage(name) for name in names]
         return 0 if drain(runtime, [s for s in STAGES if s.STAGE in asked] or STAGES) else STOPPED
     except CuratorError as error:
         sys.stderr.write(f"error {error.code}: {error}\nfix: {error.fix}\n")
@@ -75,4 +75,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -199,7 +199,7 @@ def _drain_at(opened: Runtime, names: Sequence[str], end: float | None) -> int:
     if not names:
         return 0
     if (daemon := daemon_status(opened.settings.home)) is not None:  # it would judge by the checkpoint of the moment
-        raise DaemonRunning(pid=daemon.pid, since=daemon.started)
+        raise DaemonRunning(pid=daemon.pid, started=daemon.started)
     with engine.read(opened.engine) as connection:
         if (home := recipes.checkpoint_in_use(connection)) is None:
             raise NoCheckpoint()
