@@ -92,7 +92,7 @@ def _print(why: Why) -> None:
             "review": why.review,
             "q value": why.q_value,
             "state": why.state,
-            "not seen": f"{cut:.0f} tokens behind the limit" if (cut := why.controls.get("cut_tokens")) else None,
+            **({"not seen": f"{cut:.0f} tokens behind the limit"} if (cut := why.controls.get("cut_tokens")) else {}),
             "text": why.preview,
         }
     )
