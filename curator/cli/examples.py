@@ -43,7 +43,7 @@ def why(here: Invocation, example: str, pulls: int, neighbours: int, tokens: boo
     that the model sees, the agreement of the gradient there, which is not always where the mistake was typed; with a
     model that sees no tokens, what leaving the word out changes.
 
-    Harm adds up three kinds of evidence, each in deviations from trusted examples: the part is deviations by weight,
+    Harm adds up several kinds of evidence, each in deviations from trusted examples: the part is deviations by weight,
     and the largest part is what carried the harm. Values are as they are added: influence with its sign turned, the
     logarithm of self-influence, and the log-odds against the record at its calibrated loss.
     """

@@ -16,6 +16,8 @@ from pathlib import Path
 
 from curator.errors import NoSuchDevice
 
+KNOWN = re.compile(r"(cpu|cuda|mps|xpu|hpu|npu|privateuseone)(:\d+)?")
+"""What torch calls devices. Only a worker can ask it, and nobody looks at a worker that does not come up."""
 GPUS = Path("/proc/driver/nvidia/gpus")
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 SETTING = "CURATOR_GRADIENTS_DEVICE"
@@ -57,6 +59,8 @@ def _chosen(device: str, visible: Sequence[str]) -> list[int]:
     if device == "auto" or (device == "cuda" and visible):
         return list(range(len(visible)))
     names = [name.strip() for name in device.split(",")]
+    if not all(KNOWN.fullmatch(name) for name in names):
+        raise NoSuchDevice(device=device, there=f"{len(visible)} ({', '.join(visible)})" if visible else "none")
     if not all(re.fullmatch(r"cuda(:\d+)?", name) for name in names):
         return []
     numbers = [int(name.partition(":")[2] or 0) for name in names]

@@ -73,6 +73,12 @@ def test_a_device_that_is_not_there_is_an_error(device, visible, told):
     assert raised.value.exit_code == 2
 
 
+@pytest.mark.parametrize("device", ["quantum", "cuda:0,quantum", "gpu", ""])
+def test_what_torch_calls_no_device_is_an_error_before_a_worker_starts(device):
+    with pytest.raises(NoSuchDevice, match="was asked for"):
+        places(device, 1, TWO)
+
+
 @pytest.mark.parametrize(
     ("value", "found"),
     [("2,3", ["2", "3"]), ("GPU-aa", ["GPU-aa"]), ("", []), ("-1", []), ("0,-1,2", ["0"]), (None, TWO)],
