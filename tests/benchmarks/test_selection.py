@@ -127,6 +127,7 @@ def _write(title: str, rows: list[dict[str, Accuracies]], promises: list[tuple[f
     tables[title] = "\n".join(lines) + "\n"
     note = (
         "± is the standard error over the seeds of the difference from random. The base is what the checkpoint was"
-        " trained on, the trusted are the examples that directions and references come from.\n"
+        " trained on, the trusted are the examples that directions and references come from. Harm is the fixed sum: no"
+        " faults are rehearsed here.\n"
     )
     path.write_text("\n## ".join([described(__doc__ or "") + "\n" + note, *tables.values()]), encoding="utf-8")
