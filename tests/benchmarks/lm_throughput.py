@@ -29,7 +29,7 @@ from curator.influence.attribution import Attributor, RecipeSpec, draw_masks
 from curator.influence.capture import Layer, find_layers
 from curator.influence.curvature import Whitening
 from curator.influence.dropout import columns
-from curator.influence.exact import ExactDirections
+from curator.influence.exact import ExactDirections, LowRankDirections, Towards
 from curator.influence.fitting import Fitted
 from curator.influence.kronecker import WIDEST_FACTOR, KroneckerRoots
 from curator.workloads import base
@@ -70,10 +70,13 @@ SHAPES = {
     "GPT-2-small-sized": Shape(768, 12, 12, 12, 2048, 50257, (512, 16384)),
     "1B-sized": Shape(2048, 16, 32, 8, 8192, 128256, (512, 8192)),
 }
-RECIPE = RecipeSpec(dimension=1984, measurement="loss", exact_norm=True)
+RECIPE = RecipeSpec(dimension=1984, measurement="loss", exact_norm=True, exact_sketch=64)
+LOW = replace(RECIPE, exact_rank=64, exact_norm=False)
 MODES = {
     "exact scores, exact norm (the default)": RECIPE,
-    "exact scores, norm estimated": replace(RECIPE, exact_norm=False),
+    "the same without a sketch": replace(RECIPE, exact_sketch=0),
+    "exact scores of rank 64, norm estimated": LOW,
+    "exact scores of rank 32, sketch of 32, norm estimated": replace(LOW, exact_rank=32, exact_sketch=32),
     "no exact scores, exact norm": replace(RECIPE, exact=False),
     "no exact scores, norm estimated": replace(RECIPE, exact=False, exact_norm=False),
 }
@@ -148,7 +151,7 @@ class Job:
         layers = find_layers(self.model, self.workload.layers(self.model))
         spec = replace(spec, layers=tuple(layer.name for layer in layers))
         attributor = Attributor(self.model, base.losses_of(self.workload), spec, unfitted(layers, spec, self.device))
-        towards = directions(layers, self.device) if spec.exact else None
+        towards = directions(layers, spec, self.device) if spec.exact else None
         return lambda: [attributor.measure(batch, towards) for batch in self.batches()]
 
 
@@ -165,10 +168,17 @@ def unfitted(layers: tuple[Layer, ...], spec: RecipeSpec, device: str) -> Fitted
     return Fitted(masks, whitening, roots if spec.exact else None, 1.0).to(torch.device(device))
 
 
-def directions(layers: tuple[Layer, ...], device: str) -> ExactDirections:
+def directions(layers: tuple[Layer, ...], spec: RecipeSpec, device: str) -> Towards:
     """Of one slice."""
-    u = {layer.name: torch.full((1, *layer.shape), 1e-3, device=device) for layer in layers}
-    return ExactDirections(("all",), u, u)
+    if not spec.exact_rank:
+        u = {layer.name: torch.full((1, *layer.shape), 1e-3, device=device) for layer in layers}
+        return ExactDirections(("all",), u, u)
+    left, right = (
+        {x.name: torch.full((x.shape[side], min(spec.exact_rank, x.shape[side])), 1e-3, device=device) for x in layers}
+        for side in (0, 1)
+    )
+    core = {n: torch.ones(2, left[n].shape[1], right[n].shape[1], device=device) for n in left}
+    return LowRankDirections(("all",), left, right, core, torch.zeros(1), torch.zeros(1))
 
 
 def own(job: Job, rounds: int, only: list[str]) -> dict[str, Any]:
