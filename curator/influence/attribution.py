@@ -180,7 +180,7 @@ class Attributor:
         Raises:
             NoCurvature: the recipe keeps no Kronecker factors.
         """
-        exact, terms = ExactScores(self._roots()), ExactTerms(towards.to(self.where))
+        exact, terms = ExactScores(self._lengths), ExactTerms(towards.to(self.where))
         loss_B = self._pass(batch, exact, terms)
         return terms.by_position(exact.norm_B(), _has_score(loss_B, exact))
 

@@ -70,15 +70,15 @@ SHAPES = {
     "GPT-2-small-sized": Shape(768, 12, 12, 12, 2048, 50257, (512, 16384)),
     "1B-sized": Shape(2048, 16, 32, 8, 8192, 128256, (512, 8192)),
 }
-RECIPE = RecipeSpec(dimension=1984, measurement="loss", exact_norm=True, exact_sketch=64)
-LOW = replace(RECIPE, exact_rank=64, exact_norm=False)
+WHOLE = RecipeSpec(dimension=1984, measurement="loss", exact_norm=True, exact_sketch=32)
+LOW = replace(WHOLE, exact_norm=False, exact_rank=64)
 MODES = {
-    "exact scores, exact norm (the default)": RECIPE,
-    "the same without a sketch": replace(RECIPE, exact_sketch=0),
-    "exact scores of rank 64, norm estimated": LOW,
-    "exact scores of rank 32, sketch of 32, norm estimated": replace(LOW, exact_rank=32, exact_sketch=32),
-    "no exact scores, exact norm": replace(RECIPE, exact=False),
-    "no exact scores, norm estimated": replace(RECIPE, exact=False, exact_norm=False),
+    "exact scores of rank 64, norm estimated (the default)": LOW,
+    "exact scores of rank 32, norm estimated": replace(LOW, exact_rank=32),
+    "exact scores and norm (the default of other kinds)": WHOLE,
+    "the same, lengths without a sketch": replace(WHOLE, exact_sketch=0),
+    "no exact scores, exact norm": replace(WHOLE, exact=False),
+    "no exact scores, norm estimated": replace(LOW, exact=False),
 }
 PLAIN, FLOOR, NONE = "plain forward + backward", "frozen weights, nothing captured", "none"
 
@@ -165,7 +165,7 @@ def unfitted(layers: tuple[Layer, ...], spec: RecipeSpec, device: str) -> Fitted
         return torch.eye(width, device=device) if width <= WIDEST_FACTOR else torch.ones(width, device=device)
 
     roots = KroneckerRoots({x.name: root(x.n_in) for x in layers}, {x.name: root(x.n_out) for x in layers})
-    return Fitted(masks, whitening, roots if spec.exact else None, 1.0).to(torch.device(device))
+    return Fitted(masks, whitening, roots if spec.exact else None, 1.0)
 
 
 def directions(layers: tuple[Layer, ...], spec: RecipeSpec, device: str) -> Towards:
