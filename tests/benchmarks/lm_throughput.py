@@ -229,7 +229,7 @@ def _driven(peer: Peer, folder: Path, environments: Path) -> dict[str, Any]:
 
 def rows_of(job: Mapping[str, Any]) -> list[str]:
     """A line a step: tokens a second, times the plain step of its own round, peak memory over it."""
-    return [_line(who, run, job["tokens"]) for who, run in sorted(job["runs"].items(), key=_by_speed)]
+    return [_line(who, run) for who, run in sorted(job["runs"].items(), key=_by_speed)]
 
 
 def _by_speed(item: tuple[str, Mapping[str, Any]]) -> float:
@@ -242,12 +242,12 @@ def _ratios(run: Mapping[str, Any]) -> list[float]:
     return [plain / own for plain, own in zip(base, seconds, strict=True)]
 
 
-def _line(who: str, run: Mapping[str, Any], tokens: int) -> str:
+def _line(who: str, run: Mapping[str, Any]) -> str:
     if "ended" in run:
         return f"| {who} | ended: {run['ended']} | | |"
     name, seconds = list(run["seconds"].items())[-1]
     ratios, memory = _ratios(run), run["memory"]
-    speed = tokens / statistics.median(seconds)
+    speed = run["tokens"] / statistics.median(seconds)
     spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
     return f"| {who} | {speed:,.0f} | {spread} | {memory[name] / 2**20:,.0f} MB, {memory[name] / memory[PLAIN]:.2f} |"
 
@@ -296,7 +296,9 @@ def main() -> None:
 def keep(path: Path, title: str, job: Job, runs: Mapping[str, Any]) -> None:
     """Add what was found, and write the page anew."""
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    found[title] = {"tokens": job.id_NT.numel(), "runs": {**found.get(title, {}).get("runs", {}), **runs}}
+    tokens = {"tokens": job.id_NT.numel()}
+    runs = {name: {**tokens, **run} for name, run in runs.items()}
+    found[title] = {"runs": {**found.get(title, {}).get("runs", {}), **runs}}
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     path.with_suffix(".md").write_text(page(found), encoding="utf-8")
     print(title, *rows_of(found[title]), sep="\n", flush=True)

@@ -95,9 +95,10 @@ def test_the_default_keeps_the_order_of_exact_scores(tmp_path, monkeypatch):
         f"{described(__doc__)}\n"
         f"A Llama of {mixture.DEPTH} layers of {WIDTH}, trained on {SIZES['base']} texts of each of six sources; "
         f"{len(world.of)} others are scored towards {len(SOURCES)} slices of {SIZES['trusted']} trusted texts. Rank "
-        "correlation with the exact scores (normalised: mean over slices, and the lowest; plain: mean), the share of the "
-        f"first {TOP:.0%} in common, the share of them that is of the slice's own source, and the processor's time of the "
-        "whole pass over that with exact scores, without norms of full gradients. A rank is common to all slices.\n\n"
+        "correlation with the exact scores (normalised: mean over slices, and the lowest; plain: mean), the share of "
+        f"the first {TOP:.0%} in common, the share of them that is of the slice's own source, and the processor's time "
+        "of the whole pass over that with exact scores, without norms of full gradients. A rank is common to all "
+        "slices.\n\n"
         "| exact scores by | normalised | plain | first in common | own | time |\n|---|---|---|---|---|---|\n"
         + "\n".join(lines)
         + "\n",
