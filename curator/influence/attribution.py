@@ -220,7 +220,7 @@ class Attributor:
             NoCurvature: as there.
         """
         sums = [self._exact_direction(batches) for batches in slices.values()]
-        return WhitenedDirections(tuple(slices), _by_layer(sums, 0), _by_layer(sums, 1))
+        return WhitenedDirections(tuple(slices), _by_layer(sums))
 
     def _exact_direction(self, batches: Sequence[Any]) -> dict[str, Tensor]:
         """By layer a tensor (2, O, I): the mean unit gradient and the mean gradient."""
@@ -261,6 +261,7 @@ def _only(ok_B: Tensor, value: Tensor) -> Tensor:
     return torch.where(ok_B.view(shape), value.to(ok_B.device), 0.0).float().cpu()
 
 
-def _by_layer(slices: Sequence[Mapping[str, Tensor]], which: int) -> dict[str, Tensor]:
+def _by_layer(slices: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """(2, S, O, I) of each layer, from the (2, O, I) of each slice."""
     layers = slices[0] if slices else {}
-    return {name: torch.stack([by_layer[name][which] for by_layer in slices]).cpu() for name in layers}
+    return {name: torch.stack([by_layer[name] for by_layer in slices], dim=1).cpu() for name in layers}

@@ -31,11 +31,10 @@ from curator.influence.parts import Floats, PositionScores
 
 @dataclass(frozen=True)
 class WhitenedDirections:
-    """U by layer: the mean unit gradient and the mean gradient of each slice, whitened."""
+    """U by layer, (2, S, O, I): the mean unit gradient and the mean gradient of each slice, whitened."""
 
     names: tuple[str, ...]
-    unit_SOI: Mapping[str, Tensor]
-    mean_SOI: Mapping[str, Tensor]
+    both_2SOI: Mapping[str, Tensor]
 
     def mixed(self, mixtures: Mixtures) -> WhitenedDirections:
         """Directions that are weighted sums of these.
@@ -44,28 +43,21 @@ class WhitenedDirections:
             NoSuchSlice: a mixture names a slice that is not there.
         """
         weight_RS = torch.from_numpy(weights(self.names, mixtures)).float()
-        return WhitenedDirections(
-            tuple(mixtures),
-            {n: torch.tensordot(weight_RS, u, 1) for n, u in self.unit_SOI.items()},
-            {n: torch.tensordot(weight_RS, u, 1) for n, u in self.mean_SOI.items()},
-        )
+        both = {n: torch.einsum("rs,ksoi->kroi", weight_RS, u) for n, u in self.both_2SOI.items()}
+        return WhitenedDirections(tuple(mixtures), both)
 
     def carried(self, roots: KroneckerRoots) -> ExactDirections:
         """What an arrival's gradient itself is multiplied by: D, computed where the roots are, on the CPU."""
-
-        def by_layer(u_SOI: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {n: roots.carried(n, u.to(roots.inputs[n].device)).cpu() for n, u in u_SOI.items()}
-
-        return ExactDirections(self.names, by_layer(self.unit_SOI), by_layer(self.mean_SOI))
+        moved = {n: u.to(roots.inputs[n].device) for n, u in self.both_2SOI.items()}
+        return ExactDirections(self.names, {n: roots.carried(n, u).cpu() for n, u in moved.items()})
 
 
 @dataclass(frozen=True)
 class ExactDirections:
-    """D by layer: preconditioned full-space directions of each slice's mean unit gradient and of its mean gradient."""
+    """D by layer, (2, S, O, I): preconditioned full-space directions of each slice's mean unit and mean gradient."""
 
     names: tuple[str, ...]
-    unit_SOI: Mapping[str, Tensor]
-    mean_SOI: Mapping[str, Tensor]
+    both_2SOI: Mapping[str, Tensor]
 
     forms_gradients = True
     """Whether |G| comes for nothing."""
@@ -75,28 +67,24 @@ class ExactDirections:
 
         The first S are with the mean unit gradients, the others with the means.
         """
-        return ghost_scores(a_BTI, d_BTO, self._both(layer))
+        return ghost_scores(a_BTI, d_BTO, self.both_2SOI[layer.name].flatten(0, 1))
 
     def terms(self, layer: Layer, a_BTI: Tensor, d_BTO: Tensor) -> Tensor:
         """The terms of the products by position, (B, T, 2S)."""
-        return ghost_terms(a_BTI, d_BTO, self._both(layer))
-
-    def _both(self, layer: Layer) -> Tensor:
-        return torch.cat([self.unit_SOI[layer.name], self.mean_SOI[layer.name]])
+        return ghost_terms(a_BTI, d_BTO, self.both_2SOI[layer.name].flatten(0, 1))
 
     def to(self, where: Where) -> ExactDirections:
         """The same elsewhere."""
-        return ExactDirections(self.names, _moved(self.unit_SOI, where), _moved(self.mean_SOI, where))
+        return ExactDirections(self.names, _moved(self.both_2SOI, where))
 
     def tensors(self) -> dict[str, Tensor]:
         """As named tensors; the names of the slices travel beside them, in this order."""
-        unit = {f"unit/{n}": t for n, t in self.unit_SOI.items()}
-        return unit | {f"mean/{n}": t for n, t in self.mean_SOI.items()}
+        return {f"both/{n}": t for n, t in self.both_2SOI.items()}
 
     @classmethod
     def of(cls, names: Sequence[str], tensors: Mapping[str, Tensor]) -> ExactDirections:
         """Back from ``tensors``."""
-        return cls(tuple(names), under("unit/", tensors), under("mean/", tensors))
+        return cls(tuple(names), under("both/", tensors))
 
 
 @dataclass(frozen=True)
@@ -124,8 +112,7 @@ class LowRankDirections:
     def fit(cls, whole: WhitenedDirections, roots: KroneckerRoots, rank: int) -> LowRankDirections:
         """Cut directions down to ``rank`` rows and columns a layer, in float64; a side no wider is kept whole."""
         roots = roots.to(torch.device("cpu"))
-        both = {n: torch.cat([u, whole.mean_SOI[n]]).double() for n, u in whole.unit_SOI.items()}
-        both = {n: roots.corrected(n, u) for n, u in both.items()}
+        both = {n: roots.corrected(n, u.flatten(0, 1).double()) for n, u in whole.both_2SOI.items()}
         square = torch.stack([u.square().sum(dim=(1, 2)) for u in both.values()]).sum(dim=0)
         scale = torch.where(square > 0, square.rsqrt(), 0.0)[:, None, None]
         left = {n: _leading((u * scale).transpose(1, 2).flatten(0, 1), rank) for n, u in both.items()}

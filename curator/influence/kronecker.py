@@ -105,10 +105,10 @@ class KroneckerRoots:
         """R o U: makes <U, W> a product with the rotated gradient, and a sum of rotated gradients one of W."""
         return U * self.corrections[name].to(U) if name in self.corrections else U
 
-    def carried(self, name: str, U_SOI: Tensor) -> Tensor:
-        """D (S, O, I) with <D, G> = <U, W> for the gradient G of any example: whitening, transposed."""
-        half_SIO = self.carried_input(name, self.corrected(name, U_SOI).transpose(1, 2))
-        return self.carried_output(name, half_SIO.transpose(1, 2)).contiguous()
+    def carried(self, name: str, U: Tensor) -> Tensor:
+        """D with <D, G> = <U, W> for the gradient G of any example, (..., O, I) both: whitening, transposed."""
+        half = self.carried_input(name, self.corrected(name, U).transpose(-1, -2))
+        return self.carried_output(name, half.transpose(-1, -2)).contiguous()
 
     def carried_input(self, name: str, x: Tensor) -> Tensor:
         """Columns (..., I, R) of the whitened input space, for inputs that are not whitened."""

@@ -171,8 +171,8 @@ def unfitted(layers: tuple[Layer, ...], spec: RecipeSpec, device: str) -> Fitted
 def directions(layers: tuple[Layer, ...], spec: RecipeSpec, device: str) -> Towards:
     """Of one slice."""
     if not spec.exact_rank:
-        u = {layer.name: torch.full((1, *layer.shape), 1e-3, device=device) for layer in layers}
-        return ExactDirections(("all",), u, u)
+        both = {layer.name: torch.full((2, 1, *layer.shape), 1e-3, device=device) for layer in layers}
+        return ExactDirections(("all",), both)
     left, right = (
         {x.name: torch.full((x.shape[side], min(spec.exact_rank, x.shape[side])), 1e-3, device=device) for x in layers}
         for side in (0, 1)

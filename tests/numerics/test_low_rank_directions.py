@@ -51,10 +51,10 @@ def test_the_cut_is_the_projection_onto_the_leading_rows_and_columns(curvature):
     cut, corrections = LowRankDirections.fit(whole, roots, 2), roots.corrections
     U = [
         {
-            n: u[s].double().numpy() * (corrections[n].double().numpy() if corrections else 1)
-            for n, u in by_layer.items()
+            n: u[kind, s].double().numpy() * (corrections[n].double().numpy() if corrections else 1)
+            for n, u in whole.both_2SOI.items()
         }
-        for by_layer in (whole.unit_SOI, whole.mean_SOI)
+        for kind in range(2)
         for s in range(3)
     ]
     expected = naive.low_rank(U, 2)
