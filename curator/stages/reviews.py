@@ -23,7 +23,7 @@ from curator.errors import (
 from curator.settings import Settings
 from curator.sources.label_studio import Annotation
 from curator.store import examples, recipes, reviews, verdicts
-from curator.types import Review, Verdict
+from curator.types import Review, Verdict, label_field
 from curator.workloads import checkpoints
 
 _SAID = {Review.KEEP: Verdict.NEUTRAL, Review.DROP: Verdict.HARMFUL, Review.RELABEL: Verdict.HARMFUL}
@@ -101,7 +101,7 @@ def review(
     record = examples.fetch(connection, [example_id]).get(example_id)
     if record is None:
         raise UnknownExample(given=example_id)
-    if label is not None and "label" not in record:
+    if label is not None and label_field(record) is None:
         raise NothingToRelabel(example=example_id)
     if label is not None and known is not None and label not in known:
         raise UnknownLabel(label=label, known=", ".join(known))

@@ -37,6 +37,8 @@ def test_a_preview_is_one_line_no_longer_than_asked(text: str, width: int) -> No
     ("record", "shown"),
     [
         ({"text": "hello\n there", "label": 3}, "[3] | hello there"),
+        ({"id": "x", "pixels": [1, 2], "y": 0, "meta": {}}, '[0] | {"pixels": [1, 2]}'),
+        ({"label": None, "class": "cat", "pixels": [1]}, '[cat] | {"label": null, "pixels": [1]}'),
         ({"prompt": "p", "completion": "c"}, "p | c"),
         ({"instruction": "i", "input": "", "output": "o"}, "i | o"),
         ({"messages": [{"role": "user", "content": "hi"}]}, "user: hi"),
