@@ -728,10 +728,10 @@ class NotOfThisProject(UsageError):
 
 
 class UnknownLabel(UsageError):
-    """The checkpoint in use has no label {label!r}, only {known}."""
+    """{where} no label {label!r}, only {known}."""
 
     code = "CUR-REV-007"
-    hint = "Say one that it has: no training run could use the example with another."
+    hint = "Say one of those: no training run could use the example with a label that nothing else has."
 
 
 # --- workloads and checkpoints ----------------------------------------------------------------------------

@@ -114,7 +114,7 @@ def import_(here: Invocation, file: Path, actor: str | None, form: Form) -> None
 
     annotations = list(label_studio.read(file))
     with here.writing() as connection:
-        known = stage.labels(connection, here.settings())
+        known = stage.known_labels(connection, here.settings())
         found = stage.take(connection, annotations, actor=actor or whoami(), labels=known)
     show(found.refused, form)
     say(f"{found.taken} reviews taken, {found.known} known already, {len(found.refused)} refused")
