@@ -121,8 +121,10 @@ def _missing(footing: Row[Any]) -> Iterator[str]:
 
 
 def _blocked(connection: Connection) -> Iterator[str]:
-    if error := work.blocked(connection):
-        yield f"work waits until this is mended: {error}"
+    """An error stays with its work until that is tried again, mended or not: so it is said when it was met."""
+    if found := work.blocked(connection):
+        ago = "" if found.seconds is None else f", {found.seconds:.0f} s ago"
+        yield f"work waits until this is mended (met at the last attempt{ago}; the next one looks again): {found.error}"
 
 
 def _stuck(
