@@ -47,6 +47,11 @@ def nearest(word: str, choices: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(word, list(choices), n=1)), None)
 
 
+def counted(n: int, one: str, many: str | None = None) -> str:
+    """``n`` of them, in the number that is theirs: ``many`` is ``one`` with an s, unless it is given."""
+    return f"{n} {one if n == 1 else many or f'{one}s'}"
+
+
 def place(origin: str) -> str:
     """Where records came from, as the user knows it: what was piped in has passed through a file of our own."""
     return "stdin" if PurePath(origin).parts[-3:-1] == (".curator", "spool") else origin
