@@ -728,10 +728,10 @@ class NotOfThisProject(UsageError):
 
 
 class UnknownLabel(UsageError):
-    """The checkpoint in use has no label {label!r}, only {known}."""
+    """{where} no label {label!r}, only {known}."""
 
     code = "CUR-REV-007"
-    hint = "Say one that it has: no training run could use the example with another."
+    hint = "Say one of those: no training run could use the example with a label that nothing else has."
 
 
 # --- workloads and checkpoints ----------------------------------------------------------------------------
@@ -932,7 +932,7 @@ class EmptyValidation(UsageError):
 
 
 class BrokenTrusted(UsageError):
-    """{n} lines of {path} cannot be read; the first is line {position}: {code} {detail}"""
+    """Lines of {path} that cannot be read: {n}; the first is line {position}: {code} {detail}"""
 
     code = "CUR-VAL-006"
     hint = "Mend or remove them: what everything is measured against should not be half a file."
@@ -953,7 +953,7 @@ class MissingSliceField(UsageError):
 
 
 class TooFewTrusted(UsageError):
-    """Slice {slice!r} of the validation set {name!r} has {found} distinct examples; {needed} are needed."""
+    """Slice {slice!r} of the validation set {name!r} needs {needed} distinct examples and has {found}."""
 
     code = "CUR-VAL-003"
     hint = "Add trusted examples: part gives the direction, part is kept aside as references for p-values."
@@ -967,7 +967,7 @@ class ContrastMissing(UsageError):
 
 
 class ContrastOverlaps(UsageError):
-    """{n} of the {name!r} validation set's examples are in the good and in the bad file, line {position} first."""
+    """Examples of the validation set {name!r} in the good and in the bad file: {n}, line {position} first."""
 
     code = "CUR-VAL-010"
     hint = "Take them out of one of the files: an example cannot be what to do and what not to do."
@@ -1035,14 +1035,14 @@ class NothingToCompare(UsageError):
 
 
 class TooFewRuns(UsageError):
-    """{n} {what} are too few for an interval: at least {needed} are needed."""
+    """An interval needs at least {needed} {what}, not {n}."""
 
     code = "CUR-VRF-004"
     hint = "Leave --{what} out for the default; more of them make the intervals shorter, and cost as much more time."
 
 
 class TooFewHeldOut(UsageError):
-    """{where}: {n} held-out examples that no direction knows, and at least {needed} are needed."""
+    """{where}: at least {needed} held-out examples that no direction knows are needed, and there are only {n}."""
 
     code = "CUR-VRF-005"
     hint = "Give --held-out a file of trusted examples that no validation set holds, or add references to one."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 
 class Stage(StrEnum):
@@ -56,6 +56,15 @@ class Arm(StrEnum):
     SELECTED = "selected"
     RANDOM_SELECTED = "random-selected"
     RANDOM_KEPT = "random-kept"
+
+
+LABEL_FIELDS: Final = ("label", "labels", "y", "target", "class")
+"""What a record may call its label: the first of these that it has. Any other name is for ``[sources] fields``."""
+
+
+def label_field(record: Mapping[str, Any]) -> str | None:
+    """The field that a record's label is in; None where it has none."""
+    return next((name for name in LABEL_FIELDS if record.get(name) is not None), None)
 
 
 # Celery task names are part of the wire: a worker of the last release must still understand them.

@@ -24,6 +24,7 @@ from curator.stages.recipes import spec
 from curator.store import recipes, validation
 from curator.store.engine import read
 from curator.store.recipes import Recipe
+from curator.views.text import counted
 from curator.workloads import base
 from workers import aside
 
@@ -65,7 +66,7 @@ def _kept(tools: Instrument) -> str:
     by_layer = tools.budgets()
     kept = sum(by_layer.values())
     coded = f", as {tools.spec.code_dimension} numbers" if tools.spec.shortens(kept) else ""
-    return f" on {tools.device}; {kept} entries of {len(by_layer)} layers are kept{coded}"
+    return f" on {tools.device}; {kept} entries of {counted(len(by_layer), 'layer')} are kept{coded}"
 
 
 def _tried(tools: Instrument, records: list[Mapping[str, Any]]) -> str:
@@ -74,7 +75,8 @@ def _tried(tools: Instrument, records: list[Mapping[str, Any]]) -> str:
     together = _losses(tools, records)
     alone = [_losses(tools, [record])[0] for record in records]
     _refuse_dependence(max(map(_apart, alone, together)))
-    return f"the model loads{kept}; {len(together)} trusted records have a mean loss of {mean(together):.3g}"
+    tried = counted(len(together), "trusted record has", "trusted records have")
+    return f"the model loads{kept}; {tried} a mean loss of {mean(together):.3g}"
 
 
 def _losses(tools: Instrument, records: list[Mapping[str, Any]]) -> list[float]:

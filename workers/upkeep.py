@@ -13,6 +13,7 @@ from curator.stages import folders, likeness, upkeep
 from curator.store import examples, fidelity, offers, work
 from curator.store.engine import read, transact
 from curator.types import UPKEEP_TASK, Stage
+from curator.views.text import counted
 from workers.base import StageTask, refused, shared
 
 SWEEP_SECONDS = 600.0
@@ -66,4 +67,4 @@ def look(self: StageTask) -> str:
     for item in found:
         shared.watcher.note(item.folder, item.file)
     runtime.wake(Stage.EXAMPLES)
-    return f"{new} files"
+    return counted(new, "file")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import click
@@ -29,6 +29,9 @@ KINDS = {
     errors.DependencyDown: "a dependency does not answer; retried with backoff",
     errors.DataError: "one record, file or checkpoint is at fault; the others go on",
 }
+
+
+_FAMILY = "CUR"
 
 
 def codes() -> dict[str, Code]:
@@ -64,8 +67,15 @@ def known_code(given: str) -> Code:
     known = codes()
     if found := known.get(given.upper()):
         return found
-    near = nearest(given.upper(), known)
+    near = _near(given, known)
     raise errors.UnknownCode(given=given, suggestion=f" Did you mean {near}?" if near else "")
+
+
+def _near(given: str, known: Iterable[str]) -> str | None:
+    """The code that was probably meant: by its family first, since in all else codes are alike."""
+    stem, _, number = given.upper().removeprefix(f"{_FAMILY}-").partition("-")
+    family = nearest(stem, {code.split("-")[1] for code in known})
+    return nearest(f"{_FAMILY}-{family}-{number}", (code for code in known if code.split("-")[1] == family))
 
 
 @click.command()

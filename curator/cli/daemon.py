@@ -16,6 +16,7 @@ import click
 from curator.cli.invocation import Invocation, pass_invocation
 from curator.cli.output import say
 from curator.errors import DaemonNotRunning, DaemonRunning
+from curator.views.text import counted
 
 if TYPE_CHECKING:
     from curator.embedded.children import Child
@@ -192,7 +193,7 @@ def drain(here: Invocation, timeout: float | None, at: tuple[str, ...]) -> None:
 def _drain_at(opened: Runtime, names: Sequence[str], end: float | None) -> int:
     """Drain at each checkpoint, then put the one in use to use again, whatever happened."""
     from curator.embedded.supervisor import daemon_status
-    from curator.errors import DaemonRunning, NoCheckpoint
+    from curator.errors import DaemonRunning, NoCheckpoint, NoSuchCheckpoint
     from curator.stages.recipes import use_checkpoint
     from curator.store import engine, recipes
 
@@ -203,6 +204,9 @@ def _drain_at(opened: Runtime, names: Sequence[str], end: float | None) -> int:
     with engine.read(opened.engine) as connection:
         if (home := recipes.checkpoint_in_use(connection)) is None:
             raise NoCheckpoint()
+        for name in names:
+            if recipes.checkpoint(connection, name) is None:
+                raise NoSuchCheckpoint(name=name)
     say(f"measuring at {', '.join(names)}; then `curator checkpoint use {home.name}`, by itself unless this is killed")
     code = 0
     try:
@@ -252,7 +256,10 @@ def _drained(opened: Runtime) -> str:
 
     with engine.read(opened.engine) as connection:
         totals = reads.totals(connection)
-    return f"drained: {totals.scored} of {totals.examples} examples are scored, {totals.flagged} flags are in force"
+    return (
+        f"drained: {totals.scored} of {counted(totals.examples, 'example is', 'examples are')} scored,"
+        f" {counted(totals.flagged, 'flag is', 'flags are')} in force"
+    )
 
 
 def _follow(opened: Runtime, child: subprocess.Popen[bytes], end: float | None) -> int:

@@ -11,6 +11,7 @@ import click
 
 from curator.cli.invocation import EXIT_FINDINGS, Invocation, pass_invocation
 from curator.cli.output import Form, cell, rows_options, say, show
+from curator.views.text import counted
 
 if TYPE_CHECKING:
     from curator.runtime import Runtime
@@ -34,7 +35,7 @@ def doctor(here: Invocation, form: Form) -> None:
     if form is not Form.TEXT:
         show(found, form)
     failed = sum(check.outcome == "fail" for check in found)
-    say(f"{len(found)} checks, {failed} failed")
+    say(f"{counted(len(found), 'check')}, {failed} failed")
     if failed:
         raise click.exceptions.Exit(EXIT_FINDINGS)
 

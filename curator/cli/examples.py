@@ -9,6 +9,7 @@ import click
 
 from curator.cli.invocation import Invocation, pass_invocation
 from curator.cli.output import Form, cell, facts, rows_options, show
+from curator.views.text import counted
 
 if TYPE_CHECKING:
     from curator.runtime import Runtime
@@ -92,7 +93,11 @@ def _print(why: Why) -> None:
             "review": why.review,
             "q value": why.q_value,
             "state": why.state,
-            **({"not seen": f"{cut:.0f} tokens behind the limit"} if (cut := why.controls.get("cut_tokens")) else {}),
+            **(
+                {"not seen": f"{counted(int(cut), 'token')} behind the limit"}
+                if (cut := why.controls.get("cut_tokens"))
+                else {}
+            ),
             "text": why.preview,
         }
     )
@@ -147,8 +152,10 @@ def _print_words(words: Words) -> None:
 
 
 def _summary(side: Side, n: int, word: str) -> str:
-    named = f"; the {len(side.named)} strongest are {side.named_share:.1%} of that" if side.named else ""
-    return f"{side.n} of {n} validation examples pull it {word}, by {cell(side.total)} together{named}"
+    strongest = "strongest is" if len(side.named) == 1 else f"{len(side.named)} strongest are"
+    named = f"; the {strongest} {side.named_share:.1%} of that" if side.named else ""
+    pull = "pulls" if side.n == 1 else "pull"
+    return f"{side.n} of {counted(n, 'validation example')} {pull} it {word}, by {cell(side.total)} together{named}"
 
 
 def _row(pull: Pull) -> dict[str, object]:
@@ -166,7 +173,14 @@ def _rest(side: Side) -> list[dict[str, object]]:
         return []
     way = "down" if side.total < 0 else "up"
     share = f"{1 - side.named_share:.1%}"
-    return [{"pull": side.rest, "share": share, "id": "", "preview": f"{others} others that pull {way}"}]
+    return [
+        {
+            "pull": side.rest,
+            "share": share,
+            "id": "",
+            "preview": f"{counted(others, 'other that pulls', 'others that pull')} {way}",
+        }
+    ]
 
 
 def _section(title: str) -> None:

@@ -10,6 +10,7 @@ import click
 
 from curator.cli.invocation import Invocation, pass_invocation
 from curator.cli.output import Form, facts, rows_options, say, show
+from curator.views.text import counted
 
 _GROUP = (
     "value", "slice", "n", "mean_influence", "ci_low", "ci_high", "beside_trusted", "q_value", "flagged_share",
@@ -71,7 +72,9 @@ def export(
     else:
         show([file._asdict() for file in files], form)
     if planned.waiting and what == "kept":
-        say(f"{planned.waiting} examples are still on their way and are not in it: `curator status`")
+        say(
+            f"{counted(planned.waiting, 'example is', 'examples are')} still on the way and not in it: `curator status`"
+        )
 
 
 def _write(connection: Connection, planned: Plan, out: Path, chosen: view.Form, *, force: bool) -> list[File]:

@@ -11,7 +11,7 @@ import click
 
 from curator.cli.invocation import EXIT_FINDINGS, Invocation, pass_invocation
 from curator.cli.output import Form, rows_options, say, show
-from curator.views.text import place
+from curator.views.text import counted, place
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,10 +54,9 @@ def ingest(here: Invocation, files: tuple[str, ...], source: str, dry_run: bool,
         runs = opened.daemon_runs
     show([_shown(row, row.file in before) for row in counts], form)
     if refused := sum(row.refused for row in counts if row.file not in before):
-        what = "1 record was" if refused == 1 else f"{refused} records were"
-        say(f"{what} refused: curator quarantine list")
+        say(f"{counted(refused, 'record was', 'records were')} refused: curator quarantine list")
     if leaks:
-        what = "1 record is" if leaks == 1 else f"{leaks} records are"
+        what = counted(leaks, "record is", "records are")
         say(f"warning: {what} also in a validation set in use, where influence says nothing: curator.validation_leaks")
     if not runs and any(row.accepted for row in counts if row.file not in before):
         say("next: curator drain, or curator up: the daemon is not running")

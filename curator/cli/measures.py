@@ -14,6 +14,7 @@ import click
 from curator.cli.invocation import Invocation, pass_invocation
 from curator.cli.output import Form, rows_options, say, show
 from curator.errors import BrokenTrusted, NothingAccepted
+from curator.views.text import counted
 
 if TYPE_CHECKING:
     from curator.settings import Settings
@@ -108,7 +109,7 @@ def drop_checkpoint(here: Invocation, name: str) -> None:
 
     with here.runtime() as opened, engine.begin(opened.engine) as connection:
         gone = recipes.drop_checkpoint(connection, name)
-    say(f"checkpoint {name}: the scores of {gone} examples are gone")
+    say(f"checkpoint {name}: the scores of {counted(gone, 'example')} are gone")
 
 
 @click.group()
@@ -146,8 +147,10 @@ def add_validation(here: Invocation, name: str, file: Path, field: str, contrast
             leaks = sum(stored.leaked(connection, number) for number, _ in sets)
             waiting = recipes.waits_for_checkpoint(connection)
         _describe(name, slices, settings.verdicts.fdr)
+        _say_repeats(len(good) + len(bad), sum(map(sum, slices.values())))
         if leaks:
-            say(f"warning: {leaks} validation examples are also training data; their influence says nothing")
+            are = counted(leaks, "validation example is", "validation examples are")
+            say(f"warning: {are} also training data; their influence says nothing")
         if check and not waiting:
             _try(settings, "the validation set")
     if waiting:
@@ -157,13 +160,21 @@ def add_validation(here: Invocation, name: str, file: Path, field: str, contrast
 
 
 def _describe(name: str, slices: Mapping[str, Roles], fdr: float) -> None:
+    from curator.views.obstacles import reach
+
     for key, (behind, aside, contrast, rehearsed) in slices.items():
         against = f", against {contrast}" if contrast else ""
         faults = f", on {rehearsed} faults are rehearsed" if rehearsed else ""
-        say(
-            f"{name}/{key}: {behind} examples give the direction{against}{faults}, {aside} are kept aside as references"
-        )
-    say(_reach(sum(roles.reference for roles in slices.values()), fdr, len(slices)))
+        kept = counted(aside, "is kept aside as a reference", "are kept aside as references")
+        say(f"{name}/{key}: {behind} examples give the direction{against}{faults}, {kept}")
+    say(reach(sum(roles.reference for roles in slices.values()), fdr, len(slices)))
+
+
+def _say_repeats(given: int, taken: int) -> None:
+    """A trusted example that comes twice would be its own reference."""
+    if given > taken:
+        repeats = counted(given - taken, "is a repeat", "are repeats")
+        say(f"of {counted(given, 'record')} {repeats}: each example counts once")
 
 
 def _try(settings: Settings, what: str) -> None:
@@ -181,20 +192,6 @@ def _try(settings: Settings, what: str) -> None:
     if done.returncode:
         say(f"{what} is registered; mend this, then `curator doctor` tries again")
         raise click.exceptions.Exit(done.returncode)
-
-
-def _reach(references: int, fdr: float, slices: int) -> str:
-    from curator.influence.confidence import references_needed, smallest_share
-
-    share = smallest_share(references, fdr / slices)  # each slice is looked at: Bonferroni
-    if share > 1:
-        return (
-            f"warning: {references} references are too few to flag anything at fdr {fdr:g}: at least "
-            f"{references_needed(fdr / slices)} are needed, so add trusted examples"
-        )
-    return (
-        f"with {references} references, flags at fdr {fdr:g} need {share:.1%} of a batch to look worse than all of them"
-    )
 
 
 def trusted_records(settings: Settings, file: Path) -> list[Record]:

@@ -15,6 +15,7 @@ import click
 from curator.cli.invocation import Invocation, pass_invocation
 from curator.cli.output import Form, rows_options, say, show
 from curator.errors import NoSuchFile
+from curator.views.text import counted
 
 HOUR = 3600
 
@@ -41,7 +42,7 @@ def plan(here: Invocation, files: tuple[Path, ...], examples: int | None, form: 
         raise click.exceptions.Exit(done.returncode)
     found = json.loads(done.stdout)
     show(_rows(found, examples or found["examples"]), form)
-    say(f"measured on {found['sample']} records, on {found['device']}, one worker")
+    say(f"measured on {counted(found['sample'], 'record')}, on {found['device']}, one worker")
 
 
 def _rows(cost: Mapping[str, Any], n: int) -> Iterator[dict[str, object]]:

@@ -7,7 +7,7 @@ import click
 from curator.cli.invocation import Invocation, pass_invocation
 from curator.cli.output import Form, facts, rows_options, say, show
 from curator.errors import NothingToRetry, UnknownRefusal
-from curator.views.text import place
+from curator.views.text import counted, place
 
 _COLUMNS = ("quarantine_id", "source", "origin", "position", "code", "detail")
 
@@ -80,7 +80,7 @@ def retry(here: Invocation, numbers: tuple[int, ...], everything: bool, code: st
             opened.wake(Stage.GRADIENTS, Stage.SCORES)
     if not n:
         raise NothingToRetry(reason=f"{'none of these' if numbers else 'no refused record'} is an example given up")
-    say("1 example is offered again" if n == 1 else f"{n} examples are offered again")
+    say(f"{counted(n, 'example is', 'examples are')} offered again")
     if left := len(set(numbers)) - n if numbers else 0:
         say(f"{left} of the numbers {'names' if left == 1 else 'name'} no example that was given up")
 

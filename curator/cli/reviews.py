@@ -8,6 +8,7 @@ import click
 
 from curator.cli.invocation import EXIT_FINDINGS, Invocation, pass_invocation, whoami
 from curator.cli.output import Form, rows_options, say, show
+from curator.views.text import counted
 
 TOP = 20
 _limit = click.option("--limit", type=click.IntRange(1), help=f"Examples at most.  [default: {TOP}; of a draw all]")
@@ -59,7 +60,8 @@ def sample(here: Invocation, n: int, seed: int, actor: str | None, form: Form) -
     with here.writing() as connection:
         made = stage.draw(connection, n, seed=seed, actor=actor or whoami())
     show(({"draw": made.draw, "example_id": number} for number in made.examples), form)
-    say(f"draw {made.draw}: {len(made.examples)} of {made.flags} flags; review all of them, the hard ones too")
+    of_all = f"{len(made.examples)} of {counted(made.flags, 'flag')}"
+    say(f"draw {made.draw}: {of_all}; review all of them, the hard ones too")
     say(
         f"next: curator reviews queue --draw {made.draw}, or curator reviews export --draw {made.draw} --out tasks.json"
     )
@@ -95,7 +97,7 @@ def export(here: Invocation, out: Path, limit: int | None, draw: int | None) -> 
         made = view.tasks(connection, _most(limit, draw), draw)
     config = view.write(made, out)
     click.echo(out)
-    say(f"{len(made)} tasks; their labelling interface is {config}")
+    say(f"{counted(len(made), 'task')}; the labelling interface is {config}")
 
 
 @reviews.command("import")
@@ -114,9 +116,9 @@ def import_(here: Invocation, file: Path, actor: str | None, form: Form) -> None
 
     annotations = list(label_studio.read(file))
     with here.writing() as connection:
-        known = stage.labels(connection, here.settings())
+        known = stage.known_labels(connection, here.settings())
         found = stage.take(connection, annotations, actor=actor or whoami(), labels=known)
     show(found.refused, form)
-    say(f"{found.taken} reviews taken, {found.known} known already, {len(found.refused)} refused")
+    say(f"{counted(found.taken, 'review')} taken, {found.known} known already, {len(found.refused)} refused")
     if found.refused:
         raise click.exceptions.Exit(EXIT_FINDINGS)

@@ -29,17 +29,21 @@ _limit = click.option(
 def flagged(here: Invocation, source: str | None, slice_: str | None, limit: int, check: bool, form: Form) -> None:
     """List the flags in force, surest first, with the loss beside them.
 
-    q_value is the false discovery rate of the batch at which the example is just flagged.
+    q_value is the false discovery rate of the batch at which the example is just flagged. Where there is no flag at
+    all, what may be the reason is said.
     """
     from curator.store import reads
-    from curator.views import flags, names
+    from curator.views import flags, names, obstacles
 
     with here.reading() as connection:
         names.require_source(connection, source)
         names.require_slice(connection, slice_)
         total = reads.flag_count(connection, source, slice_)
         show(flags.flagged(connection, source, slice_, limit or None), form, _FLAG)
-    _say_how_many(total, limit, "flags")
+        _say_how_many(total, limit, "flags")
+        if not reads.flag_count(connection):
+            for reason in obstacles.unflagged(connection, here.settings().policies()):
+                say(f"! {reason}")
     if check and total:
         raise click.exceptions.Exit(EXIT_FINDINGS)
 
@@ -96,7 +100,7 @@ def review(
 
     with here.writing() as connection:
         number = examples.find(connection, example)
-        known = reviews.labels(connection, here.settings())
+        known = reviews.known_labels(connection, here.settings())
         verdict = reviews.review(
             connection, number, answer, actor=actor or whoami(), note=note, label=label, known=known
         )

@@ -17,6 +17,7 @@ from curator.cli.measures import trusted_records
 from curator.cli.output import Form, cell, facts, rows_options, say, show
 from curator.errors import NoSuchVerification, NotRunning, RunFailed, VerificationCancelled
 from curator.types import Stage
+from curator.views.text import counted
 
 if TYPE_CHECKING:
     from curator.runtime import Runtime
@@ -106,13 +107,13 @@ def _ask(opened: Runtime, wish: Any, selection: str | None, select: bool, file: 
 
 
 def _describe(asked: Asked) -> None:
-    said = [f"verification {asked.verification}: {asked.runs} trainings on up to {asked.pool} examples"]
-    said.append(
-        f"{asked.flagged} are flagged" if asked.flagged else "no flag is in force, so only the selection is verified"
-    )
+    pool = counted(asked.pool, "example")
+    said = [f"verification {asked.verification}: {asked.runs} trainings on up to {pool}"]
+    flagged = counted(asked.flagged, "is flagged", "are flagged")
+    said.append(flagged if asked.flagged else "no flag is in force, so only the selection is verified")
     if asked.selection is not None:
         said.append(f"selection {asked.selection} has {asked.selected}")
-    say("; ".join([*said, f"{asked.held_out} held-out examples"]))
+    say("; ".join([*said, counted(asked.held_out, "held-out example")]))
 
 
 def _leave(opened: Runtime, asked: Asked, form: Form) -> None:

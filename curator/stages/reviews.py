@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Row
 
@@ -23,7 +23,8 @@ from curator.errors import (
 from curator.settings import Settings
 from curator.sources.label_studio import Annotation
 from curator.store import examples, recipes, reviews, verdicts
-from curator.types import Review, Verdict
+from curator.store.labels import common
+from curator.types import Review, Verdict, label_field
 from curator.workloads import checkpoints
 
 _SAID = {Review.KEEP: Verdict.NEUTRAL, Review.DROP: Verdict.HARMFUL, Review.RELABEL: Verdict.HARMFUL}
@@ -31,6 +32,13 @@ _CARRIED = (  # what the verdict that is reviewed rests on
     *("policy", "policy_version", "policy_set_id", "recipe_id", "direction_set_id", "ordinal", "influence", "stderr"),
     *("p_value", "q_value", "stream_q", "stream_level", "evidence"),
 )
+
+
+class Labels(NamedTuple):
+    """The labels there are, and who has them, as the beginning of a sentence."""
+
+    names: tuple[str, ...]
+    where: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +69,16 @@ class Imported:
     refused: tuple[Refused, ...]
 
 
-def labels(connection: Connection, settings: Settings) -> tuple[str, ...] | None:
-    """The labels there are, where the workload and the checkpoint in use say so; None: any may be right."""
+def known_labels(connection: Connection, settings: Settings) -> Labels | None:
+    """The labels there are: those of a classifier's checkpoint, or of the data. None: any may be right."""
     checkpoint = recipes.checkpoint_in_use(connection)
-    if checkpoint is None or settings.workload.kind != "text-classifier":
-        return None
-    return checkpoints.labels(Path(checkpoint.path))
+    if settings.workload.kind == "torch":
+        names, where = common(connection), "Trusted examples and the latest arrivals have"
+    elif settings.workload.kind == "text-classifier" and checkpoint is not None:
+        names, where = checkpoints.labels(Path(checkpoint.path)), "The checkpoint in use has"
+    else:
+        names, where = None, ""
+    return None if names is None else Labels(names, where)
 
 
 def review(
@@ -77,7 +89,7 @@ def review(
     actor: str,
     note: str | None = None,
     label: str | None = None,
-    known: Collection[str] | None = None,
+    known: Labels | None = None,
     origin: str | None = None,
 ) -> Verdict:
     """Append a person's word on an example and return the verdict now in force.
@@ -89,7 +101,7 @@ def review(
         actor: who says it.
         note: why.
         label: with ``relabel``, what the label should be; the export then has the example with it.
-        known: the labels there are, as ``labels`` says.
+        known: the labels there are, as ``known_labels`` says.
         origin: the annotation that it is imported from.
 
     Raises:
@@ -101,10 +113,10 @@ def review(
     record = examples.fetch(connection, [example_id]).get(example_id)
     if record is None:
         raise UnknownExample(given=example_id)
-    if label is not None and "label" not in record:
+    if label is not None and label_field(record) is None:
         raise NothingToRelabel(example=example_id)
-    if label is not None and known is not None and label not in known:
-        raise UnknownLabel(label=label, known=", ".join(known))
+    if label is not None and known is not None and label not in known.names:
+        raise UnknownLabel(where=known.where, label=label, known=", ".join(known.names))
     former = verdicts.in_force(connection, example_id)
     if said is Review.UNDO:
         row = _undone(connection, example_id, former, actor, note)
@@ -170,7 +182,7 @@ def _lot(seed: int, number: int) -> bytes:
 
 
 def take(
-    connection: Connection, annotations: Iterable[Annotation], *, actor: str, labels: Collection[str] | None = None
+    connection: Connection, annotations: Iterable[Annotation], *, actor: str, labels: Labels | None = None
 ) -> Imported:
     """Append annotations made elsewhere as reviews, in their order: of several on one example the last is in force.
 

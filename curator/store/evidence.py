@@ -14,11 +14,10 @@ from numpy.typing import NDArray
 from safetensors.numpy import load
 from sqlalchemy import Connection, Row, text
 
+from curator.store.labels import label_of
 from curator.store.reads import Rows
 
 _LATEST = 1_000
-# A label may be worth grouping by; `->>` refuses a record with an escaped NUL, wherever in it that is.
-_LABEL = "CASE WHEN position('\\u0000' IN v.record::text) = 0 THEN v.record ->> 'label' END"
 
 
 def pulls(connection: Connection, recipe_id: int, direction_set_id: int, example_id: int) -> Rows:
@@ -32,7 +31,7 @@ def pulls(connection: Connection, recipe_id: int, direction_set_id: int, example
             text(
                 f"""
                 SELECT s.name AS validation_set, d.slice, d.ordinal, v.id AS validation_example_id,
-                       {_LABEL} AS label,
+                       {label_of("v")} AS label,
                        CASE v.role WHEN 'contrast' THEN -t.product / d.contrast ELSE t.product / d.n END AS pull
                 FROM curator.directions d
                 JOIN curator.validation_sets s ON s.id = d.validation_set_id

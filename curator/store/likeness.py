@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Row, text
 
+from curator.store.labels import label_of
+
 _LOCK = "SELECT pg_advisory_xact_lock(hashtext('curator.likeness'))"
 
 LATE = 50_000
@@ -16,11 +18,12 @@ CANDIDATES = 8
 """Heads looked at for one example: the earliest. A text is hardly ever a candidate for more."""
 
 
-COPY_OF = """(
+COPY_OF = f"""(
     SELECT k.of_id FROM curator.sketches k
     JOIN curator.examples x ON x.id = k.example_id JOIN curator.examples h ON h.id = k.of_id
-    WHERE k.example_id = e.id AND h.record ->> 'label' IS NOT DISTINCT FROM x.record ->> 'label')
-"""
+    WHERE k.example_id = e.id
+      AND {label_of("h")} IS NOT DISTINCT FROM {label_of("x")})
+"""  # noqa: S608 - names of our own
 """The earlier example that one, ``e``, is nearly the same as; NULL of a head. With another label a text is no copy."""
 
 

@@ -15,8 +15,9 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, Row, text
 
 from curator.types import PRIORITY_BACKFILL, PRIORITY_FRESH, Lease, Stage
 
@@ -396,12 +397,14 @@ def sum_up(connection: Connection) -> None:
     )
 
 
-def blocked(connection: Connection) -> str | None:
-    """The error that work is waiting to have mended, if there is one."""
-    error: str | None = connection.scalar(
-        text("SELECT last_error FROM curator.work WHERE state = 'ready' AND last_error IS NOT NULL ORDER BY id LIMIT 1")
-    )
-    return error
+def blocked(connection: Connection) -> Row[Any] | None:
+    """(error, seconds) that work is waiting to have mended, and how long ago an attempt met it, if there is one."""
+    return connection.execute(
+        text(
+            "SELECT last_error AS error, extract(epoch FROM clock_timestamp() - leased_at)::float8 AS seconds"
+            " FROM curator.work WHERE state = 'ready' AND last_error IS NOT NULL ORDER BY id LIMIT 1"
+        )
+    ).one_or_none()
 
 
 def claimable(connection: Connection, *, backfill: bool = True) -> list[Stage]:

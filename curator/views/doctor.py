@@ -24,7 +24,7 @@ from curator.influence.confidence import OVERCONFIDENT, WRONG_THROUGHOUT, refere
 from curator.settings import Settings
 from curator.store import figures, health, migrate, reads, recipes
 from curator.store.engine import read
-from curator.views import fidelity, report
+from curator.views import fidelity, obstacles, report
 
 GIGABYTE = 1 << 30
 DISK_LOW, DISK_EMPTY = 5 * GIGABYTE, GIGABYTE // 4
@@ -249,9 +249,9 @@ def _references(connection: Connection, trusted: int, fdr: float) -> Iterator[Ch
     if not slices:
         return
     needed = references_needed(fdr / len(slices))
-    detail = f"{trusted} trusted references for {len(slices)} slices at fdr {fdr:g}"
+    detail = obstacles.reach(trusted, fdr, len(slices))
     if trusted < needed:
-        fix = f"Add trusted examples: at least {needed} references are needed before anything can be flagged."
+        fix = f"Add trusted examples (`curator validation add`) until {needed} of them are references."
         yield Check("references", Outcome.WARN, detail, fix)
     else:
         yield ok("references", detail)

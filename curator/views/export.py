@@ -24,6 +24,7 @@ from curator import __version__
 from curator.errors import CannotWrite, TargetInUse, TargetNotOurs, UnknownSelection
 from curator.sources.records import digest_of, shape_of
 from curator.store import exports, migrate, reads, selections
+from curator.types import LABEL_FIELDS, label_field
 from curator.views import shards, trainers
 from curator.views.shards import File, Format, Line
 
@@ -274,7 +275,8 @@ def _written(row: Row[Any]) -> str:
     if row.label is None:
         return str(row.record).replace("\n", " ")
     record = json.loads(row.record)
-    record["label"] = row.label if isinstance(record["label"], str) else _read(row.label)
+    field = label_field(record) or LABEL_FIELDS[0]
+    record[field] = row.label if isinstance(record.get(field), str) else _read(row.label)
     return json.dumps(record, sort_keys=True, separators=(",", ":"))
 
 

@@ -15,8 +15,8 @@ from curator.influence.parts import Floats
 from curator.store import evidence, vectors
 from curator.views.text import preview
 
-# Labels beyond these are taken together: a regression target is no label.
-LABELS = 8
+# Labels beyond these are taken together.
+LABELS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,11 +172,14 @@ def _pull(row: Row[Any], total: float, known: Row[Any]) -> Pull:
 
 
 def _by_label(rows: Sequence[Row[Any]]) -> tuple[Labelled, ...]:
-    """The labels that most validation examples have, the lowest pull first; nothing where there are not two."""
+    """The labels that most validation examples have, the lowest pull first; nothing where there are not two.
+
+    Nor where hardly any two examples share one: those are values to regress on.
+    """
     sums: dict[str | None, list[float]] = defaultdict(list)
     for row in rows:
         sums[row.label].append(row.pull)
-    if len(sums) < 2:
+    if len(sums) < 2 or 2 * len(sums) > len(rows):
         return ()
     common = sorted(sums, key=lambda label: (-len(sums[label]), str(label)))
     for label in common[LABELS:]:

@@ -16,7 +16,7 @@ from curator.store import figures, reads
 from curator.store import reviews as stored
 from curator.views import fidelity, flags, groups, reviews, verifications
 from curator.views.reviews import Precision
-from curator.views.text import place, preview
+from curator.views.text import counted, place, preview
 from curator.views.verifications import Verification
 
 HARM_BINS = 40
@@ -243,8 +243,8 @@ def _of_footing(footing: Row[Any], leaked: int) -> Iterator[str]:
         yield f"The directions could not be computed: {footing.detail}"
     if leaked:
         yield (
-            f"{leaked} arrivals are also, or nearly, in a validation set: their influence is that of an answer "
-            "on itself, and what is measured on that set is too good."
+            f"{counted(leaked, 'arrival is', 'arrivals are')} also, or nearly, in a validation set: the influence is"
+            " that of an answer on itself, and what is measured on that set is too good."
         )
 
 
@@ -277,7 +277,7 @@ def _of_reviews(found: Sequence[Precision], level: float | None) -> Iterator[str
     if 1 - draw.ci_high > level:
         low, high = 1 - draw.ci_high, 1 - (draw.ci_low or 0)
         yield (
-            f"Of {draw.reviewed} flags drawn at random and reviewed, {1 - draw.precision:.0%} were wrong (95 % interval"
-            f" {low:.0%} to {high:.0%}): more than the false discovery rate of {level:g} that was asked for. Look at "
-            "what arrivals have that the trusted examples lack."
+            f"Of {counted(draw.reviewed, 'flag')} drawn at random and reviewed, {1 - draw.precision:.0%} were wrong "
+            f"(95 % interval {low:.0%} to {high:.0%}): more than the false discovery rate of {level:g} that was asked"
+            " for. Look at what arrivals have that the trusted examples lack."
         )

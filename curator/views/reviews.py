@@ -16,7 +16,7 @@ from curator.influence.doubt import probability_of_harm
 from curator.sources import label_studio
 from curator.store import reviews
 from curator.types import Review
-from curator.views.text import inert, preview, words
+from curator.views.text import counted, inert, preview, words
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +66,15 @@ class Precision:
         """For one line of ``status``."""
         if self.precision is None:
             return "-"
-        what = "reviewed flags, not drawn at random" if self.draw is None else f"drawn at random (draw {self.draw})"
+        reviewed = counted(self.reviewed, "reviewed flag")
+        by = (
+            f"{reviewed}, not drawn at random"
+            if self.draw is None
+            else f"{reviewed} drawn at random (draw {self.draw})"
+        )
         left = f", {self.drawn - self.reviewed} of them not reviewed" if self.drawn and not self.whole else ""
         interval = f"{self.ci_low:.2f} to {self.ci_high:.2f}"
-        return f"{self.precision:.2f} ({interval}) by {self.reviewed} {what}{left}"
+        return f"{self.precision:.2f} ({interval}) by {by}{left}"
 
 
 def queue(connection: Connection, limit: int | None, draw: int | None = None) -> tuple[Doubtful, ...]:

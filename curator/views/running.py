@@ -12,6 +12,7 @@ from curator.embedded.supervisor import DaemonStatus
 from curator.store import examples, health, reads, vectors, work
 from curator.store.engine import read
 from curator.views.doctor import GIGABYTE, Check, Outcome, ok
+from curator.views.text import counted
 
 FEW_CONNECTIONS = 10
 FORGOTTEN_SECONDS = 60.0
@@ -39,7 +40,7 @@ def server(engine: Engine) -> Iterator[Check]:
         yield Check("vacuum", Outcome.WARN, "autovacuum is off: the ledger only grows, and gets slower", fix)
     if set_.free < FEW_CONNECTIONS:
         fix = "Raise max_connections, or end sessions: each worker needs up to five."
-        yield Check("connections", Outcome.WARN, f"{set_.free} connections are left", fix)
+        yield Check("connections", Outcome.WARN, f"{counted(set_.free, 'connection is', 'connections are')} left", fix)
     if not bound:
         fix = "ALTER ROLE curator_analyst SET statement_timeout = '30s'."
         yield Check("analyst", Outcome.WARN, "a query of an analyst may run, and hold vacuum back, for ever", fix)
@@ -58,7 +59,7 @@ def ledger(engine: Engine, backfill: bool) -> Iterator[Check]:
 def _leases(connection: Connection) -> Iterator[Check]:
     if n := health.ended_leases(connection, FORGOTTEN_SECONDS):
         fix = "Start a scheduler and a worker of the queue `table` (`curator up` has both): they take such work back."
-        yield Check("leases", Outcome.WARN, f"{n} leases ended long ago and nobody has taken them back", fix)
+        yield Check("leases", Outcome.WARN, f"{counted(n, 'lease')} ended long ago and nobody took the work back", fix)
 
 
 def _waiting(connection: Connection, backfill: bool) -> Iterator[Check]:
@@ -101,7 +102,8 @@ def daemon(status: DaemonStatus | None, home: Path) -> Iterator[Check]:
     troubled = [child for child in status.children if child.pid is None or child.restarts >= MANY_RESTARTS]
     for child in troubled:
         log = home / "log" / f"{child.name}.log"
-        detail = f"{child.name} has been started again {child.restarts} times; it last ended with {child.last_exit}"
+        times = counted(child.restarts, "time")
+        detail = f"{child.name} has been started again {times}; it last ended with {child.last_exit}"
         yield Check("daemon", Outcome.WARN, detail, f"The reason is at the end of {log}.")
     if status.trouble:
         yield Check("daemon", Outcome.WARN, status.trouble, f"The logs are in {home / 'log'}.")

@@ -12,7 +12,8 @@ from curator.embedded.supervisor import ChildStatus, DaemonStatus
 from curator.errors import DependencyDown
 from curator.store import health, reads, work
 from curator.types import Stage
-from curator.views import fidelity, reviews
+from curator.views import fidelity, obstacles, reviews
+from curator.views.text import counted
 
 # Ready work is claimed within seconds while somebody runs; a minute without any claim means that nobody does.
 IDLE_SECONDS = 60.0
@@ -82,8 +83,8 @@ def status(
         flags_upheld=str(reviews.best(reviews.precision(connection))),
         stages=stages,
         notes=(
-            *_missing(footing),
-            *_blocked(connection),
+            *obstacles.missing(footing),
+            *obstacles.blocked(connection),
             *_read_only(connection),
             *_no_room(room),
             *_paused(backfill),
@@ -111,20 +112,6 @@ def _child(child: ChildStatus) -> str:
     return f"{child.name}{where} ({f'process {child.pid}' if child.pid else 'not running'}{again})"
 
 
-def _missing(footing: Row[Any]) -> Iterator[str]:
-    if footing.checkpoint is None:
-        yield "no checkpoint is in use: `curator checkpoint add NAME PATH`"
-    if footing.validation_sets is None:
-        yield "no validation set is in use: `curator validation add NAME FILE`"
-    if footing.directions_state == "failed":
-        yield f"the directions could not be computed: {footing.detail}"
-
-
-def _blocked(connection: Connection) -> Iterator[str]:
-    if error := work.blocked(connection):
-        yield f"work waits until this is mended: {error}"
-
-
 def _stuck(
     connection: Connection, stages: tuple[StageState, ...], daemon: DaemonStatus | None, elsewhere: bool
 ) -> Iterator[str]:
@@ -133,7 +120,7 @@ def _stuck(
     if not open_ or reads.held(connection):
         return
     n, waited = sum(stage.n for stage in open_), max(stage.oldest_seconds or 0.0 for stage in open_)
-    pieces = "1 piece of work waits" if n == 1 else f"{n} pieces of work wait"
+    pieces = counted(n, "piece of work waits", "pieces of work wait")
     if daemon is not None and waited > IDLE_SECONDS:
         yield f"{pieces}, for {waited:.0f} s, though the daemon runs: its logs are in .curator/log"
     elif daemon is None and (waited > IDLE_SECONDS or not elsewhere):
@@ -157,8 +144,7 @@ def _given_up(connection: Connection, footing: Row[Any]) -> Iterator[str]:
         elif row.stage != Stage.DIRECTIONS or footing.directions_state != "failed":  # else it is said already
             yield f"work of stage {row.stage} was given up: {row.error}"
     if examples:
-        what = "1 example was given up" if examples == 1 else f"{examples} examples were given up"
-        yield f"{what}: `curator quarantine list`"
+        yield f"{counted(examples, 'example was', 'examples were')} given up: `curator quarantine list`"
 
 
 def _read_only(connection: Connection) -> Iterator[str]:

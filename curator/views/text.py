@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
+from curator.types import label_field
+
 # Controls, formats (the bidi controls and invisible tags are here), surrogates, line and paragraph separators.
 _ACTIVE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 # The joiners are letters' business in Persian, Hindi and emoji, and move nothing else.
@@ -45,6 +47,11 @@ def nearest(word: str, choices: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(word, list(choices), n=1)), None)
 
 
+def counted(n: int, one: str, many: str | None = None) -> str:
+    """``n`` of them, in the number that is theirs: ``many`` is ``one`` with an s, unless it is given."""
+    return f"{n} {one if n == 1 else many or f'{one}s'}"
+
+
 def place(origin: str) -> str:
     """Where records came from, as the user knows it: what was piped in has passed through a file of our own."""
     return "stdin" if PurePath(origin).parts[-3:-1] == (".curator", "spool") else origin
@@ -53,7 +60,7 @@ def place(origin: str) -> str:
 def preview(record: object, width: int = 120) -> str:
     """The words of a record, on one line of at most ``width`` characters, inert.
 
-    A label is shown first: it is what a flag on a classified text is about.
+    A label is shown first: it is what a flag on a classified example is about.
     """
     # Cut before cleaning: a record may be megabytes.
     shown = inert(" ".join(" | ".join(_parts(record))[: width * 8].split()))
@@ -69,10 +76,11 @@ def _parts(record: object) -> Iterator[str]:
     if not isinstance(record, Mapping):
         yield str(record)
         return
-    if "label" in record:
-        yield f"[{record['label']}]"
+    label = label_field(record)
+    if label is not None:
+        yield f"[{record[label]}]"
     texts = [*_fields(record), *_turns(record)]
-    yield from texts or [json.dumps(_without_frame(record), ensure_ascii=False, sort_keys=True)]
+    yield from texts or [json.dumps(_rest(record, label), ensure_ascii=False, sort_keys=True)]
 
 
 def _fields(record: Mapping[str, Any]) -> Iterator[str]:
@@ -90,5 +98,5 @@ def _turns(record: Mapping[str, Any]) -> Iterator[str]:
             yield f"{turn.get('role', turn.get('from', '?'))}: {turn.get('content', turn.get('value', ''))}"
 
 
-def _without_frame(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in record.items() if key not in {"id", "source", "meta", "label"}}
+def _rest(record: Mapping[str, Any], label: str | None) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key not in {"id", "source", "meta", label}}

@@ -24,6 +24,8 @@ messages and progress to stderr. Rows are a table on a terminal, and what `--jso
 | 1 | findings (`flagged --check`, `doctor`, `db check`, a damaged or empty `ingest`), or work that waits (`drain`) |
 | 2 | usage, configuration, or a file or record that is at fault |
 | 3 | a dependency is down: database, broker |
+| 70 | an error that curator does not know: a bug; `--debug` shows where |
+| 130, 141, 143 | interrupted (Ctrl-C), nobody reads its output any more, asked to stop (SIGTERM, `drain`) |
 
 Every refusal has a code, a sentence and a fix; `curator explain CODE` prints them.
 """

@@ -140,9 +140,11 @@ def test_fields_under_other_names_are_mapped_by_source(new_curator: Curator, tmp
 def test_trusted_records_are_mapped_as_arrivals_are(new_curator: Curator, tmp_path: Path) -> None:
     """Or the same record would be two examples, and no leak would be seen."""
     (new_curator.project / "curator.toml").write_text('[sources]\nfields = {text = "body"}\n')
-    lines = [json.dumps({"body": f"mail {n}", "label": "xy"[n % 2], "sent": n}) for n in range(8)]
+    lines = [json.dumps({"body": f"mail {n % 8}", "label": "xy"[n % 2], "sent": n}) for n in range(9)]
     (tmp_path / "trusted.jsonl").write_text("\n".join(lines))
-    assert new_curator("validation", "add", "trusted", str(tmp_path / "trusted.jsonl")).exit_code == 0
+    added = new_curator("validation", "add", "trusted", str(tmp_path / "trusted.jsonl"))
+    assert added.exit_code == 0
+    assert "of 9 records 1 is a repeat: each example counts once" in added.stderr
     result = new_curator("ingest", str(tmp_path / "trusted.jsonl"))
     assert "8 records are also in a validation set in use" in result.stderr
 

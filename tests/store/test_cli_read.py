@@ -80,7 +80,42 @@ def test_check_turns_flags_into_an_exit_code(curator: Curator, options: tuple[st
 
 def test_nothing_flagged_is_said_and_prints_no_rows(new_curator: Curator) -> None:
     result = new_curator("flagged", "--check")
-    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "no flags\n")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert [line.partition(":")[0] for line in result.stderr.splitlines()] == [
+        *("no flags", "! no checkpoint is in use", "! no validation set is in use", "! nothing has arrived")
+    ]
+
+
+def why_unflagged(curator: Curator, toml: str = "") -> list[str]:
+    (curator.project / "curator.toml").write_text(toml)
+    return curator("flagged").stderr.splitlines()[1:]
+
+
+def test_where_nothing_is_flagged_it_is_said_what_a_flag_needs(curator: Curator) -> None:
+    with begin(make_engine(curator.url, pooled=False)) as connection:
+        connection.execute(text("DELETE FROM curator.verdicts_in_force"))
+    assert why_unflagged(curator) == [
+        "! with 80 references and 2 slices, flags at fdr 0.1 need 24.7% of a batch to look worse than all of them"
+    ]
+    assert why_unflagged(curator, "[verdicts]\nfdr = 0.01\n") == [
+        "! 80 references are too few to flag anything at fdr 0.01 on 2 slices: at least 199 are needed, "
+        "so add trusted examples"
+    ]
+    assert "on 1 slice:" in why_unflagged(curator, '[policy.harmful]\nfdr = 0.01\nslices = ["trusted/sport"]\n')[0]
+    assert why_unflagged(curator, "[policy.harmful]\nenabled = false\n") == [
+        "! no policy that flags is enabled: docs/policies.md"
+    ]
+    assert why_unflagged(curator, '[policy.copies]\nkind = "duplicate"\n') == [], "copies need no reference"
+
+
+def test_where_nothing_is_scored_yet_or_an_error_stops_the_work_that_is_the_reason(curator: Curator) -> None:
+    with begin(make_engine(curator.url, pooled=False)) as connection:
+        connection.execute(text("DELETE FROM curator.verdicts_in_force"))
+        connection.execute(text("DELETE FROM curator.scores"))
+        connection.execute(text("UPDATE curator.work SET last_error = 'CUR-POL-001: ...' WHERE state = 'ready'"))
+    blocked, unscored, _ = why_unflagged(curator)
+    assert blocked.startswith("! work waits until this is mended")
+    assert unscored.startswith("! none of 600 examples is scored yet")
 
 
 def test_valuable_examples_come_by_selection_and_rank(curator: Curator) -> None:
@@ -296,10 +331,23 @@ def test_retry_offers_a_given_up_example_again(curator: Curator) -> None:
     assert len(curator.rows("quarantine", "list")) == 3
 
 
+def test_a_drain_at_a_checkpoint_that_is_not_there_is_refused_before_it_says_what_it_does(curator: Curator) -> None:
+    result = curator("drain", "--at", "base", "--at", "bsae")
+    assert (result.exit_code, result.stderr.splitlines()[0]) == (2, "error CUR-CKP-006: There is no checkpoint 'bsae'.")
+
+
 def test_status_shows_the_error_that_work_waits_for(curator: Curator) -> None:
     with begin(make_engine(curator.url, pooled=False)) as connection:
-        connection.execute(text("UPDATE curator.work SET last_error = 'the factory raises' WHERE state = 'ready'"))
-    assert "! work waits until this is mended: the factory raises" in curator("status").stdout
+        connection.execute(
+            text(
+                "UPDATE curator.work SET last_error = 'the factory raises', leased_at = now() - interval '1 min'"
+                " WHERE state = 'ready'"
+            )
+        )
+    said = (
+        r"! work waits until this is mended \(met at the last attempt, 6\d s ago; the next one looks again\): the fac"
+    )
+    assert re.search(said, curator("status").stdout)
 
 
 def running(project: Path, **child: object) -> FileLock:

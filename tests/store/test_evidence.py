@@ -69,6 +69,24 @@ def test_labels_of_the_validation_examples_divide_the_same_sum(engine: Engine) -
     assert sum(each.pull for each in driven.by_label) == pytest.approx(driven.total)
 
 
+@pytest.mark.parametrize(
+    ("record", "labels"),
+    [
+        ("json_build_object('x', id, 'y', mod(id, 2))", {("0", 20), ("1", 20)}),
+        ("json_build_object('x', id, 'label', NULL, 'class', mod(id, 2))", {("0", 20), ("1", 20)}),
+        ("json_build_object('x', id, 'y', id / 7.0)", set()),
+    ],
+    ids=["y", "class", "values to regress on"],
+)
+def test_a_label_is_known_by_any_of_its_names(engine: Engine, record: str, labels: set[tuple[str, int]]) -> None:
+    populate(engine, examples=20)
+    with begin(engine) as connection:
+        connection.exec_driver_sql(f"UPDATE curator.validation_examples SET record = {record}")
+    with read(engine) as connection:
+        driven = examples.why(connection, 1).driven_by[0]
+    assert {(each.label, each.n) for each in driven.by_label} == labels
+
+
 def test_neighbours_are_the_nearest_of_all(connection: Connection, world: World) -> None:
     cosine_B = world.unit_BK @ world.unit_BK[4]
     cosine_B[4] = -2

@@ -37,14 +37,17 @@ def test_kept_and_dropped_are_all_there_is(curator: Curator, world: World, tmp_p
 
 
 def test_a_corrected_label_is_exported_with_the_example(curator: Curator, world: World, tmp_path: Path) -> None:
-    number, other = world.flagged[1:3]
+    number, other, third = world.flagged[1:4]
     change(curator, f"""UPDATE curator.examples SET record = '{{"label": 4, "text": "x"}}' WHERE id = {other}""")
+    change(curator, f"""UPDATE curator.examples SET record = '{{"id": "y", "x": [1], "y": 4}}' WHERE id = {third}""")
     curator("review", f"id:{number}", "--relabel", "--label", "corrected")
     curator("review", f"id:{other}", "--relabel", "--label", "7")
+    curator("review", f"id:{third}", "--relabel", "--label", "7")
     for what in ("kept", "dropped"):
         curator("export", "--out", str(tmp_path / what), "--what", what)
-    kept = {row.get("id"): row["label"] for row in records(tmp_path / "kept")}
-    assert (kept[f"ext-{number - 1}"], kept[None]) == ("corrected", 7)
+    kept = {row.get("id"): row for row in records(tmp_path / "kept")}
+    assert (kept[f"ext-{number - 1}"]["label"], kept[None]["label"]) == ("corrected", 7)
+    assert kept["y"] == {"id": "y", "x": [1], "y": 7}
     dropped = records(tmp_path / "dropped", "dropped")
     assert len(kept) + len(dropped) == 600
     counts = json.loads((tmp_path / "kept" / "manifest.json").read_text())["counts"]

@@ -106,8 +106,11 @@ def test_an_outlier_is_one_among_the_references(two_slices: Engine, settings: Se
 
 
 def sketch(engine: Engine) -> None:
-    """4 and 5 are nearly the same as 3, and 5 has another label."""
+    """4, which holds an escaped NUL, and 5 are nearly the same as 3, and 5 has another label."""
     with begin(engine) as connection:
+        connection.execute(
+            text("UPDATE curator.examples SET record = :record WHERE id = 4"), {"record": '{"text": "\\u0000"}'}
+        )
         connection.execute(text('UPDATE curator.examples SET record = \'{"label": "x"}\' WHERE id = 5'))
         connection.execute(
             text(

@@ -216,6 +216,19 @@ def test_a_label_that_the_checkpoint_does_not_know_is_refused(classifier: Curato
     assert classifier("review", "id:2", "--relabel", "--label", "science").exit_code == 0
 
 
+def test_a_label_that_nothing_has_is_refused_for_a_model_of_the_users_own(curator: Curator) -> None:
+    """Labels that are shared by few are no classes that could all be known."""
+    (curator.project / "curator.toml").write_text('[workload]\nkind = "torch"\nfactory = "mine:build"\n')
+    result = curator("review", "id:2", "--relabel", "--label", "scince")
+    assert (result.exit_code, result.stderr.splitlines()[0]) == (
+        2,
+        "error CUR-REV-007: Trusted examples and the latest arrivals have no label 'scince', only science, sport.",
+    )
+    with begin(make_engine(curator.url, pooled=False)) as connection:
+        connection.execute(text("UPDATE curator.examples SET record = json_build_object('x', id, 'y', id / 7.0)"))
+    assert curator("review", "id:2", "--relabel", "--label", "0.5").exit_code == 0
+
+
 def test_an_annotation_with_an_unknown_label_is_refused_and_holds_up_no_other(
     classifier: Curator, tmp_path: Path
 ) -> None:

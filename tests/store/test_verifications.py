@@ -291,7 +291,7 @@ def test_a_held_out_file_of_trusted_examples_leaves_nothing(curator: Curator, tm
     (tmp_path / "held.jsonl").write_text('{"text": "one", "label": "sport"}\n' * 9)
     result = curator("verify", "--held-out", str(tmp_path / "held.jsonl"))
     assert result.exit_code == 2
-    assert "CUR-VRF-005: held.jsonl: 1 held-out examples" in result.stderr
+    assert "CUR-VRF-005: held.jsonl: at least 5 held-out examples" in result.stderr
 
 
 def test_without_a_checkpoint_or_verdicts_there_is_nothing_to_verify(new_curator: Curator, curator: Curator) -> None:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from curator.views.text import inert, preview
+from curator.views.text import counted, inert, preview
 
 EVIL = "a\x1b[31mb\u202ec\u2066d\x07e\u2028f\U000e0041g"
 
@@ -37,6 +37,8 @@ def test_a_preview_is_one_line_no_longer_than_asked(text: str, width: int) -> No
     ("record", "shown"),
     [
         ({"text": "hello\n there", "label": 3}, "[3] | hello there"),
+        ({"id": "x", "pixels": [1, 2], "y": 0, "meta": {}}, '[0] | {"pixels": [1, 2]}'),
+        ({"label": None, "class": "cat", "pixels": [1]}, '[cat] | {"label": null, "pixels": [1]}'),
         ({"prompt": "p", "completion": "c"}, "p | c"),
         ({"instruction": "i", "input": "", "output": "o"}, "i | o"),
         ({"messages": [{"role": "user", "content": "hi"}]}, "user: hi"),
@@ -48,3 +50,8 @@ def test_a_preview_is_one_line_no_longer_than_asked(text: str, width: int) -> No
 )
 def test_every_shape_of_record_has_a_preview(record: object, shown: str) -> None:
     assert preview(record) == shown
+
+
+def test_one_is_one_and_none_are_many() -> None:
+    assert [counted(n, "slice") for n in (0, 1, 2)] == ["0 slices", "1 slice", "2 slices"]
+    assert [counted(n, "piece waits", "pieces wait") for n in (0, 1)] == ["0 pieces wait", "1 piece waits"]

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from curator.cli.measures import _reach
 from curator.errors import EmptyValidation, MissingSliceField, NotMeasurable, TooFewTrusted
 from curator.influence.attribution import Attributor, RecipeSpec
 from curator.stages import directions, trusted
 from curator.stages.instrument import Instrument, Room
 from curator.store.validation import ValidationExample
 from curator.types import Lease, Record, Stage
+from curator.views.obstacles import reach
 
 
 def records(*slices: str | None) -> list[Record]:
@@ -35,7 +35,7 @@ def test_a_record_without_a_slice_is_named(nothing: str | None) -> None:
 
 
 def test_a_slice_that_is_too_small_to_be_split_is_named() -> None:
-    with pytest.raises(TooFewTrusted, match=r"'safety'.* 3 distinct examples; 4 are needed"):
+    with pytest.raises(TooFewTrusted, match=r"'safety'.* needs 4 distinct examples and has 3"):
         trusted.examples("trusted", "topic", records(*["maths"] * 5, *["safety"] * 3), [], 0.5)
 
 
@@ -46,9 +46,9 @@ def test_faults_are_rehearsed_on_a_part_of_what_is_no_reference() -> None:
 
 
 def test_too_few_references_say_how_many_are_needed() -> None:
-    assert "at least 19 are needed" in _reach(8, 0.05, 1)
-    assert "at least 39 are needed" in _reach(30, 0.05, 2), "each of two slices is looked at"
-    assert "to look worse than all of them" in _reach(39, 0.05, 2)
+    assert "at least 19 are needed" in reach(8, 0.05, 1)
+    assert "at least 39 are needed" in reach(30, 0.05, 2), "each of two slices is looked at"
+    assert "to look worse than all of them" in reach(39, 0.05, 2)
 
 
 class Squares:
