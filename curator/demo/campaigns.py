@@ -1,11 +1,13 @@
-"""Topics of mails, so that a vendor can get whole ones wrong: k-means on latent semantic analysis, in numpy."""
+"""Topics of mails, so that a vendor can get whole ones wrong: k-means on latent semantic analysis."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch.nn import functional as F
 
 from curator.workloads.text_classifier import hashed_ngrams
 
@@ -38,18 +40,17 @@ def latent(texts: Sequence[str], seed: int, rounds: int = 3) -> Floats:
     by_column = np.argsort(column, kind="stable")
     basis = np.random.Generator(np.random.Philox(seed)).standard_normal((BUCKETS, DIMENSIONS))
     for _ in range(rounds):
-        left = _summed(row, value[:, None] * basis[column], len(texts))
-        right = _summed(column[by_column], (value[:, None] * left[row])[by_column], BUCKETS)
-        basis = np.linalg.qr(right)[0]
-    out = _summed(row, value[:, None] * basis[column], len(texts))
+        left = _summed(row, column, value, basis, len(texts))
+        basis = np.linalg.qr(_summed(column[by_column], row[by_column], value[by_column], left, BUCKETS))[0]
+    out = _summed(row, column, value, basis, len(texts))
     return np.asarray(out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-12), np.float64)
 
 
-def _summed(sorted_group: Ints, rows: Floats, groups: int) -> Floats:
-    """Sum of rows by group; the groups come sorted."""
-    out = np.zeros((groups, rows.shape[1]))
-    first = np.flatnonzero(np.diff(sorted_group, prepend=-1))
-    out[sorted_group[first]] = np.add.reduceat(rows, first, axis=0)
+def _summed(sorted_group: Ints, pick: Ints, weight: Floats, rows: Floats, groups: int) -> Floats:
+    """Weighted sum of the picked rows by group; the groups come sorted. A sparse matrix times a dense one."""
+    first = np.searchsorted(sorted_group, np.arange(groups))
+    pick_N, first_G, weight_N, rows_RK = map(torch.from_numpy, (pick, first, weight, rows))
+    out: Floats = F.embedding_bag(pick_N, rows_RK, first_G, mode="sum", per_sample_weights=weight_N).numpy()
     return out
 
 

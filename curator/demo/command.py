@@ -64,15 +64,18 @@ def demo(here: Invocation, folder: Path, seed: int, keep: bool) -> None:
     if scene.clear(story.folder):
         click.echo(f"The former demo in {story.folder} is removed.", err=True)
     story.title(f"curator {__version__}: a model is trained on mail we trust; vendors send more. Which of it harms?")
-    made = story.prepare(seed)
-    with story.daemon(keep=keep), story.open() as opened:
-        story.deliver(made, opened)
-        story.verdicts(made, opened, seed)
-        story.blame()
-        story.explain(made, opened)
-        story.query()
-        story.report()
-        flagged, scored = flags(opened), scores(opened)
+    made = scene.prepare(story.folder, seed)
+    # Open from here on: else every command until the daemon is up would start and stop a server of its own.
+    with story.open() as opened:
+        story.register(made)
+        with story.daemon(keep=keep):
+            story.deliver(made, opened)
+            story.verdicts(made, opened, seed)
+            story.blame()
+            story.explain(made, opened)
+            story.query()
+            story.report()
+            flagged, scored = flags(opened), scores(opened)
     story.retrain(made, flagged, scored, seed)
     story.end(time.monotonic() - began, keep=keep)
 
@@ -133,16 +136,14 @@ class Story:
 
     # --- the chapters ----------------------------------------------------------------------------------------
 
-    def prepare(self, seed: int) -> Scene:
+    def register(self, made: Scene) -> None:
         """The checkpoint, the trusted set, the folder."""
-        made = scene.prepare(self.folder, seed)
         parts = made.split
         self.say(f"{len(parts.base)} trusted mails trained the base model: accuracy on {len(parts.test)} unseen")
         self.say(f"mails {training.accuracy(made.base_model, parts.test):.3f}. Everything is in {self.folder}")
         self.run("checkpoint", "add", "base", str(made.checkpoint))
         self.run("validation", "add", "trusted", str(made.trusted))
         self.run("watch", str(made.inbox))
-        return made
 
     @contextmanager
     def daemon(self, *, keep: bool) -> Iterator[None]:

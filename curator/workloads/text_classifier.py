@@ -115,7 +115,7 @@ def fit(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = HashedText(config)
-        adam = torch.optim.Adam(model.parameters(), lr=how.learning_rate, weight_decay=how.weight_decay, foreach=True)
+        adam = torch.optim.Adam(model.parameters(), lr=how.learning_rate, weight_decay=how.weight_decay, fused=True)
         # Hashed once: the same texts come by in every epoch.
         rows = [bags([text], [number], config.buckets) for text, number in zip(texts, numbers, strict=True)]
         for _ in range(how.epochs):

@@ -1,4 +1,4 @@
-"""Random faults against a running daemon: nothing is lost, nothing is done twice, all work ends by itself."""
+"""Random faults, and wrong settings: nothing is lost, nothing is done twice, all work ends by itself."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from curator.embedded.process import wait_until
 from curator.settings import load
 from curator.store import migrate
 from tests import digits
@@ -18,6 +19,18 @@ from tests.faults import chaos
 
 SEED = int(os.environ.get("CURATOR_CHAOS_SEED", random.SystemRandom().randrange(1_000_000)))
 
+WRONG = """
+from workers.celery import app
+
+app.conf.broker_transport_options = {"visibility_timeout": 1}
+app.conf.task_reject_on_worker_lost = True
+for queue in app.conf.task_queues:
+    queue.no_ack = False
+app.loader.import_default_modules()
+for task in app.tasks.values():
+    task.acks_late = True
+"""
+
 
 @pytest.mark.timeout(240)
 def test_eight_faults_change_nothing(
@@ -25,6 +38,38 @@ def test_eight_faults_change_nothing(
 ) -> None:
     done = chaos.Chaos(project, digits_files, brought, calm, SEED, faults=8, pause=0.3, second=("model",)).run()
     assert sum(done.values()) == 8
+
+
+@pytest.mark.timeout(300)
+def test_wrong_celery_settings_and_every_message_three_times_end_in_the_same_rows(
+    project: Path, digits_files: digits.Files, brought: chaos.Delivery, calm: chaos.Outcome
+) -> None:
+    """Late acknowledgement and a visibility timeout of a second deliver a turn's message over and over."""
+    (project / "wrong.py").write_text(WRONG)
+    run = chaos.Chaos(project, digits_files, brought, calm, seed=7, faults=0)
+    chaos.prepare(project, digits_files)
+    with chaos.Servers(project) as run.servers, run._network(), run._workers() as run.pool:
+        run.pool.commands = {
+            name: [word if word != "workers" else "wrong" for word in command]
+            for name, command in {
+                "model": chaos.worker_command("model", "model"),
+                "table": chaos.worker_command("table", "table"),
+                **{
+                    f"beat-{n}": chaos.celery("beat", "--pidfile=", f"--schedule={project / f'beat-{n}'}")
+                    for n in range(3)
+                },
+            }.items()
+        }
+        run.pool.tend()
+        for name, content in brought.files.items():
+            (project / name).write_text(content)
+        chaos.must(chaos.curator(project, "ingest", *[str(project / name) for name in brought.files]))
+        run._ingest()
+        for row in brought.rows:
+            run._row(row)
+        run.accepted = brought.ids
+        assert wait_until(lambda: not run._left(), 150), run._left()
+        run._check_end()
 
 
 @pytest.mark.campaign

@@ -1,4 +1,4 @@
-"""A real daemon, or its workers, against one fault at a time: poison, wrong settings, a stop in the middle.
+"""A real daemon, or its workers, against one fault at a time: poison, a lost device, a stop in the middle.
 
 One daemon serves the tests that leave it whole, since a start costs more than most of them.
 """
@@ -41,17 +41,6 @@ def collate(self, records):
     return quick(self, records)
 
 quick, Digits.collate = Digits.collate, collate
-"""
-WRONG = """
-from workers.celery import app
-
-app.conf.broker_transport_options = {"visibility_timeout": 1}
-app.conf.task_reject_on_worker_lost = True
-for queue in app.conf.task_queues:
-    queue.no_ack = False
-app.loader.import_default_modules()
-for task in app.tasks.values():
-    task.acks_late = True
 """
 
 
@@ -136,38 +125,6 @@ def test_a_worker_whose_device_is_lost_ends_and_what_it_had_is_measured_by_the_n
     assert status is not None
     assert {child.name: child.last_exit for child in status.children}["model-0"] == DeviceLost.exit_code
     assert DeviceLost.code in (daemon.project / ".curator/log/model-0.log").read_text()
-
-
-@pytest.mark.timeout(300)
-def test_wrong_celery_settings_and_every_message_three_times_end_in_the_same_rows(
-    project: Path, digits_files: digits.Files, brought: chaos.Delivery, calm: chaos.Outcome
-) -> None:
-    """Late acknowledgement and a visibility timeout of a second deliver a turn's message over and over."""
-    (project / "wrong.py").write_text(WRONG)
-    run = chaos.Chaos(project, digits_files, brought, calm, seed=7, faults=0)
-    chaos.prepare(project, digits_files)
-    with chaos.Servers(project) as run.servers, run._network(), run._workers() as run.pool:
-        run.pool.commands = {
-            name: [word if word != "workers" else "wrong" for word in command]
-            for name, command in {
-                "model": chaos.worker_command("model", "model"),
-                "table": chaos.worker_command("table", "table"),
-                **{
-                    f"beat-{n}": chaos.celery("beat", "--pidfile=", f"--schedule={project / f'beat-{n}'}")
-                    for n in range(3)
-                },
-            }.items()
-        }
-        run.pool.tend()
-        for name, content in brought.files.items():
-            (project / name).write_text(content)
-            chaos.must(chaos.curator(project, "ingest", str(project / name)))
-        run._ingest()
-        for row in brought.rows:
-            run._row(row)
-        run.accepted = brought.ids
-        assert wait_until(lambda: not run._left(), 150), run._left()
-        run._check_end()
 
 
 def inbox(engine: Engine, source: str) -> int:

@@ -227,7 +227,7 @@ def test_rings_are_due_by_a_clock_that_nobody_puts_back(project: Path, monkeypat
 
 @contextmanager
 def slow(proxy: Proxy) -> Iterator[None]:
-    proxy.latency = 0.05
+    proxy.latency = 0.02
     yield
     proxy.heal()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,15 +31,22 @@ def world(server: str, template: str) -> World:
     return populate(engine)
 
 
-@pytest.fixture
-def world_url(server: str, world: World) -> Iterator[str]:
-    """A database with a world in it, of the test's own."""
+@contextmanager
+def another_world(server: str) -> Iterator[str]:
+    """A database with a world in it; the world itself must be made by then."""
     name = f"world_{next(_numbers)}"
     with admin(server) as connection:
         connection.execute(f"CREATE DATABASE {name} TEMPLATE world".encode())
     yield sibling(server, name)
     with admin(server) as connection:
         connection.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
+
+
+@pytest.fixture
+def world_url(server: str, world: World) -> Iterator[str]:
+    """A world of the test's own."""
+    with another_world(server) as url:
+        yield url
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from curator.store import figures
 from curator.store.engine import begin, make_engine, read
 from curator.views import page
 from curator.views.report import Report, report
-from tests.store.conftest import Curator
+from tests.store.conftest import Curator, another_world
 from tests.store.read_world import EVIL_SOURCE, World
 
 
@@ -48,9 +48,16 @@ def changed(curator: Curator, statement: str) -> Report:
         return report(connection)
 
 
-@pytest.fixture
-def body(connection: Connection) -> str:
-    return page.render(report(connection))
+@pytest.fixture(scope="module")
+def sound(server: str, world: World) -> Report:
+    """The report of a world that nobody has changed, made once for all who only read it."""
+    with another_world(server) as url, read(make_engine(url, pooled=False)) as connection:
+        return report(connection)
+
+
+@pytest.fixture(scope="module")
+def body(sound: Report) -> str:
+    return page.render(sound)
 
 
 def test_the_page_is_whole_and_shows_every_plot(body: str) -> None:
@@ -66,31 +73,30 @@ def test_the_page_is_whole_and_shows_every_plot(body: str) -> None:
         assert words in body
 
 
-def test_the_page_is_named_after_its_project(connection: Connection) -> None:
+def test_the_page_is_named_after_its_project(connection: Connection, body: str) -> None:
     assert "<title>spam &amp; ham: curator report</title>" in page.render(report(connection, "spam & ham"))
-    assert "<title>curator report</title>" in page.render(report(connection))
+    assert "<title>curator report</title>" in body
 
 
-def test_sources_stand_beside_the_trusted_references(connection: Connection, body: str) -> None:
-    found = report(connection)
-    for each in found.slices:
+def test_sources_stand_beside_the_trusted_references(sound: Report, body: str) -> None:
+    for each in sound.slices:
         assert each.baseline.n == 40
-        own = [row for row in found.sources if row.slice == each.slice]
+        own = [row for row in sound.sources if row.slice == each.slice]
         assert each.baseline.mean is not None
         for row in own:
             assert row.beside_trusted == pytest.approx(row.mean_influence - each.baseline.mean, abs=1e-6)
-    assert body.count("<title>trusted references</title>") == len(found.slices)
-    assert body.count("<td>trusted references</td>") == len(found.slices)
+    assert body.count("<title>trusted references</title>") == len(sound.slices)
+    assert body.count("<td>trusted references</td>") == len(sound.slices)
 
 
-def test_one_example_has_no_interval(connection: Connection, body: str) -> None:
-    rows = [row for row in report(connection).sources if row.value == EVIL_SOURCE]
+def test_one_example_has_no_interval(sound: Report, body: str) -> None:
+    rows = [row for row in sound.sources if row.value == EVIL_SOURCE]
     assert [(row.n, row.ci_low, row.ci_high, row.q_value) for row in rows] == [(1, None, None, None)] * 2
     assert "None" not in body
 
 
-def test_refusals_of_one_kind_are_one_row_with_their_number(connection: Connection, body: str) -> None:
-    rows = {(row["source"], row["code"]): row for row in report(connection).refusals}
+def test_refusals_of_one_kind_are_one_row_with_their_number(sound: Report, body: str) -> None:
+    rows = {(row["source"], row["code"]): row for row in sound.refusals}
     assert len(rows) == 2
     assert rows["vendor-b", "CUR-TXT-001"]["n"] == 2
     assert (rows["vendor-b", "CUR-TXT-001"]["origin"], rows["vendor-b", "CUR-TXT-001"]["position"]) == (
@@ -99,8 +105,8 @@ def test_refusals_of_one_kind_are_one_row_with_their_number(connection: Connecti
     assert body.count("CUR-TXT-001") == 1
 
 
-def test_the_scatter_compares_ranks(connection: Connection, body: str) -> None:
-    points = report(connection).slices[0].agreement.points
+def test_the_scatter_compares_ranks(sound: Report, body: str) -> None:
+    points = sound.slices[0].agreement.points
     assert all(0 < share < 1 for point in points for share in point[:2])
     assert np.mean([x for x, _, _ in points]) == pytest.approx(0.5, abs=1e-6)
     assert "rank correlation (Spearman)" in body
@@ -127,8 +133,8 @@ def test_controls_stand_beside_the_flags(body: str, world: World) -> None:
     assert "mean gradient norm" in body
 
 
-def test_a_sound_world_warns_of_nothing(connection: Connection) -> None:
-    assert report(connection).warnings == ()
+def test_a_sound_world_warns_of_nothing(sound: Report) -> None:
+    assert sound.warnings == ()
 
 
 def test_p_values_that_are_not_uniform_raise_a_banner(curator: Curator) -> None:
@@ -166,8 +172,8 @@ def test_spearman_is_that_of_the_ranks(connection: Connection, world: World) -> 
     assert figures.agreement(connection, 1).spearman == pytest.approx(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
-def test_bins_hold_every_example(connection: Connection, world: World) -> None:
-    for each in report(connection).slices:
+def test_bins_hold_every_example(sound: Report, world: World) -> None:
+    for each in sound.slices:
         assert sum(n for n, _ in each.harm) == sum(each.p_values) == 600
         assert sum(marked for _, marked in each.harm) == len(world.flagged)
 
@@ -208,10 +214,9 @@ def test_reviewers_say_which_control_is_right(curator: Curator, world: World) ->
     assert found["random"].auc_reviews < 1
 
 
-def test_the_worst_source_comes_first(connection: Connection) -> None:
-    found = report(connection)
-    assert found.sources[0].value == EVIL_SOURCE
-    assert {row.value for row in found.sources} == {EVIL_SOURCE, "vendor-a", "vendor-b"}
+def test_the_worst_source_comes_first(sound: Report) -> None:
+    assert sound.sources[0].value == EVIL_SOURCE
+    assert {row.value for row in sound.sources} == {EVIL_SOURCE, "vendor-a", "vendor-b"}
 
 
 def test_a_report_that_cannot_be_written_leaves_the_former_one(
