@@ -105,7 +105,10 @@ class Gradients:
     layers: tuple[str, ...] = field(default=(), metadata={"doc": "name patterns; empty: every linear layer"})
     seed: int = 0
     exact: bool = field(default=True, metadata={"doc": "un-compressed scores on arrival"})
-    exact_norm: bool = field(default=True, metadata={"doc": "norms of full gradients; false: estimated by the mask"})
+    exact_norm: bool | Literal["auto"] = field(
+        default="auto",
+        metadata={"doc": "norms of full gradients; false: estimated by the mask; auto: false for a language model"},
+    )
     batch: int = field(default=256, metadata={"doc": "examples a forward pass, at most"})
     tokens: int = field(
         default=8192, metadata={"doc": "padded tokens a forward pass, at most; halved where memory runs out"}
@@ -128,8 +131,13 @@ class Scores:
     exact_curvature: Literal["kfac", "ekfac"] = field(
         default="kfac", metadata={"doc": "of exact scores; ekfac: one more pass over the trusted data"}
     )
-    exact_rank: int = field(
-        default=0, metadata={"doc": "rows and columns a layer of exact directions, for many slices; 0: all"}
+    exact_rank: int | Literal["auto"] = field(
+        default="auto",
+        metadata={"doc": "rows and columns a layer of exact directions; 0: all; auto: 64 for a language model, or all"},
+    )
+    exact_sketch: int = field(
+        default=32,
+        metadata={"doc": "a side of what lengths of exact scores are read off, in wide layers; 0: the whole"},
     )
     measurement: Literal["auto", "margin", "calibrated", "loss"] = field(
         default="auto",
@@ -438,6 +446,9 @@ def _convert(key: str, hint: Any, value: object, origin: str) -> object:
         if value not in get_args(hint):
             raise bad("one of " + ", ".join(map(repr, get_args(hint))))
         return value
+    if get_origin(hint) in (typing.Union, types.UnionType):
+        other, words = get_args(hint)
+        return value if value in get_args(words) else _convert(key, other, value, origin)
     if get_origin(hint) is tuple:
         return _convert_names(value, bad)
     if hint is bool:
@@ -496,6 +507,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("gradients.batch", 1, 100_000),
     ("gradients.workers", 1, 1_000),
     ("scores.exact_rank", 0, 100_000),
+    ("scores.exact_sketch", 0, 100_000),
     ("scores.damping", 1e-6, 1e6),
     ("scores.references", 0.05, 0.95),
     ("verdicts.fdr", 1e-4, 0.5),
@@ -541,7 +553,7 @@ def _check_ranges(settings: Settings) -> None:
     for key, lowest, highest in _RANGES:
         section, name = key.split(".")
         value = getattr(getattr(settings, section), name)
-        if not lowest <= value <= highest:
+        if value != "auto" and not lowest <= value <= highest:
             raise _bad(settings, key, value, f"between {lowest:g} and {highest:g}")
     _check_gradients(settings)
 

@@ -7,6 +7,7 @@ An :class:`Attributor` is a model, its loss, and what was fitted once and frozen
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,15 @@ from curator.influence.codes import CodedWhitening
 from curator.influence.confidence import calibrated_loss, measurement_slope
 from curator.influence.controls import LastHidden
 from curator.influence.curvature import Moments
-from curator.influence.exact import DirectionSums, ExactDirections, ExactScores, ExactTerms, LowRankDirections, Towards
+from curator.influence.exact import (
+    DirectionSums,
+    ExactScores,
+    ExactTerms,
+    Lengths,
+    LowRankDirections,
+    Towards,
+    WhitenedDirections,
+)
 from curator.influence.fitting import Fitted, Losses
 from curator.influence.kept import KeptEntries
 from curator.influence.kronecker import KroneckerRoots
@@ -30,6 +39,7 @@ from curator.influence.mixtures import Mixtures
 from curator.influence.parts import LayerScores, PositionScores
 from curator.influence.recipe import RecipeSpec, draw_masks
 from curator.influence.scoring import Directions
+from curator.influence.sketch import KroneckerSketch
 
 __all__ = ["Attributor", "Losses", "Measured", "RecipeSpec", "Signal", "draw_masks"]
 
@@ -97,8 +107,9 @@ class Attributor:
             batch: what the workload's ``losses`` takes, on the model's device.
             towards: exact directions of today's slices; their scores come back as ``exact_BS``.
         """
-        kept = KeptEntries(self.fitted.masks, "exact" if self.spec.exact_norm else "kept")
-        exact = ExactScores(self._roots(), towards.to(self.where)) if towards else None
+        exact = ExactScores(self._lengths, towards.to(self.where)) if towards else None
+        is_formed = towards is not None and towards.forms_gradients
+        kept = KeptEntries(self.fitted.masks, "exact" if self.spec.exact_norm and not is_formed else "kept")
         with LastHidden(self.model) as last:
             loss_B = self._pass(batch, kept, *([exact] if exact else []))
         return self._assemble(loss_B, kept, exact, last.hidden_BH(len(loss_B)))
@@ -106,6 +117,11 @@ class Attributor:
     def _pass(self, batch: Any, *readers: Reader) -> Tensor:
         loss_B = capture(self.model, self.layers, lambda: self.losses(self.model, batch), each(*readers))
         return loss_B.to(self.device)
+
+    @cached_property
+    def _lengths(self) -> Lengths:
+        size = self.spec.exact_sketch
+        return KroneckerSketch.draw(self._roots(), size, self.spec.seed) if size else self._roots()
 
     def _roots(self) -> KroneckerRoots:
         if self.fitted.roots is None:
@@ -116,7 +132,8 @@ class Attributor:
         self, loss_B: Tensor, kept: KeptEntries, exact: ExactScores | None, hidden_BH: Tensor | None
     ) -> Measured:
         unit_BK, whitened_B = self.fitted.encoding.units(kept.g_BK(loss_B))
-        gradient_B = kept.norm_B().to(self.device)
+        formed_B = exact.gradient_norm_B() if exact and self.spec.exact_norm else None
+        gradient_B = (kept.norm_B() if formed_B is None else formed_B).to(self.device)
         state_B = _states(loss_B, gradient_B, whitened_B)
         ok_B = state_B == Signal.OK
         return Measured(
@@ -163,7 +180,7 @@ class Attributor:
         Raises:
             NoCurvature: the recipe keeps no Kronecker factors.
         """
-        exact, terms = ExactScores(self._roots()), ExactTerms(self._roots(), towards.to(self.where))
+        exact, terms = ExactScores(self._lengths), ExactTerms(towards.to(self.where))
         loss_B = self._pass(batch, exact, terms)
         return terms.by_position(exact.norm_B(), _has_score(loss_B, exact))
 
@@ -191,11 +208,19 @@ class Attributor:
             NoCurvature: the recipe keeps no Kronecker factors, or a slice has no example with a signal.
             NoSuchSlice: a mixture names a slice that is not there.
         """
-        sums = [self._exact_direction(batches) for batches in slices.values()]
-        whole = ExactDirections(tuple(slices), _by_layer(sums, 0), _by_layer(sums, 1))
+        whole = self.whitened_directions(slices)
         whole = whole if mixtures is None else whole.mixed(mixtures)
         rank = self.spec.exact_rank
-        return LowRankDirections.fit(whole, self._roots().to(torch.device("cpu")), rank) if rank else whole
+        return LowRankDirections.fit(whole, self._roots(), rank) if rank else whole.carried(self._roots())
+
+    def whitened_directions(self, slices: Mapping[str, Sequence[Any]]) -> WhitenedDirections:
+        """What ``exact_directions`` are made of.
+
+        Raises:
+            NoCurvature: as there.
+        """
+        sums = [self._exact_direction(batches) for batches in slices.values()]
+        return WhitenedDirections(tuple(slices), _by_layer(sums))
 
     def _exact_direction(self, batches: Sequence[Any]) -> dict[str, Tensor]:
         """By layer a tensor (2, O, I): the mean unit gradient and the mean gradient."""
@@ -236,6 +261,7 @@ def _only(ok_B: Tensor, value: Tensor) -> Tensor:
     return torch.where(ok_B.view(shape), value.to(ok_B.device), 0.0).float().cpu()
 
 
-def _by_layer(slices: Sequence[Mapping[str, Tensor]], which: int) -> dict[str, Tensor]:
+def _by_layer(slices: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """(2, S, O, I) of each layer, from the (2, O, I) of each slice."""
     layers = slices[0] if slices else {}
-    return {name: torch.stack([by_layer[name][which] for by_layer in slices]).cpu() for name in layers}
+    return {name: torch.stack([by_layer[name] for by_layer in slices], dim=1).cpu() for name in layers}

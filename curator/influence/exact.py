@@ -1,27 +1,28 @@
 """Un-compressed scores, taken while an example passes through the hooks (arXiv:2406.11011).
 
-The full gradient of a layer is whitened by its Kronecker factors, W = S^-1/2 G A^-1/2. Everything the score needs
-follows from a~ = A^-1/2 a and d~ = S^-1/2 d, without ever forming G or W:
+The full gradient G = sum_t d_t a_t^T of a layer is whitened by its Kronecker factors, W = S^-1/2 G A^-1/2, and a
+score is the product of an example's W with a direction U = mean_v c_v W_v of validation examples.
 
-*   |W|^2 = sum_{t,t'} (a_t^T A^-1 a_t') (d_t^T S^-1 d_t'), the ghost norm of (a~, d~);
-*   <U, W> = sum_t d~_t^T U a~_t for a direction U;
-*   a direction needs two passes over its validation examples: one for their norms c_v = 1/|W_v|, one for
-    U = mean_v c_v W_v, which is a single matrix product over all positions of a batch.
+*   A direction needs two passes over its validation examples: one for their norms c_v = 1/|W_v|, one for U, which is a
+    single matrix product over all positions of a batch. Then it is carried back, D = S^-1/2 U A^-1/2, once.
+*   An arrival is not whitened: <U, W> = <D, G> = sum_t d_t^T D a_t, one product a layer and slice.
+*   Its own |W| is read off a sketch where that is cheaper (``curator.influence.sketch``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from curator.influence.capture import Layer
-from curator.influence.curvature import under
+from curator.influence.curvature import times, under
 from curator.influence.dropout import together
-from curator.influence.ghost import ghost_products, ghost_terms
+from curator.influence.ghost import ghost_products, ghost_scores, ghost_terms
 from curator.influence.kronecker import KroneckerRoots
 from curator.influence.layers import Where, at
 from curator.influence.mixtures import Mixtures, weights
@@ -29,71 +30,73 @@ from curator.influence.parts import Floats, PositionScores
 
 
 @dataclass(frozen=True)
-class ExactDirections:
-    """Whitened full-space directions by layer: the mean unit gradient and the mean gradient of each slice."""
+class WhitenedDirections:
+    """U by layer, (2, S, O, I): the mean unit gradient and the mean gradient of each slice, whitened."""
 
     names: tuple[str, ...]
-    unit_SOI: Mapping[str, Tensor]
-    whitened_SOI: Mapping[str, Tensor]
+    both_2SOI: Mapping[str, Tensor]
 
-    def scores(self, layer: Layer, roots: KroneckerRoots, a_BTI: Tensor, d_BTO: Tensor) -> tuple[Tensor, Tensor]:
-        """|W|^2, (B,), and the products (B, 2S), of one layer: the gradient is formed once for all of them."""
-        if a_BTI.shape[1] == 1:
-            a, d = roots.whiten(layer, a_BTI, d_BTO)
-            return roots.square_B(layer, a, d), ghost_products(*self.meet(layer, roots, a, d))
-        u_SOI = torch.cat([self.unit_SOI[layer.name], self.whitened_SOI[layer.name]])
-        square_B = a_BTI.new_zeros(len(a_BTI), dtype=u_SOI.dtype)
-        both_BS = u_SOI.new_zeros(len(a_BTI), len(u_SOI))
-        for some, rows, W_brI in roots.gradients(layer, a_BTI, d_BTO):
-            square_B[some] += W_brI.square().sum(dim=(1, 2))
-            both_BS[some] += W_brI.flatten(1) @ u_SOI[:, rows].flatten(1).T
-        return square_B, both_BS
-
-    def meet(self, layer: Layer, roots: KroneckerRoots, a: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What to multiply in one layer: a_BTI and d_BTO as ``roots.whiten`` gives them, and u (2S, O, I).
-
-        The first S directions are the unit ones, the others the whitened ones.
-        """
-        both = torch.cat([self.unit_SOI[layer.name], self.whitened_SOI[layer.name]])
-        return a, d, roots.corrected(layer, both)
-
-    def mixed(self, mixtures: Mixtures) -> ExactDirections:
+    def mixed(self, mixtures: Mixtures) -> WhitenedDirections:
         """Directions that are weighted sums of these.
 
         Raises:
             NoSuchSlice: a mixture names a slice that is not there.
         """
         weight_RS = torch.from_numpy(weights(self.names, mixtures)).float()
-        return ExactDirections(
-            tuple(mixtures),
-            {n: torch.tensordot(weight_RS, u, 1) for n, u in self.unit_SOI.items()},
-            {n: torch.tensordot(weight_RS, u, 1) for n, u in self.whitened_SOI.items()},
-        )
+        both = {n: torch.einsum("rs,ksoi->kroi", weight_RS, u) for n, u in self.both_2SOI.items()}
+        return WhitenedDirections(tuple(mixtures), both)
+
+    def carried(self, roots: KroneckerRoots) -> ExactDirections:
+        """What an arrival's gradient itself is multiplied by: D, computed where the roots are, on the CPU."""
+        moved = {n: u.to(roots.inputs[n].device) for n, u in self.both_2SOI.items()}
+        return ExactDirections(self.names, {n: roots.carried(n, u).cpu() for n, u in moved.items()})
+
+
+@dataclass(frozen=True)
+class ExactDirections:
+    """D by layer, (2, S, O, I): preconditioned full-space directions of each slice's mean unit and mean gradient."""
+
+    names: tuple[str, ...]
+    both_2SOI: Mapping[str, Tensor]
+
+    forms_gradients = True
+    """Whether |G| comes for nothing."""
+
+    def scores(self, layer: Layer, a_BTI: Tensor, d_BTO: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The products of one layer, (B, 2S), and |G|^2, (B,): the gradient is formed once for all of them.
+
+        The first S are with the mean unit gradients, the others with the means.
+        """
+        return ghost_scores(a_BTI, d_BTO, self.both_2SOI[layer.name].flatten(0, 1))
+
+    def terms(self, layer: Layer, a_BTI: Tensor, d_BTO: Tensor) -> Tensor:
+        """The terms of the products by position, (B, T, 2S)."""
+        return ghost_terms(a_BTI, d_BTO, self.both_2SOI[layer.name].flatten(0, 1))
 
     def to(self, where: Where) -> ExactDirections:
         """The same elsewhere."""
-        return ExactDirections(self.names, _moved(self.unit_SOI, where), _moved(self.whitened_SOI, where))
+        return ExactDirections(self.names, _moved(self.both_2SOI, where))
 
     def tensors(self) -> dict[str, Tensor]:
         """As named tensors; the names of the slices travel beside them, in this order."""
-        unit = {f"unit/{n}": t for n, t in self.unit_SOI.items()}
-        return unit | {f"whitened/{n}": t for n, t in self.whitened_SOI.items()}
+        return {f"both/{n}": t for n, t in self.both_2SOI.items()}
 
     @classmethod
     def of(cls, names: Sequence[str], tensors: Mapping[str, Tensor]) -> ExactDirections:
         """Back from ``tensors``."""
-        return cls(tuple(names), under("unit/", tensors), under("whitened/", tensors))
+        return cls(tuple(names), under("both/", tensors))
 
 
 @dataclass(frozen=True)
 class LowRankDirections:
     """The same in a common basis of r_o rows and r_i columns a layer: U_s is taken for L C_s R^T.
 
-    For many slices: a layer takes r_o r_i numbers a direction instead of O I. L and R span the leading directions of
-    all slices together (a truncated higher-order singular value decomposition; De Lathauwer et al., SIAM J. Matrix
-    Anal. 21, 2000), each direction scaled to one length first, so a faint one is not given up for a loud one. What is
-    lost is known: by Cauchy and Schwarz an influence is off by at most ``whitened_error_S`` times the example's |W|, a
-    normalised influence by at most ``unit_error_S``.
+    For many slices or wide layers: a layer takes r_o r_i numbers a direction instead of O I, and T r (O + I) products
+    an example instead of T O I. L and R span the leading directions of all slices together (a truncated higher-order
+    singular value decomposition; De Lathauwer et al., SIAM J. Matrix Anal. 21, 2000), each direction scaled to one
+    length first, so a faint one is not given up for a loud one. What is lost is known: by Cauchy and Schwarz an
+    influence is off by at most ``mean_error_S`` times the example's |W|, a normalised influence by at most
+    ``unit_error_S``. L and R are kept carried back, as S^-1/2 L and A^-1/2 R.
     """
 
     names: tuple[str, ...]
@@ -101,47 +104,53 @@ class LowRankDirections:
     right_IR: Mapping[str, Tensor]
     core: Mapping[str, Tensor]
     unit_error_S: Tensor
-    whitened_error_S: Tensor
+    mean_error_S: Tensor
+
+    forms_gradients = False
 
     @classmethod
-    def fit(cls, whole: ExactDirections, roots: KroneckerRoots, rank: int) -> LowRankDirections:
+    def fit(cls, whole: WhitenedDirections, roots: KroneckerRoots, rank: int) -> LowRankDirections:
         """Cut directions down to ``rank`` rows and columns a layer, in float64; a side no wider is kept whole."""
-        both = {n: torch.cat([u, whole.whitened_SOI[n]]).double() for n, u in whole.unit_SOI.items()}
-        both = {n: roots.corrections[n].to(u) * u if n in roots.corrections else u for n, u in both.items()}
+        roots = roots.to(torch.device("cpu"))
+        both = {n: roots.corrected(n, u.flatten(0, 1).double()) for n, u in whole.both_2SOI.items()}
         square = torch.stack([u.square().sum(dim=(1, 2)) for u in both.values()]).sum(dim=0)
         scale = torch.where(square > 0, square.rsqrt(), 0.0)[:, None, None]
         left = {n: _leading((u * scale).transpose(1, 2).flatten(0, 1), rank) for n, u in both.items()}
         right = {n: _leading((u * scale).flatten(0, 1), rank) for n, u in both.items()}
         core = {n: left[n].T @ u @ right[n] for n, u in both.items()}
         lost = [(left[n] @ core[n] @ right[n].T - u).square().sum(dim=(1, 2)) for n, u in both.items()]
-        unit_error_S, whitened_error_S = torch.stack(lost).sum(dim=0).sqrt().chunk(2)
-        return cls(whole.names, _floats(left), _floats(right), _floats(core), unit_error_S, whitened_error_S)
+        unit_error_S, mean_error_S = torch.stack(lost).sum(dim=0).sqrt().chunk(2)
+        left = {n: roots.carried_output(n, x) for n, x in left.items()}
+        right = {n: roots.carried_input(n, x) for n, x in right.items()}
+        return cls(whole.names, _floats(left), _floats(right), _floats(core), unit_error_S, mean_error_S)
 
-    def scores(self, layer: Layer, roots: KroneckerRoots, a_BTI: Tensor, d_BTO: Tensor) -> tuple[Tensor, Tensor]:
+    def scores(self, layer: Layer, a_BTI: Tensor, d_BTO: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As of ``ExactDirections``, without |G|."""
+        return ghost_products(*self._meet(layer, a_BTI, d_BTO), self.core[layer.name]), None
+
+    def terms(self, layer: Layer, a_BTI: Tensor, d_BTO: Tensor) -> Tensor:
         """As of ``ExactDirections``."""
-        a, d = roots.whiten(layer, a_BTI, d_BTO)
-        return roots.square_B(layer, a, d), ghost_products(*self.meet(layer, roots, a, d))
+        return ghost_terms(*self._meet(layer, a_BTI, d_BTO), self.core[layer.name])
 
-    def meet(self, layer: Layer, roots: KroneckerRoots, a: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As of ``ExactDirections``, in the basis; corrections are in the directions already."""
-        return a @ self.right_IR[layer.name].to(a), d @ self.left_OR[layer.name].to(d), self.core[layer.name]
+    def _meet(self, layer: Layer, a_BTI: Tensor, d_BTO: Tensor) -> tuple[Tensor, Tensor]:
+        return times(a_BTI, self.right_IR[layer.name]), times(d_BTO, self.left_OR[layer.name])
 
     def tensors(self) -> dict[str, Tensor]:
         """As named tensors; the names of the slices travel beside them, in this order."""
         named = {"left": self.left_OR, "right": self.right_IR, "core": self.core}
-        errors = {"unit_error": self.unit_error_S, "whitened_error": self.whitened_error_S}
+        errors = {"unit_error": self.unit_error_S, "mean_error": self.mean_error_S}
         return {f"{part}/{n}": t for part, by_layer in named.items() for n, t in by_layer.items()} | errors
 
     @classmethod
     def of(cls, names: Sequence[str], tensors: Mapping[str, Tensor]) -> LowRankDirections:
         """Back from ``tensors``."""
         left, right, core = (under(part, tensors) for part in ("left/", "right/", "core/"))
-        return cls(tuple(names), left, right, core, tensors["unit_error"], tensors["whitened_error"])
+        return cls(tuple(names), left, right, core, tensors["unit_error"], tensors["mean_error"])
 
     def to(self, where: Where) -> LowRankDirections:
         """The same elsewhere."""
         left, right, core = (_moved(by_layer, where) for by_layer in (self.left_OR, self.right_IR, self.core))
-        return LowRankDirections(self.names, left, right, core, self.unit_error_S, self.whitened_error_S)
+        return LowRankDirections(self.names, left, right, core, self.unit_error_S, self.mean_error_S)
 
 
 def _moved(by_layer: Mapping[str, Tensor], where: Where) -> dict[str, Tensor]:
@@ -171,27 +180,41 @@ def directions_of(names: Sequence[str], tensors: Mapping[str, Tensor]) -> Toward
     return kind.of(names, tensors)
 
 
+class Lengths(Protocol):
+    """|W|^2 of the examples of one layer, exact (``KroneckerRoots``) or read off a sketch (``KroneckerSketch``)."""
+
+    def square_B(self, layer: Layer, a_BTI: Tensor, d_BTO: Tensor) -> Tensor:
+        """(B,)."""
+
+
 @dataclass
 class ExactScores:
     """Reader: whitened norm of the full gradient, and its products with every slice's directions, by layer."""
 
-    roots: KroneckerRoots
+    lengths: Lengths
     towards: Towards | None = None
     square_B: dict[str, Tensor] = field(default_factory=dict)
+    gradient_square_B: dict[str, Tensor] = field(default_factory=dict)
     towards_unit_BS: dict[str, Tensor] = field(default_factory=dict)
     towards_mean_BS: dict[str, Tensor] = field(default_factory=dict)
 
     def __call__(self, layer: Layer, a_BTI: Tensor, d_BTO: Tensor) -> None:
         """Add one layer."""
+        self.square_B[layer.name] = self.lengths.square_B(layer, a_BTI, d_BTO)
         if self.towards is None:
-            self.square_B[layer.name] = self.roots.square_B(layer, *self.roots.whiten(layer, a_BTI, d_BTO))
             return
-        self.square_B[layer.name], both_BS = self.towards.scores(layer, self.roots, a_BTI, d_BTO)
+        both_BS, square_B = self.towards.scores(layer, a_BTI, d_BTO)
         self.towards_unit_BS[layer.name], self.towards_mean_BS[layer.name] = both_BS.chunk(2, dim=1)
+        if square_B is not None:
+            self.gradient_square_B[layer.name] = square_B
 
     def norm_B(self) -> Tensor:
         """|W|, over all captured layers."""
         return _total(self.square_B).sqrt()
+
+    def gradient_norm_B(self) -> Tensor | None:
+        """|G|, over all captured layers, where the directions form gradients."""
+        return _total(self.gradient_square_B).sqrt() if self.gradient_square_B else None
 
     def normalised_BS(self) -> Tensor:
         """mean_v <W_v, W> / (|W_v| |W|), zero where the gradient is."""
@@ -204,17 +227,15 @@ class ExactScores:
 
 @dataclass
 class ExactTerms:
-    """Reader: the terms d~_t^T U a~_t of every position, (B, T, S) a layer, which ``ExactScores`` sums over t."""
+    """Reader: the terms d_t^T D a_t of every position, (B, T, S) a layer, which ``ExactScores`` sums over t."""
 
-    roots: KroneckerRoots
     towards: Towards
     towards_unit_BTS: dict[str, Tensor] = field(default_factory=dict)
     towards_mean_BTS: dict[str, Tensor] = field(default_factory=dict)
 
     def __call__(self, layer: Layer, a_BTI: Tensor, d_BTO: Tensor) -> None:
         """Add one layer."""
-        a, d = self.roots.whiten(layer, a_BTI, d_BTO)
-        both = ghost_terms(*self.towards.meet(layer, self.roots, a, d))
+        both = self.towards.terms(layer, a_BTI, d_BTO)
         self.towards_unit_BTS[layer.name], self.towards_mean_BTS[layer.name] = both.chunk(2, dim=2)
 
     def by_position(self, norm_B: Tensor, ok_B: Tensor) -> PositionScores:
@@ -257,5 +278,5 @@ class DirectionSums:
         used = (weight_SB > 0).any(dim=0)
         a, d = self.roots.whiten(layer, a_BTI[used], d_BTO[used])
         weighted = [d * weight_B[used, None, None].to(d.dtype) for weight_B in weight_SB]
-        total = self.roots.corrected(layer, torch.stack([x.flatten(0, 1).T @ a.flatten(0, 1) for x in weighted]))
+        total = self.roots.corrected(layer.name, torch.stack([x.flatten(0, 1).T @ a.flatten(0, 1) for x in weighted]))
         self.sums[layer.name] = self.sums[layer.name] + total if layer.name in self.sums else total

@@ -53,12 +53,23 @@ def ghost_products(a_BTI: Tensor, d_BTO: Tensor, u_SOI: Tensor) -> Tensor:
     With several positions the gradient is formed once for all directions, T I O + S I O multiplications; position by
     position it would be S T I O.
     """
+    if a_BTI.shape[1] == 1 or len(u_SOI) < 2:
+        return ghost_terms(a_BTI, d_BTO, u_SOI).sum(dim=1)
+    return ghost_scores(a_BTI, d_BTO, u_SOI)[0]
+
+
+def ghost_scores(a_BTI: Tensor, d_BTO: Tensor, u_SOI: Tensor) -> tuple[Tensor, Tensor]:
+    """``ghost_products``, (B, S), and ``ghost_inner``, (B,), of gradients that are formed once for both."""
     a, d = at_least_float32(a_BTI), at_least_float32(d_BTO)
+    if a.shape[1] == 1:
+        return ghost_terms(a, d, u_SOI).sum(dim=1), ghost_inner(a, d)
     u = u_SOI.to(d.dtype)
-    if a.shape[1] == 1 or len(u) < 2:
-        return ghost_terms(a, d, u).sum(dim=1)
-    parts = [G_BrI.flatten(1) @ u[:, rows].flatten(1).T for rows, G_BrI in stripes(a, d)]
-    return torch.stack(parts).sum(dim=0)
+    products_BS, square_B = d.new_zeros(len(d), len(u)), d.new_zeros(len(d))
+    for rows, G_BrI in stripes(a, d):
+        G = G_BrI.flatten(1)
+        products_BS += G @ u[:, rows].flatten(1).T
+        square_B += G.square().sum(dim=1)
+    return products_BS, square_B
 
 
 def ghost_terms(a_BTI: Tensor, d_BTO: Tensor, u_SOI: Tensor) -> Tensor:

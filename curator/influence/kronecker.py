@@ -6,7 +6,7 @@ Angular like the Fisher of the kept entries, by default, and damped relative to 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,14 +14,11 @@ from torch import Tensor
 
 from curator.influence.capture import Layer
 from curator.influence.curvature import inverse_root, plus, times, under
-from curator.influence.ghost import LARGEST_STRIPE, ghost_inner, stripes, weighted_inner
+from curator.influence.ghost import ghost_inner, weighted_inner
 from curator.influence.layers import Where, at
 
 WIDEST_FACTOR = 8192
 """A Kronecker factor wider than this keeps its diagonal only: 8192^2 float64 is already half a gigabyte."""
-
-LARGEST_WHOLE = 1 << 24
-"""Elements of a layer's gradient that is whitened as a whole; a larger one is formed a few rows at a time."""
 
 LARGEST_CHUNK = 1 << 24
 """Elements of a float64 copy made at once while sums are accumulated."""
@@ -98,42 +95,28 @@ class KroneckerRoots:
         return times(a_BTI, A), times(d_BTO, S)
 
     def square_B(self, layer: Layer, a_BTI: Tensor, d_BTO: Tensor) -> Tensor:
-        """|W|^2 of each example, (B,), from the factors that ``whiten`` gives."""
+        """|W|^2 of each example, (B,)."""
+        a, d = self.whiten(layer, a_BTI, d_BTO)
         if (R_OI := self.corrections.get(layer.name)) is None:
-            return ghost_inner(a_BTI, d_BTO)
-        return weighted_inner(a_BTI, d_BTO, R_OI)
+            return ghost_inner(a, d)
+        return weighted_inner(a, d, R_OI)
 
-    def gradients(self, layer: Layer, a_BTI: Tensor, d_BTO: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-        """W of a batch in parts: which examples, which rows of O, and (b, r, I) of them.
-
-        A side is whitened where that is cheaper: T of its vectors before they meet, or, where a sequence is longer than
-        the other side is wide, the other side's rows or columns of the gradient itself.
-        """
-        A, S = self.inputs[layer.name], self.outputs[layer.name]
-        positions, n_in, n_out = a_BTI.shape[1], a_BTI.shape[2], d_BTO.shape[2]
-        is_whole = n_out * n_in <= LARGEST_WHOLE
-        a_late, d_late = is_whole and A.ndim == 2 and positions > n_out, is_whole and S.ndim == 2 and positions > n_in
-        a = a_BTI.to(A.dtype) if a_late else times(a_BTI, A)
-        d = d_BTO.to(S.dtype) if d_late else times(d_BTO, S)
-        if not (a_late or d_late):
-            for rows, W in stripes(a, d):
-                yield slice(None), rows, self._corrected_rows(layer, rows, W)
-            return
-        size = max(LARGEST_STRIPE // (n_out * n_in), 1)
-        for start in range(0, len(a), size):
-            some = slice(start, start + size)
-            W = d[some].transpose(1, 2) @ a[some]
-            W = S.T @ W if d_late else W
-            W = W @ A if a_late else W
-            yield some, slice(None), self._corrected_rows(layer, slice(None), W)
-
-    def _corrected_rows(self, layer: Layer, rows: slice, W: Tensor) -> Tensor:
-        R_OI = self.corrections.get(layer.name)
-        return W if R_OI is None else W * R_OI[rows]
-
-    def corrected(self, layer: Layer, U: Tensor) -> Tensor:
+    def corrected(self, name: str, U: Tensor) -> Tensor:
         """R o U: makes <U, W> a product with the rotated gradient, and a sum of rotated gradients one of W."""
-        return U * self.corrections[layer.name].to(U.dtype) if layer.name in self.corrections else U
+        return U * self.corrections[name].to(U) if name in self.corrections else U
+
+    def carried(self, name: str, U: Tensor) -> Tensor:
+        """D with <D, G> = <U, W> for the gradient G of any example, (..., O, I) both: whitening, transposed."""
+        half = self.carried_input(name, self.corrected(name, U).transpose(-1, -2))
+        return self.carried_output(name, half.transpose(-1, -2)).contiguous()
+
+    def carried_input(self, name: str, x: Tensor) -> Tensor:
+        """Columns (..., I, R) of the whitened input space, for inputs that are not whitened."""
+        return _from_left(self.inputs[name], x)
+
+    def carried_output(self, name: str, x: Tensor) -> Tensor:
+        """The same of outputs, (..., O, R)."""
+        return _from_left(self.outputs[name], x)
 
     def to(self, where: Where) -> KroneckerRoots:
         """The same matrices elsewhere."""
@@ -149,6 +132,11 @@ class KroneckerRoots:
     def of(cls, tensors: Mapping[str, Tensor]) -> KroneckerRoots:
         """Back from ``tensors``."""
         return cls(*(under(part, tensors) for part in ("in/", "out/", "correction/")))
+
+
+def _from_left(M: Tensor, x: Tensor) -> Tensor:
+    M = M.to(x)
+    return M[:, None] * x if M.ndim == 1 else M @ x
 
 
 def _second_moment(x_NI: Tensor) -> Tensor:

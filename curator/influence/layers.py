@@ -251,15 +251,18 @@ def kept_input(layer: Layer, module: nn.Module, x: Tensor, chosen: Selection | N
     """
     if isinstance(module, _ConvNd) and x.ndim != len(module.kernel_size) + 2:
         raise LayerUnsupported(layer=layer.name, reason="it was called without a batch dimension")
-    if chosen is None or not _chooses_early(module):
+    if chosen is None or not _chooses_early(module, chosen):
         return x
     if isinstance(module, _ConvNd):
         return _patches(module, x, chosen.columns, layer.bias)
     return _chosen_columns(x, chosen.columns, layer.bias)
 
 
-def _chooses_early(module: nn.Module) -> bool:
-    return not isinstance(module, nn.Embedding) and getattr(module, "groups", 1) == 1
+def _chooses_early(module: nn.Module, chosen: Selection) -> bool:
+    """Whether only chosen columns are kept: not of a convolution whose patches have more of them than its input."""
+    if isinstance(module, _ConvNd):
+        return module.groups == 1 and len(chosen.columns) <= module.in_channels * math.prod(module.stride)
+    return not isinstance(module, nn.Embedding)
 
 
 def outer_products(
@@ -280,13 +283,23 @@ def outer_products(
         return (d if chosen is None else _chosen_columns(d, chosen.columns)), _one_hot(module, kept, rows, d.dtype)
     if isinstance(module, _ConvNd):
         d = d.flatten(2).transpose(1, 2)
-        if chosen is None or not _chooses_early(module):
-            kept, d = _grouped(module.groups, _patches(module, kept), d)
-    if chosen is None:
-        return (torch.cat([kept, torch.ones_like(kept[..., :1])], dim=-1) if layer.bias else kept), d
-    if not _chooses_early(module):
-        kept = _chosen_columns(kept, chosen.columns, layer.bias)
-    return kept, (d if chosen.rows is None else _chosen_columns(d, chosen.rows))
+    if chosen is not None and _chooses_early(module, chosen):
+        a = kept
+    elif not isinstance(module, _ConvNd):
+        a = _columns(layer, kept, chosen)
+    elif module.groups == 1:
+        a = _patches(module, kept, chosen.columns if chosen else None, layer.bias)
+    else:
+        a, d = _grouped(module.groups, _patches(module, kept), d)
+        a = _columns(layer, a, chosen)
+    return a, (d if chosen is None or chosen.rows is None else _chosen_columns(d, chosen.rows))
+
+
+def _columns(layer: Layer, x: Tensor, chosen: Selection | None) -> Tensor:
+    """The chosen columns of a layer's inputs, or all; a bias has one more."""
+    if chosen is not None:
+        return _chosen_columns(x, chosen.columns, layer.bias)
+    return torch.cat([x, torch.ones_like(x[..., :1])], dim=-1) if layer.bias else x
 
 
 def _chosen_columns(x: Tensor, columns: Tensor, bias: bool = False) -> Tensor:
@@ -312,7 +325,7 @@ def _patches(module: _ConvNd, x: Tensor, columns: Tensor | None = None, bias: bo
     x = _padded(module, x)
     n_in = x.shape[1] * math.prod(module.kernel_size)
     if columns is None:
-        columns = torch.arange(n_in, device=x.device)
+        columns = torch.arange(n_in + bias, device=x.device)
     rest = columns.clamp_max(n_in - 1).int()
     offset_Q, pixel_T, size = torch.zeros_like(rest), torch.zeros_like(rest[:1]), 1
     sizes = zip(x.shape[2:], module.kernel_size, module.stride, module.dilation, strict=True)

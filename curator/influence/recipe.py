@@ -25,7 +25,9 @@ class RecipeSpec:
     ``calibrated`` loss, or their ``loss``; the normalised influence is the same for all three. ``exact`` fits the
     Kronecker factors of the full layers too; their ``exact_curvature`` is ``kfac``, or ``ekfac``, which takes one more
     pass over the trusted data. ``exact_rank`` cuts the exact directions of all slices to so many rows and columns a
-    layer (0: none), for many slices or wide layers (``LowRankDirections``). ``exact_norm`` takes the norm of the full
+    layer (0: none), for many slices or wide layers (``LowRankDirections``); ``exact_sketch`` reads the length of an
+    arrival's whitened gradient off so many of its random products a side, in layers much wider than that (0: none,
+    ``KroneckerSketch``). ``exact_norm`` takes the norm of the full
     gradient, at about the price of the weight gradients that the pass saves; without it the norm is estimated from the
     kept entries (``KeptEntries``).
 
@@ -48,6 +50,7 @@ class RecipeSpec:
     exact: bool = True
     exact_curvature: str = "kfac"
     exact_rank: int = 0
+    exact_sketch: int = 0
     exact_norm: bool = False
     importance: str = "none"
     budget: str = "uniform"

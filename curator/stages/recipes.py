@@ -25,6 +25,9 @@ from curator.stages.trusted import Roles
 from curator.store import directions, offers, recipes, retention, validation, work
 from curator.types import Record, Stage
 
+LANGUAGE_RANK = 64
+"""Of the exact directions of a language model, unless the settings say otherwise: docs/decisions/0055."""
+
 
 def add_checkpoint(connection: Connection, settings: Settings, name: str, path: Path, digest: bytes) -> int | None:
     """Register a checkpoint and measure with it from now on; returns what ``ask`` does.
@@ -151,7 +154,8 @@ def ask(connection: Connection, settings: Settings) -> int | None:
 
 def spec(settings: Settings) -> dict[str, Any]:
     """What decides the meaning of a gradient, as plain values: half of a recipe's key."""
-    asked = settings.gradients
+    asked, scores = settings.gradients, settings.scores
+    is_language = settings.workload.kind == "causal-lm"
     return {
         "workload": {
             "kind": settings.workload.kind,
@@ -168,23 +172,22 @@ def spec(settings: Settings) -> dict[str, Any]:
             "code": asked.code,
             "code_dimension": asked.code_dimension if asked.code != "none" else 0,
             "seed": asked.seed,
-            "damping": settings.scores.damping,
-            "curvature": settings.scores.curvature,
-            "measurement": _measurement(settings),
+            "damping": scores.damping,
+            "curvature": scores.curvature,
+            # A margin is of one decision; the mean loss of many tokens has none.
+            "measurement": _unless_auto(scores.measurement, "loss" if is_language else "margin"),
             "exact": asked.exact,
-            "exact_norm": asked.exact_norm,
-            "exact_curvature": settings.scores.exact_curvature,
-            "exact_rank": settings.scores.exact_rank,
+            # As fast as training: docs/decisions/0055.
+            "exact_norm": _unless_auto(asked.exact_norm, not is_language),
+            "exact_curvature": scores.exact_curvature,
+            "exact_rank": _unless_auto(scores.exact_rank, LANGUAGE_RANK if is_language else 0),
+            "exact_sketch": scores.exact_sketch,
         },
     }
 
 
-def _measurement(settings: Settings) -> str:
-    """A margin is of one decision; the mean loss of many tokens has none."""
-    asked = settings.scores.measurement
-    if asked != "auto":
-        return asked
-    return "loss" if settings.workload.kind == "causal-lm" else "margin"
+def _unless_auto(asked: Any, otherwise: Any) -> Any:
+    return otherwise if asked == "auto" else asked
 
 
 def _digest(value: object) -> bytes:

@@ -29,7 +29,7 @@ from curator.influence.attribution import Attributor, RecipeSpec, draw_masks
 from curator.influence.capture import Layer, find_layers
 from curator.influence.curvature import Whitening
 from curator.influence.dropout import columns
-from curator.influence.exact import ExactDirections
+from curator.influence.exact import ExactDirections, LowRankDirections, Towards
 from curator.influence.fitting import Fitted
 from curator.influence.kronecker import WIDEST_FACTOR, KroneckerRoots
 from curator.workloads import base
@@ -70,12 +70,15 @@ SHAPES = {
     "GPT-2-small-sized": Shape(768, 12, 12, 12, 2048, 50257, (512, 16384)),
     "1B-sized": Shape(2048, 16, 32, 8, 8192, 128256, (512, 8192)),
 }
-RECIPE = RecipeSpec(dimension=1984, measurement="loss", exact_norm=True)
+WHOLE = RecipeSpec(dimension=1984, measurement="loss", exact_norm=True, exact_sketch=32)
+LOW = replace(WHOLE, exact_norm=False, exact_rank=64)
 MODES = {
-    "exact scores, exact norm (the default)": RECIPE,
-    "exact scores, norm estimated": replace(RECIPE, exact_norm=False),
-    "no exact scores, exact norm": replace(RECIPE, exact=False),
-    "no exact scores, norm estimated": replace(RECIPE, exact=False, exact_norm=False),
+    "exact scores of rank 64, norm estimated (the default)": LOW,
+    "exact scores of rank 32, norm estimated": replace(LOW, exact_rank=32),
+    "exact scores and norm (the default of other kinds)": WHOLE,
+    "the same, lengths without a sketch": replace(WHOLE, exact_sketch=0),
+    "no exact scores, exact norm": replace(WHOLE, exact=False),
+    "no exact scores, norm estimated": replace(LOW, exact=False),
 }
 PLAIN, FLOOR, NONE = "plain forward + backward", "frozen weights, nothing captured", "none"
 
@@ -148,7 +151,7 @@ class Job:
         layers = find_layers(self.model, self.workload.layers(self.model))
         spec = replace(spec, layers=tuple(layer.name for layer in layers))
         attributor = Attributor(self.model, base.losses_of(self.workload), spec, unfitted(layers, spec, self.device))
-        towards = directions(layers, self.device) if spec.exact else None
+        towards = directions(layers, spec, self.device) if spec.exact else None
         return lambda: [attributor.measure(batch, towards) for batch in self.batches()]
 
 
@@ -162,13 +165,20 @@ def unfitted(layers: tuple[Layer, ...], spec: RecipeSpec, device: str) -> Fitted
         return torch.eye(width, device=device) if width <= WIDEST_FACTOR else torch.ones(width, device=device)
 
     roots = KroneckerRoots({x.name: root(x.n_in) for x in layers}, {x.name: root(x.n_out) for x in layers})
-    return Fitted(masks, whitening, roots if spec.exact else None, 1.0).to(torch.device(device))
+    return Fitted(masks, whitening, roots if spec.exact else None, 1.0)
 
 
-def directions(layers: tuple[Layer, ...], device: str) -> ExactDirections:
+def directions(layers: tuple[Layer, ...], spec: RecipeSpec, device: str) -> Towards:
     """Of one slice."""
-    u = {layer.name: torch.full((1, *layer.shape), 1e-3, device=device) for layer in layers}
-    return ExactDirections(("all",), u, u)
+    if not spec.exact_rank:
+        both = {layer.name: torch.full((2, 1, *layer.shape), 1e-3, device=device) for layer in layers}
+        return ExactDirections(("all",), both)
+    left, right = (
+        {x.name: torch.full((x.shape[side], min(spec.exact_rank, x.shape[side])), 1e-3, device=device) for x in layers}
+        for side in (0, 1)
+    )
+    core = {n: torch.ones(2, left[n].shape[1], right[n].shape[1], device=device) for n in left}
+    return LowRankDirections(("all",), left, right, core, torch.zeros(1), torch.zeros(1))
 
 
 def own(job: Job, rounds: int, only: list[str]) -> dict[str, Any]:
@@ -219,7 +229,7 @@ def _driven(peer: Peer, folder: Path, environments: Path) -> dict[str, Any]:
 
 def rows_of(job: Mapping[str, Any]) -> list[str]:
     """A line a step: tokens a second, times the plain step of its own round, peak memory over it."""
-    return [_line(who, run, job["tokens"]) for who, run in sorted(job["runs"].items(), key=_by_speed)]
+    return [_line(who, run) for who, run in sorted(job["runs"].items(), key=_by_speed)]
 
 
 def _by_speed(item: tuple[str, Mapping[str, Any]]) -> float:
@@ -232,12 +242,12 @@ def _ratios(run: Mapping[str, Any]) -> list[float]:
     return [plain / own for plain, own in zip(base, seconds, strict=True)]
 
 
-def _line(who: str, run: Mapping[str, Any], tokens: int) -> str:
+def _line(who: str, run: Mapping[str, Any]) -> str:
     if "ended" in run:
         return f"| {who} | ended: {run['ended']} | | |"
     name, seconds = list(run["seconds"].items())[-1]
     ratios, memory = _ratios(run), run["memory"]
-    speed = tokens / statistics.median(seconds)
+    speed = run["tokens"] / statistics.median(seconds)
     spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
     return f"| {who} | {speed:,.0f} | {spread} | {memory[name] / 2**20:,.0f} MB, {memory[name] / memory[PLAIN]:.2f} |"
 
@@ -286,7 +296,9 @@ def main() -> None:
 def keep(path: Path, title: str, job: Job, runs: Mapping[str, Any]) -> None:
     """Add what was found, and write the page anew."""
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    found[title] = {"tokens": job.id_NT.numel(), "runs": {**found.get(title, {}).get("runs", {}), **runs}}
+    tokens = {"tokens": job.id_NT.numel()}
+    runs = {name: {**tokens, **run} for name, run in runs.items()}
+    found[title] = {"runs": {**found.get(title, {}).get("runs", {}), **runs}}
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     path.with_suffix(".md").write_text(page(found), encoding="utf-8")
     print(title, *rows_of(found[title]), sep="\n", flush=True)

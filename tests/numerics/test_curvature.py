@@ -19,6 +19,7 @@ from curator.influence.curvature import (
     principal,
 )
 from curator.influence.dropout import draw
+from curator.influence.ghost import ghost_scores
 from curator.influence.kronecker import KroneckerRoots, KroneckerSums
 
 SLICES = {"a": slice(0, 3), "b": slice(3, 7)}
@@ -167,26 +168,27 @@ def test_kronecker_roots_equal_the_explicit_kronecker_matrix():
 
 @pytest.mark.parametrize("most", [1, 40, 1 << 22])
 @pytest.mark.parametrize("is_corrected", [False, True])
-@pytest.mark.parametrize(("positions", "n_in", "n_out"), [(2, 4, 3), (5, 4, 6), (5, 6, 4), (9, 4, 3), (9, 4, 0)])
-def test_gradients_are_the_same_on_whichever_side_they_are_whitened(
-    monkeypatch, positions, n_in, n_out, is_corrected, most
+@pytest.mark.parametrize("is_wide", [False, True])
+@pytest.mark.parametrize("positions", [1, 5])
+def test_directions_are_carried_back_to_gradients_that_are_not_whitened(
+    monkeypatch, positions, is_wide, is_corrected, most
 ):
-    """Both before they meet, either side after, and both; n_out 0 stands for a side of 3 known by its diagonal."""
-    monkeypatch.setattr("curator.influence.kronecker.LARGEST_STRIPE", most)
+    """And |W|^2 and |G|^2 beside them; a wide side is known by its diagonal."""
     monkeypatch.setattr("curator.influence.ghost.LARGEST_STRIPE", most)
     g = torch.Generator().manual_seed(3)
-    wide, n_out = not n_out, n_out or 3
-    a, d = (torch.randn(5, positions, n, generator=g, dtype=torch.float64) for n in (n_in, n_out))
-    A, S, R = (
-        torch.randn(*shape, generator=g, dtype=torch.float64) for shape in ((n_in, n_in), (n_out, n_out), (n_out, n_in))
-    )
-    S = S.diagonal() if wide else S
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    a, d, A, S, R, U = (randn(*x) for x in ((5, positions, 4), (5, positions, 3), (4, 4), (3, 3), (3, 4), (2, 3, 4)))
+    S = S.diagonal() if is_wide else S
     roots = KroneckerRoots({"l": A}, {"l": S}, {"l": R} if is_corrected else {})
-    found = torch.zeros(5, n_out, n_in, dtype=torch.float64)
-    for some, rows, W in roots.gradients(_Named, a, d):
-        found[some, rows] += W
-    expected = (S.diag() if wide else S).T @ d.transpose(1, 2) @ a @ A
-    torch.testing.assert_close(found, expected * R if is_corrected else expected)
+    G = d.transpose(1, 2) @ a
+    W = (S.diag() if is_wide else S).T @ G @ A * (R if is_corrected else 1)
+    products, square = ghost_scores(a, d, roots.carried("l", U))
+    torch.testing.assert_close(products, torch.einsum("boi,soi->bs", W, U))
+    torch.testing.assert_close(square, G.square().sum(dim=(1, 2)))
+    torch.testing.assert_close(roots.square_B(_Named, a, d), W.square().sum(dim=(1, 2)))
 
 
 def test_a_wide_factor_keeps_its_diagonal(monkeypatch):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,39 +29,42 @@ def fitted(kind, seed=0, **changes):
 )
 def test_scores_of_low_rank_stay_within_the_error_that_is_stated(kind, curvature, rank, count, seed):
     c, a, slices = fitted(kind, seed, exact_curvature=curvature)
-    arrived, whole = c.batch(count, 2, seed + 500), a.exact_directions(slices)
+    arrived, whole = c.batch(count, 2, seed + 500), a.whitened_directions(slices)
     cut = LowRankDirections.fit(whole, a.fitted.roots, rank)
-    exact, approximate = a.measure(arrived, whole), a.measure(arrived, directions_of(cut.names, cut.tensors()))
+    exact, approximate = (
+        a.measure(arrived, whole.carried(a.fitted.roots)),
+        a.measure(arrived, directions_of(cut.names, cut.tensors())),
+    )
     length = ExactScores(a.fitted.roots)
     a._pass(arrived, length)
-    slack = 1e-5 * (1 + float(cut.whitened_error_S.max()))
+    slack = 1e-5 * (1 + float(cut.mean_error_S.max()))
     off = (approximate.exact_BS - exact.exact_BS).abs()
     assert (off <= cut.unit_error_S + slack).all()
     off = (approximate.exact_influence_BS - exact.exact_influence_BS).abs()
-    assert (off <= (cut.whitened_error_S + slack) * length.norm_B()[:, None] + 1e-5).all()
+    assert (off <= (cut.mean_error_S + slack) * length.norm_B()[:, None] + 1e-5).all()
 
 
 @pytest.mark.parametrize("curvature", ["kfac", "ekfac"])
 def test_the_cut_is_the_projection_onto_the_leading_rows_and_columns(curvature):
     _, a, slices = fitted("positions", exact_curvature=curvature)
-    whole = a.exact_directions(slices)
-    cut = LowRankDirections.fit(whole, a.fitted.roots, 2)
-    corrections = a.fitted.roots.corrections
+    whole, roots = a.whitened_directions(slices), a.fitted.roots
+    cut, corrections = LowRankDirections.fit(whole, roots, 2), roots.corrections
     U = [
         {
-            n: u[s].double().numpy() * (corrections[n].double().numpy() if corrections else 1)
-            for n, u in by_layer.items()
+            n: u[kind, s].double().numpy() * (corrections[n].double().numpy() if corrections else 1)
+            for n, u in whole.both_2SOI.items()
         }
-        for by_layer in (whole.unit_SOI, whole.whitened_SOI)
+        for kind in range(2)
         for s in range(3)
     ]
     expected = naive.low_rank(U, 2)
     for m, (before, after) in enumerate(zip(U, expected, strict=True)):
         for n in before:
             found = cut.left_OR[n].double() @ cut.core[n][m].double() @ cut.right_IR[n].double().T
-            np.testing.assert_allclose(found, after[n], atol=1e-5 * naive.norm(before))
+            carried = roots.outputs[n].double() @ torch.from_numpy(after[n]) @ roots.inputs[n].double().T
+            np.testing.assert_allclose(found, carried, atol=1e-5 * float(carried.norm()))
         lost = naive.norm({n: after[n] - before[n] for n in before})
-        errors = [*cut.unit_error_S.tolist(), *cut.whitened_error_S.tolist()]
+        errors = [*cut.unit_error_S.tolist(), *cut.mean_error_S.tolist()]
         assert errors[m] == pytest.approx(lost, rel=1e-6)
 
 
@@ -76,9 +80,9 @@ def test_a_rank_that_cuts_nothing_loses_nothing():
 
 def test_a_cut_keeps_less_and_a_higher_rank_loses_less():
     _, a, slices = fitted("positions")
-    whole = a.exact_directions(slices)
+    whole = a.whitened_directions(slices)
     cuts = [LowRankDirections.fit(whole, a.fitted.roots, rank) for rank in (1, 2, 3, 4)]
-    numbers = [sum(t.numel() for t in found.tensors().values()) for found in (cuts[0], whole)]
+    numbers = [sum(t.numel() for t in found.tensors().values()) for found in (cuts[0], whole.carried(a.fitted.roots))]
     assert numbers[0] < numbers[1]
     errors = [float(cut.unit_error_S.square().sum()) for cut in cuts]
     assert errors == sorted(errors, reverse=True)

@@ -19,8 +19,9 @@ def test_a_contrast_direction_scores_like_the_difference_of_its_slices(changes):
     a = Attributor.fit(c.model, c.losses, [good, bad], RecipeSpec(dimension=24, **changes))
     V = {"good": a.measure(good), "bad": a.measure(bad)}
     towards = a.directions({name: [m] for name, m in V.items()})
-    exact = a.exact_directions({"good": [good], "bad": [bad]})
-    Z, mixed = a.measure(arrived, exact), a.measure(arrived, exact.mixed(CONTRASTS))
+    slices = {"good": [good], "bad": [bad]}
+    exact, contrasts = a.exact_directions(slices), a.exact_directions(slices, CONTRASTS)
+    Z, mixed = a.measure(arrived, exact), a.measure(arrived, contrasts)
     plain = scoring.score(Z.unit_BK, Z.whitened_norm_B, towards)
     contrast = scoring.score(Z.unit_BK, Z.whitened_norm_B, towards.mixed(CONTRASTS))
     assert towards.mixed(CONTRASTS).count_S.tolist() == [11, 6]

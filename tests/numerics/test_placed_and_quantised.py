@@ -120,9 +120,9 @@ def test_each_layer_is_read_on_its_own_device_and_the_sums_meet_on_one(mask, nor
         {layer.name: torch.ones(layer.n_in, layer.n_in) for layer in layers},
         {layer.name: torch.ones(layer.n_out, layer.n_out) for layer in layers},
     ).to(where)
-    U = {layer.name: torch.ones(3, *layer.shape) for layer in layers}
-    towards = ExactDirections(("a", "b", "c"), U, U).to(where)
-    kept, exact, terms = KeptEntries(masks, norm), ExactScores(roots, towards), ExactTerms(roots, towards)
+    D = {layer.name: torch.ones(2, 3, *layer.shape) for layer in layers}
+    towards = ExactDirections(("a", "b", "c"), D).to(where)
+    kept, exact, terms = KeptEntries(masks, norm), ExactScores(roots, towards), ExactTerms(towards)
     for layer in layers:
         a_BTI, d_BTO = (torch.ones(2, 5, n, device=layer.device) for n in (layer.n_in, layer.n_out))
         for reader in (kept, exact, terms):

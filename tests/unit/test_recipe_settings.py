@@ -8,6 +8,8 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
+from curator import settings
+from curator.errors import BadSetting
 from curator.influence.attribution import RecipeSpec
 from curator.influence.codes import CODE_KINDS
 from curator.influence.curvature import CURVATURE_KINDS
@@ -36,6 +38,7 @@ PLAIN = Settings(project=Path("/nowhere"))
         ("scores.curvature", "fisher"),
         ("scores.exact_curvature", "ekfac"),
         ("scores.exact_rank", 4),
+        ("scores.exact_sketch", 0),
     ],
 )
 def test_what_changes_the_meaning_of_a_vector_changes_its_recipe(key: str, value: Any) -> None:
@@ -60,6 +63,30 @@ def test_where_a_model_is_does_not_either_but_a_factorys_options_are_its_own(kin
         for options in ({"max_tokens": 9}, placed)
     )
     assert (plain == spread) == same
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked", "expected"),
+    [
+        ("torch", {}, (True, 0, "margin")),
+        ("causal-lm", {}, (False, 64, "loss")),
+        ("causal-lm", {"exact_norm": "yes", "exact_rank": "0", "measurement": "margin"}, (True, 0, "margin")),
+        ("torch", {"exact_norm": False, "exact_rank": 12, "measurement": "loss"}, (False, 12, "loss")),
+    ],
+)
+def test_a_language_model_has_defaults_of_its_own_which_give_way(tmp_path, kind, asked, expected):
+    (tmp_path / "curator.toml").write_text(f'[workload]\nkind = "{kind}"\n', encoding="utf-8")
+    sections = {"exact_norm": "gradients", "exact_rank": "scores", "measurement": "scores"}
+    flags = {f"{sections[name]}.{name}": value for name, value in asked.items()}
+    spec = recipes.spec(settings.load(tmp_path, environ={}, flags=flags))["gradients"]
+    assert (spec["exact_norm"], spec["exact_rank"], spec["measurement"]) == expected
+
+
+@pytest.mark.parametrize("value", ["some", "-1", 1.5, True])
+def test_a_rank_is_a_number_or_auto(tmp_path, value):
+    (tmp_path / "curator.toml").write_text("", encoding="utf-8")
+    with pytest.raises(BadSetting, match="exact_rank"):
+        settings.load(tmp_path, environ={}, flags={"scores.exact_rank": value})
 
 
 def test_settings_offer_what_the_engine_knows() -> None:
