@@ -1052,14 +1052,17 @@ class RunFailed(DataError):
     """Verification {verification} failed in {run}"""
 
     code = "CUR-VRF-006"
-    hint = "Mend what it names, then verify again; --learning-rate, --epochs and --batch change how it is trained."
+    hint = (
+        "Mend what it names, then give the same `curator verify` again: it asks for another verification, with all its "
+        "runs. --learning-rate, --epochs and --batch change how it is trained."
+    )
 
 
 class VerificationCancelled(UsageError):
     """Verification {verification} was cancelled."""
 
     code = "CUR-VRF-007"
-    hint = "`curator verify` asks for another one."
+    hint = "The same `curator verify` again asks for another one."
 
 
 class NoSuchVerification(UsageError):

@@ -82,7 +82,7 @@ def _with_words(opened: Runtime, found: Why) -> Why:
 
 
 def _print(why: Why) -> None:
-    verdict = why.verdict or "none"
+    verdict, cut = why.verdict or "none", why.controls.get("cut_tokens")
     facts(
         {
             "example": f"{why.example_id} ({why.external_id or 'without an id of its own'})",
@@ -93,11 +93,7 @@ def _print(why: Why) -> None:
             "review": why.review,
             "q value": why.q_value,
             "state": why.state,
-            **(
-                {"not seen": f"{counted(int(cut), 'token')} behind the limit"}
-                if (cut := why.controls.get("cut_tokens"))
-                else {}
-            ),
+            **({"not seen": f"{counted(int(cut), 'token')} behind the limit"} if cut else {}),
             "text": why.preview,
         }
     )
@@ -173,14 +169,8 @@ def _rest(side: Side) -> list[dict[str, object]]:
         return []
     way = "down" if side.total < 0 else "up"
     share = f"{1 - side.named_share:.1%}"
-    return [
-        {
-            "pull": side.rest,
-            "share": share,
-            "id": "",
-            "preview": f"{counted(others, 'other that pulls', 'others that pull')} {way}",
-        }
-    ]
+    named = counted(others, "other that pulls", "others that pull")
+    return [{"pull": side.rest, "share": share, "id": "", "preview": f"{named} {way}"}]
 
 
 def _section(title: str) -> None:

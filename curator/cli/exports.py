@@ -72,9 +72,8 @@ def export(
     else:
         show([file._asdict() for file in files], form)
     if planned.waiting and what == "kept":
-        say(
-            f"{counted(planned.waiting, 'example is', 'examples are')} still on the way and not in it: `curator status`"
-        )
+        waiting = counted(planned.waiting, "example is", "examples are")
+        say(f"{waiting} still on the way and not in it: `curator status`")
 
 
 def _write(connection: Connection, planned: Plan, out: Path, chosen: view.Form, *, force: bool) -> list[File]:

@@ -100,7 +100,7 @@ def review(
 
     with here.writing() as connection:
         number = examples.find(connection, example)
-        known = reviews.known_labels(connection, here.settings())
+        known = reviews.known_labels(connection, here.settings()) if label is not None else None
         verdict = reviews.review(
             connection, number, answer, actor=actor or whoami(), note=note, label=label, known=known
         )

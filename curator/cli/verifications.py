@@ -261,6 +261,8 @@ def show_verification(here: Invocation, number: int | None, form: Form) -> None:
     with here.runtime() as opened:
         found = _read(opened, number)
     _print(found, form)
+    if found.state == "failed":
+        say(f"fix: {RunFailed(verification=found.verification, run=found.detail).fix}")
 
 
 @verifications.command("cancel")

@@ -288,6 +288,16 @@ def listing(connection: Connection) -> Rows:
     )
 
 
+def failed(connection: Connection) -> Row[Any] | None:
+    """(verification, detail) of the latest, if it failed: one that was asked for since takes its place."""
+    return connection.execute(
+        text(
+            "SELECT id AS verification, detail FROM curator.verifications"
+            " WHERE state = 'failed' AND id = (SELECT max(id) FROM curator.verifications)"
+        )
+    ).one_or_none()
+
+
 def progress(connection: Connection, verification_id: int) -> Row[Any] | None:
     """(state, detail, finished, runs, waits_for) of a verification; ``waits_for``: what the operator has to mend."""
     return connection.execute(

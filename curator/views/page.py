@@ -13,7 +13,7 @@ from markupsafe import Markup
 from curator.errors import CannotWrite
 from curator.views import plots
 from curator.views.report import P_BINS, Report, Uniformity
-from curator.views.text import inert
+from curator.views.text import counted, inert
 
 
 def write(report: Report, out: Path) -> None:
@@ -51,7 +51,10 @@ def render(report: Report) -> str:
         lstrip_blocks=True,
         finalize=_inert,
     )
-    environment.filters |= {"number": number, "signed": signed, "moment": moment, "share": share, "plain": plain}
+    environment.filters |= {
+        **{"number": number, "signed": signed, "moment": moment, "share": share, "plain": plain},
+        "counted": counted,
+    }
     environment.globals |= {
         "histogram": plots.histogram,
         "forest": plots.forest,

@@ -66,12 +66,8 @@ class Precision:
         """For one line of ``status``."""
         if self.precision is None:
             return "-"
-        reviewed = counted(self.reviewed, "reviewed flag")
-        by = (
-            f"{reviewed}, not drawn at random"
-            if self.draw is None
-            else f"{reviewed} drawn at random (draw {self.draw})"
-        )
+        anyhow = f"{counted(self.reviewed, 'reviewed flag')}, not drawn at random"
+        by = anyhow if self.draw is None else f"{self.reviewed} drawn at random (draw {self.draw})"
         left = f", {self.drawn - self.reviewed} of them not reviewed" if self.drawn and not self.whole else ""
         interval = f"{self.ci_low:.2f} to {self.ci_high:.2f}"
         return f"{self.precision:.2f} ({interval}) by {by}{left}"

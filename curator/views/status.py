@@ -10,7 +10,7 @@ from sqlalchemy import Connection, Row
 
 from curator.embedded.supervisor import ChildStatus, DaemonStatus
 from curator.errors import DependencyDown
-from curator.store import health, reads, work
+from curator.store import health, reads, verifications, work
 from curator.types import Stage
 from curator.views import fidelity, obstacles, reviews
 from curator.views.text import counted
@@ -91,6 +91,7 @@ def status(
             *(_stuck(connection, stages, daemon, elsewhere) if work.pending(connection, backfill=backfill) else ()),
             *_troubled(daemon),
             *_given_up(connection, footing),
+            *_unproved(connection),
             *fidelity.alarms(connection),
             *_held(connection),
         ),
@@ -137,14 +138,21 @@ def _troubled(daemon: DaemonStatus | None) -> Iterator[str]:
 
 def _given_up(connection: Connection, footing: Row[Any]) -> Iterator[str]:
     """Examples that were given up are in the quarantine; of all else the ledger has the only word."""
+    said_elsewhere = {Stage.VERIFICATIONS} | ({Stage.DIRECTIONS} if footing.directions_state == "failed" else set())
     examples = 0
     for row in reads.abandoned(connection):
         if row.stage in (Stage.GRADIENTS, Stage.SCORES):
             examples += row.n
-        elif row.stage != Stage.DIRECTIONS or footing.directions_state != "failed":  # else it is said already
+        elif row.stage not in said_elsewhere:
             yield f"work of stage {row.stage} was given up: {row.error}"
     if examples:
         yield f"{counted(examples, 'example was', 'examples were')} given up: `curator quarantine list`"
+
+
+def _unproved(connection: Connection) -> Iterator[str]:
+    if found := verifications.failed(connection):
+        again = "mend that, then give the same `curator verify` again"
+        yield f"verification {found.verification} failed in {found.detail} ({again})"
 
 
 def _read_only(connection: Connection) -> Iterator[str]:

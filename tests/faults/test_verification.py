@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -198,9 +199,16 @@ def test_a_training_that_diverges_ends_it_at_once_and_says_which(home: Home) -> 
     assert home.rows("SELECT state, count(*) FROM curator.work WHERE stage = 'verifications' GROUP BY 1") == [
         ("done", 2)
     ]
-    shown = home.curator("verifications", "show").stdout
-    assert "failed" in shown
-    assert "arm all, seed 0: CUR-VRF-001: In epoch" in shown
+    shown = home.curator("verifications", "show")
+    assert "failed" in shown.stdout
+    assert "arm all, seed 0: CUR-VRF-001: In epoch" in shown.stdout
+    assert "fix: Mend what it names, then give the same `curator verify` again" in shown.stderr
+    assert "! verification 1 failed in arm all, seed 0: CUR-VRF-001" in home.curator("status").stdout
+    again = home.curator("verify", "--no-wait", "--json", "--seeds", "3", "--epochs", "1", "--batch", "33")
+    assert json.loads(again.stdout)[0]["verification"] == 2
+    assert "verification 1 failed" not in home.curator("status").stdout
+    home.work()
+    assert home.rows("SELECT id, state FROM curator.verifications ORDER BY 1") == [(1, "failed"), (2, "done")]
 
 
 def test_a_held_out_record_that_the_workload_cannot_take_ends_it(home: Home, tmp_path: Path) -> None:
@@ -223,6 +231,9 @@ def test_a_run_that_kills_its_worker_each_time_ends_it(home: Home) -> None:
     assert found.state == "failed"
     assert found.detail is not None
     assert "3 workers stopped" in found.detail
+    said = home.curator("status").stdout
+    assert "! verification 1 failed in arm" in said
+    assert "work of stage verifications was given up" not in said, "else it would be said for ever"
 
 
 def test_a_run_whose_device_is_lost_ends_the_process_and_not_the_verification(home: Home) -> None:

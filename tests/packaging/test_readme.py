@@ -11,6 +11,7 @@ from sqlalchemy import Engine
 
 from curator import settings
 from curator.cli import main
+from curator.influence import harm
 from curator.store import queries
 from curator.store.engine import begin, read
 from tests.packaging import cli_reference, sql_reference
@@ -74,6 +75,11 @@ def test_links_lead_somewhere() -> None:
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_harm_is_explained_by_the_names_that_why_prints() -> None:
+    page = (ROOT / "docs" / "policies.md").read_text(encoding="utf-8")
+    assert [name for name in harm.EVIDENCE if f"`{name}`" not in page] == []
 
 
 def test_the_cli_reference_is_what_help_prints() -> None:

@@ -116,7 +116,7 @@ def test_both_halves_of_a_contrast_have_the_same_slices_and_no_example_in_common
     rows = lines(digits_files.validation)
     good, bad = records(tmp_path, "good", rows[:40], settings), records(tmp_path, "bad", rows[39:41], settings)
     with begin(engine) as connection:
-        with pytest.raises(ContrastOverlaps, match="1 of the"):
+        with pytest.raises(ContrastOverlaps, match="bad file: 1, line 1 first"):
             recipes.add_validation(connection, settings, "eights", "", good, bad)
         with pytest.raises(ContrastMissing):
             recipes.add_validation(connection, settings, "eights", "y", good * 4, bad[1:])

@@ -88,7 +88,7 @@ def test_an_example_on_its_way_is_in_no_export(curator: Curator, tmp_path: Path)
     result = curator("export", "--out", str(tmp_path / "out"))
     counts = json.loads((tmp_path / "out" / "manifest.json").read_text())["counts"]
     assert counts["waiting"] > 0
-    assert f"{counts['waiting']} examples are still on their way" in result.stderr
+    assert f"{counts['waiting']} examples are still on the way" in result.stderr
     assert len(records(tmp_path / "out")) == counts["kept"] < 500
 
 

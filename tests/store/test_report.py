@@ -158,7 +158,7 @@ def test_an_arrival_that_is_also_trusted_raises_a_banner(curator: Curator) -> No
         curator,
         "UPDATE curator.examples SET digest = (SELECT digest FROM curator.validation_examples LIMIT 1) WHERE id = 5",
     )
-    assert found.warnings[0].startswith("1 arrivals are also, or nearly, in a validation set")
+    assert found.warnings[0].startswith("1 arrival is also, or nearly, in a validation set")
 
 
 def test_spearman_is_that_of_the_ranks(connection: Connection, world: World) -> None:

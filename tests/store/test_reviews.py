@@ -236,7 +236,7 @@ def test_an_annotation_with_an_unknown_label_is_refused_and_holds_up_no_other(
     wrong = annotated(one, 1, review="relabel", label="scince")
     result = imported(classifier, tmp_path, [wrong, annotated(other, 2, review="relabel", label="sport")])
     assert [row["code"] for row in json.loads(result.stdout)] == ["CUR-REV-007"]
-    assert "1 reviews taken" in result.stderr
+    assert "1 review taken" in result.stderr
 
 
 # --- Label Studio -----------------------------------------------------------------------------------------
@@ -332,7 +332,7 @@ def test_a_task_of_another_project_is_refused_and_holds_up_no_other(curator: Cur
     result = imported(curator, tmp_path, [annotated(one, 1, review="drop"), annotated(other, 2, review="drop")])
     assert result.exit_code == 1
     assert [row["code"] for row in json.loads(result.stdout)] == ["CUR-REV-006"]
-    assert "1 reviews taken" in result.stderr
+    assert "1 review taken" in result.stderr
 
 
 @pytest.mark.parametrize(
