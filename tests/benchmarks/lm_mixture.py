@@ -41,7 +41,7 @@ BATCH = 16
 LEARN = Training(epochs=4, batch=BATCH, learning_rate=2e-3)
 FURTHER = Training(epochs=1, batch=BATCH, learning_rate=5e-4)
 SHARE = 0.2
-SPEC = RecipeSpec(dimension=1984, measurement="loss", exact_norm=True)
+SPEC = RecipeSpec(dimension=1984, measurement="loss", exact_rank=64, exact_sketch=32)
 """The recipe of a new project."""
 
 

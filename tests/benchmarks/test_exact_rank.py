@@ -80,7 +80,7 @@ def test_the_default_keeps_the_order_of_exact_scores(tmp_path, monkeypatch):
     monkeypatch.setattr(mixture, "LEARN", Training(epochs=3, batch=mixture.BATCH, learning_rate=2e-3))
     world = World.make(0, tmp_path, SIZES)
     asked = mixture.sources_asked(world)
-    a = mixture.fitted(world, asked, replace(mixture.SPEC, exact_norm=False))
+    a = mixture.fitted(world, asked)
     whole = a.whitened_directions({name: [b for _, b in world.batches(rows)] for name, rows in asked.rows.items()})
     m, exact = taken(world, a, whole.carried(a.fitted.roots), 0)
     slices = {name: [world.measured(a, rows)] for name, rows in asked.rows.items()}

@@ -11,7 +11,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,10 @@ from tests.benchmarks.lm_mixture import SHARE, SOURCES, World, top
 from tests.benchmarks.machine import described
 
 RESULTS = Path(__file__).parent / "results"
+FIGURES = RESULTS / "lm_mixture.json"
+Arm = dict[str, float]
+"""Perplexity by source."""
+
 SEEDS = (0, 1, 2)
 DRAWS = 3
 TRAINED = ("normalised influence", "exact normalised influence", "embedding similarity", "BM25")
@@ -61,8 +65,9 @@ def test_influence_finds_a_sources_texts_and_what_was_planted(world):
     found_damped = {name: damped[name] for name in AIMED if "influence" in name}
     keep(world.seed, "shares", {f"{n}, damping 1": shares(world, s_NS) for n, s_NS in contrasted(found_damped).items()})
     keep(world.seed, "planted", {kind: found(world, attributor, kind) for kind in ("phrase", "scripture")})
-    for name, arms in perplexities(world, judged):
-        keep(world.seed, "perplexity", {name: arms})
+    for name, arm in perplexities(world, judged):
+        if name not in kept(world.seed).get("perplexity", {}):
+            keep(world.seed, "perplexity", {name: arm()})
 
 
 # --- the product's own path ---------------------------------------------------------------------------------
@@ -172,31 +177,40 @@ def found(world: World, attributor: mixture.Attributor, kind: str) -> dict[str, 
     return counts
 
 
-def perplexities(world: World, judged: Mapping[str, mixture.Floats]) -> Iterable[tuple[str, dict[str, float]]]:
-    """By what was trained on, the perplexity on each source's test texts; of selections on their own target alone."""
+def perplexities(world: World, judged: Mapping[str, mixture.Floats]) -> Iterator[tuple[str, Callable[[], Arm]]]:
+    """By what is trained on, the perplexity on each source's test texts; of selections on their own target alone."""
     pool = world.parts["pool"]
     rng = np.random.Generator(np.random.Philox(key=[world.seed, 3]))
-    yield "nothing", world.after([])
+    yield "nothing", lambda: world.after([])
     for draw in range(DRAWS):
         rows = rng.permutation(len(pool))[: round(SHARE * len(pool))]
-        yield f"random {draw}", world.after([pool[i] for i in rows])
-    yield "everything", world.after(pool)
+        yield f"random {draw}", lambda rows=rows: world.after([pool[i] for i in rows])
+    yield "everything", lambda: world.after(pool)
     for name in TRAINED:
-        arms: dict[str, float] = {}
-        for s, source in enumerate(SOURCES):
-            arms |= world.after([pool[i] for i in top(judged[name][:, s], SHARE)], [source])
-        yield name, arms
+        yield name, lambda score_NS=judged[name]: selected(world, score_NS)
+
+
+def selected(world: World, score_NS: mixture.Floats) -> Arm:
+    found: Arm = {}
+    for s, source in enumerate(SOURCES):
+        found |= world.after([world.parts["pool"][i] for i in top(score_NS[:, s], SHARE)], [source])
+    return found
 
 
 # --- the page -------------------------------------------------------------------------------------------------
 
 
+def kept(seed: int | None = None) -> dict[str, Any]:
+    """All figures there are, or those of a seed."""
+    every: dict[str, Any] = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.exists() else {}
+    return every if seed is None else every.get(str(seed), {})
+
+
 def keep(seed: int, part: str, figures: Mapping[str, Any]) -> None:
     """Add figures of a seed, and write the page anew: a run that is stopped loses little."""
-    path = RESULTS / "lm_mixture.json"
-    every = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    every = kept()
     every.setdefault(str(seed), {}).setdefault(part, {}).update(figures)
-    path.write_text(json.dumps(every, indent=1) + "\n", encoding="utf-8")
+    FIGURES.write_text(json.dumps(every, indent=1) + "\n", encoding="utf-8")
     (RESULTS / "lm_mixture.md").write_text(page(every), encoding="utf-8")
     print(f"seed {seed}, {part}: {json.dumps(figures)}", flush=True)
 
@@ -226,9 +240,9 @@ def page(every: Mapping[str, Mapping[str, Any]]) -> str:
 EXPLAINED = """{n} seeds (texts, model, order). A Llama of a million parameters with a byte-level BPE of 2,048
 tokens, four passes over {base:,} texts, as many of each source; a pool of {pool:,} others, a sixth of each source;
 {trusted:,} trusted texts, those of a source as its target and all of them behind the curvature; {test:,} test texts;
-the recipe of a new project. Influence without "exact" is of stored vectors in half precision. "Less the others" is a
-judgement less its mean over the five other sources. Intervals are bootstrap intervals over seeds and targets, or
-Wilson's.
+the recipe of a new project, so exact scores are of rank 64. Influence without "exact" is of stored vectors in half
+precision. "Less the others" is a judgement less its mean over the five other sources. Intervals are bootstrap
+intervals over seeds and targets, or Wilson's.
 """
 
 

