@@ -29,7 +29,7 @@ from tests import digits
 from tests.conftest import admin, open_folder, sibling
 from tests.tour.test_tour import walk
 
-KILLS = """
+STRIKES = """
 import os
 from pathlib import Path
 
@@ -50,6 +50,7 @@ def correct(self, model, batch):
     return model(batch[0]).argmax(1) == batch[1]
 
 quick, Digits.collate, Digits.correct = Digits.collate, collate, correct
+torch.set_num_threads(1)  # in every process alike: sums are then rounded alike
 """
 
 
@@ -85,8 +86,10 @@ def judged(server: str, template: str, digits_files: digits.Files) -> Iterator[P
         connection.execute(f'CREATE DATABASE judged TEMPLATE "{template}"'.encode())
     with open_folder() as folder:
         project = digits.make_project(folder / "project", digits_files)
-        with (project / "digits_workload.py").open("a") as workload:
-            workload.write(KILLS)
+        settings = project / "curator.toml"
+        settings.write_text(settings.read_text().replace("digits_workload", "struck_workload"))  # a process imports a
+        source = (project / "digits_workload.py").rename(project / "struck_workload.py")  # name once, for all tests
+        source.write_text(source.read_text() + STRIKES)
         url = sibling(server, "judged")
         engine = make_engine(url, pooled=False)
         walk(engine, load(project, {**os.environ, "CURATOR_DATABASE_URL": url}), digits_files)
@@ -134,10 +137,7 @@ def test_a_worker_killed_in_the_middle_repeats_its_run_and_no_other_and_the_resu
     after = home.rows(FINISHED.format(struck))
     assert len(after) == 19
     assert [row for row in after if row in before] == before, "what was finished is not touched again"
-    found, expected = (home.rows(RESULTS.format(number)) for number in (struck, calm))
-    assert len(found) == len(expected) > 0
-    for mine, theirs in zip(found, expected, strict=True):  # processes may round float32 sums in another order
-        assert tuple(mine) == pytest.approx(tuple(theirs), abs=1e-6)
+    assert home.rows(RESULTS.format(struck)) == home.rows(RESULTS.format(calm)) != []
 
 
 def test_dropping_the_flags_is_better_than_dropping_as_many_at_random(home: Home) -> None:
