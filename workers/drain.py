@@ -10,25 +10,33 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
+from importlib import import_module
+from typing import cast
 
 from sqlalchemy import Connection
 
 from curator import settings
 from curator.errors import CuratorError
 from curator.runtime import Runtime
-from curator.stages import directions, examples, gradients, likeness, scores, upkeep, verdicts, verifications
+from curator.stages import likeness, upkeep
 from curator.stages.turn import StageModule, Turn
 from curator.store import fidelity, migrate, offers, work
 from curator.store.engine import read, transact
 from curator.types import Stage
 from workers.base import stopping
 
-STAGES: tuple[StageModule, ...] = (examples, directions, gradients, scores, verdicts, verifications)
+STAGES: tuple[Stage, ...] = tuple(Stage)
 PATIENCE_SECONDS = 0.5
 STOPPED = 128 + signal.SIGTERM
 
 
-def drain(runtime: Runtime, stages: Sequence[StageModule]) -> bool:
+def module_of(stage: Stage) -> StageModule:
+    """The code of a stage. Loaded when there is work for it: most of them need torch, and that takes seconds."""
+    return cast(StageModule, import_module(f"curator.stages.{stage}"))
+
+
+def drain(runtime: Runtime, stages: Sequence[Stage]) -> bool:
     """Run those stages until nothing of theirs is left. False when asked to stop before that.
 
     Raises:
@@ -39,7 +47,8 @@ def drain(runtime: Runtime, stages: Sequence[StageModule]) -> bool:
     while not stopping.is_set():
         transact(runtime.engine, lambda connection: upkeep.run(connection, runtime.settings))
         for stage in stages:
-            turn.run(stage, runtime.settings.limits.turn_seconds)
+            if transact(runtime.engine, partial(_pending, runtime=runtime, stages=[stage])):
+                turn.run(module_of(stage), runtime.settings.limits.turn_seconds)
         if everything:
             likeness.run(runtime.engine, runtime.settings.sources.similarity, runtime.settings.limits.turn_seconds)
         if not transact(runtime.engine, lambda connection: _left(connection, runtime, stages, everything)):
@@ -49,11 +58,13 @@ def drain(runtime: Runtime, stages: Sequence[StageModule]) -> bool:
     return False
 
 
-def _left(connection: Connection, runtime: Runtime, stages: Sequence[StageModule], everything: bool) -> bool:
+def _left(connection: Connection, runtime: Runtime, stages: Sequence[Stage], everything: bool) -> bool:
     """Whether something is to be done; also what nobody has offered."""
-    names = [stage.STAGE for stage in stages]
-    left = work.pending(connection, names, backfill=runtime.settings.schedule.backfill)
-    return left or (everything and bool(offers.missing(connection)))
+    return _pending(connection, runtime, stages) or (everything and bool(offers.missing(connection)))
+
+
+def _pending(connection: Connection, runtime: Runtime, stages: Sequence[Stage]) -> bool:
+    return work.pending(connection, stages, backfill=runtime.settings.schedule.backfill)
 
 
 def main(names: Sequence[str] = ()) -> int:
@@ -66,7 +77,7 @@ def main(names: Sequence[str] = ()) -> int:
         with read(runtime.engine) as connection:
             migrate.require_revision(connection)
         asked = [Stage(name) for name in names]
-        return 0 if drain(runtime, [s for s in STAGES if s.STAGE in asked] or STAGES) else STOPPED
+        return 0 if drain(runtime, [stage for stage in STAGES if stage in asked] or STAGES) else STOPPED
     except CuratorError as error:
         sys.stderr.write(f"error {error.code}: {error}\nfix: {error.fix}\n")
         return error.exit_code

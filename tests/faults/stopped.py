@@ -48,15 +48,15 @@ def compute_for(seconds: float, stage: Any) -> None:
 def main(seconds: float, names: list[str]) -> None:
     turn.LOOK_SECONDS = 0.2
     turn.STOP_SECONDS = 0.2 if seconds > LONG else LONG
+    modules = {stage: drain.module_of(stage) for stage in drain.STAGES if stage in names}
     children = {}
-    for stage in drain.STAGES:
-        if stage.STAGE in names:
-            child = os.fork()
-            if child == 0:
-                compute_for(seconds, stage)
-                drain.STAGES = (stage,)
-                os._exit(drain.main())
-            children[stage.STAGE] = child
+    for stage, module in modules.items():
+        child = os.fork()
+        if child == 0:
+            compute_for(seconds, module)
+            drain.STAGES = (stage,)
+            os._exit(drain.main())
+        children[stage] = child
     for name, child in children.items():
         print(name, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 

@@ -56,6 +56,13 @@ def test_no_module_of_the_command_line_imports_torch() -> None:
     assert done.stdout == "False\n"
 
 
+def test_a_drain_loads_torch_only_once_a_stage_needs_it() -> None:
+    """It takes longer than all else that a drain without work does."""
+    script = "import sys, workers.drain\nprint('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
 def test_help_lists_every_command() -> None:
     text = run("--help").output
     assert all(f"\n  {name} " in text for name in COMMANDS)
