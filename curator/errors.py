@@ -309,6 +309,13 @@ class CodeTooWide(UsageError):
     hint = "Set code_dimension between 1 and {entries}, or keep more entries."
 
 
+class DirectionsOutdated(UsageError):
+    """The stored exact directions are of an earlier release, whose scores were taken in another way."""
+
+    code = "CUR-NUM-032"
+    hint = "Have them measured again: `curator checkpoint use NAME`, with the name of the checkpoint in use."
+
+
 class UnknownMeasurement(UsageError):
     """There is no measurement {measurement!r}; known: {known}."""
 

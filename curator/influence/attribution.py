@@ -25,7 +25,6 @@ from curator.influence.exact import (
     DirectionSums,
     ExactScores,
     ExactTerms,
-    Lengths,
     LowRankDirections,
     Towards,
     WhitenedDirections,
@@ -39,7 +38,7 @@ from curator.influence.mixtures import Mixtures
 from curator.influence.parts import LayerScores, PositionScores
 from curator.influence.recipe import RecipeSpec, draw_masks
 from curator.influence.scoring import Directions
-from curator.influence.sketch import KroneckerSketch
+from curator.influence.sketch import sketched
 
 __all__ = ["Attributor", "Losses", "Measured", "RecipeSpec", "Signal", "draw_masks"]
 
@@ -119,9 +118,9 @@ class Attributor:
         return loss_B.to(self.device)
 
     @cached_property
-    def _lengths(self) -> Lengths:
+    def _lengths(self) -> KroneckerRoots:
         size = self.spec.exact_sketch
-        return KroneckerSketch.draw(self._roots(), size, self.spec.seed) if size else self._roots()
+        return sketched(self._roots(), size, self.spec.seed) if size else self._roots()
 
     def _roots(self) -> KroneckerRoots:
         if self.fitted.roots is None:
@@ -211,7 +210,7 @@ class Attributor:
         whole = self.whitened_directions(slices)
         whole = whole if mixtures is None else whole.mixed(mixtures)
         rank = self.spec.exact_rank
-        return LowRankDirections.fit(whole, self._roots(), rank) if rank else whole.carried(self._roots())
+        return LowRankDirections.fit(whole, self._roots(), rank) if rank else whole.pulled_back(self._roots())
 
     def whitened_directions(self, slices: Mapping[str, Sequence[Any]]) -> WhitenedDirections:
         """What ``exact_directions`` are made of.
@@ -219,12 +218,15 @@ class Attributor:
         Raises:
             NoCurvature: as there.
         """
-        sums = [self._exact_direction(batches) for batches in slices.values()]
-        return WhitenedDirections(tuple(slices), _by_layer(sums))
+        roots, means = self._roots(), [self._mean_gradients(batches) for batches in slices.values()]
+        return WhitenedDirections(
+            tuple(slices),
+            {n: torch.stack([roots.whitened(n, mean[n]) for mean in means], dim=1).cpu() for n in roots.inputs},
+        )
 
-    def _exact_direction(self, batches: Sequence[Any]) -> dict[str, Tensor]:
-        """By layer a tensor (2, O, I): the mean unit gradient and the mean gradient."""
-        sums = DirectionSums(self._roots(), torch.zeros(2, 0))
+    def _mean_gradients(self, batches: Sequence[Any]) -> dict[str, Tensor]:
+        """By layer a tensor (2, O, I): the mean of G / |W| and of G; zeros where no example reached the layer."""
+        sums = DirectionSums(torch.zeros(2, 0))
         used = 0
         for batch in batches:
             norms = ExactScores(self._roots())
@@ -236,7 +238,12 @@ class Attributor:
             used += int(ok_B.sum())
         if not used:
             raise NoCurvature()
-        return {name: total / used for name, total in sums.sums.items()}
+        return {
+            layer.name: sums.sums[layer.name] / used
+            if layer.name in sums.sums
+            else torch.zeros(2, *layer.shape, device=layer.device)
+            for layer in self.layers
+        }
 
 
 def _validation_rows(m: Measured) -> tuple[Tensor, Tensor]:
@@ -259,9 +266,3 @@ def _only(ok_B: Tensor, value: Tensor) -> Tensor:
     """Zeros where a row is not OK; a product with the mask would keep NaN."""
     shape = (-1,) + (1,) * (value.ndim - 1)
     return torch.where(ok_B.view(shape), value.to(ok_B.device), 0.0).float().cpu()
-
-
-def _by_layer(slices: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """(2, S, O, I) of each layer, from the (2, O, I) of each slice."""
-    layers = slices[0] if slices else {}
-    return {name: torch.stack([by_layer[name] for by_layer in slices], dim=1).cpu() for name in layers}

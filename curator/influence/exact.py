@@ -3,30 +3,34 @@
 The full gradient G = sum_t d_t a_t^T of a layer is whitened by its Kronecker factors, W = S^-1/2 G A^-1/2, and a
 score is the product of an example's W with a direction U = mean_v c_v W_v of validation examples.
 
-*   A direction needs two passes over its validation examples: one for their norms c_v = 1/|W_v|, one for U, which is a
-    single matrix product over all positions of a batch. Then it is carried back, D = S^-1/2 U A^-1/2, once.
+*   A direction needs two passes over its validation examples: one for their norms c_v = 1/|W_v|, one for
+    sum_v c_v G_v, a single matrix product over all positions of a batch. That is whitened once, and pulled back once,
+    D = S^-1/2 U A^-1/2.
 *   An arrival is not whitened: <U, W> = <D, G> = sum_t d_t^T D a_t, one product a layer and slice.
-*   Its own |W| is read off a sketch where that is cheaper (``curator.influence.sketch``).
+*   Its own |W| is read off a sketch where the recipe says so (``curator.influence.sketch``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from curator.errors import DirectionsOutdated
 from curator.influence.capture import Layer
-from curator.influence.curvature import times, under
-from curator.influence.dropout import together
+from curator.influence.curvature import plus, principal, times, under
+from curator.influence.dropout import at_least_float32, together
 from curator.influence.ghost import ghost_products, ghost_scores, ghost_terms
 from curator.influence.kronecker import KroneckerRoots
 from curator.influence.layers import Where, at
 from curator.influence.mixtures import Mixtures, weights
 from curator.influence.parts import Floats, PositionScores
+
+WIDEST_GRAM = 1024
+"""A wider side's leading directions are found by passes over the directions: a Gram matrix is cubic in the width."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +50,10 @@ class WhitenedDirections:
         both = {n: torch.einsum("rs,ksoi->kroi", weight_RS, u) for n, u in self.both_2SOI.items()}
         return WhitenedDirections(tuple(mixtures), both)
 
-    def carried(self, roots: KroneckerRoots) -> ExactDirections:
+    def pulled_back(self, roots: KroneckerRoots) -> ExactDirections:
         """What an arrival's gradient itself is multiplied by: D, computed where the roots are, on the CPU."""
         moved = {n: u.to(roots.inputs[n].device) for n, u in self.both_2SOI.items()}
-        return ExactDirections(self.names, {n: roots.carried(n, u).cpu() for n, u in moved.items()})
+        return ExactDirections(self.names, {n: roots.pull_back(n, u).cpu() for n, u in moved.items()})
 
 
 @dataclass(frozen=True)
@@ -79,12 +83,12 @@ class ExactDirections:
 
     def tensors(self) -> dict[str, Tensor]:
         """As named tensors; the names of the slices travel beside them, in this order."""
-        return {f"both/{n}": t for n, t in self.both_2SOI.items()}
+        return {f"preconditioned/{n}": t for n, t in self.both_2SOI.items()}
 
     @classmethod
     def of(cls, names: Sequence[str], tensors: Mapping[str, Tensor]) -> ExactDirections:
         """Back from ``tensors``."""
-        return cls(tuple(names), under("both/", tensors))
+        return cls(tuple(names), under("preconditioned/", tensors))
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ class LowRankDirections:
     singular value decomposition; De Lathauwer et al., SIAM J. Matrix Anal. 21, 2000), each direction scaled to one
     length first, so a faint one is not given up for a loud one. What is lost is known: by Cauchy and Schwarz an
     influence is off by at most ``mean_error_S`` times the example's |W|, a normalised influence by at most
-    ``unit_error_S``. L and R are kept carried back, as S^-1/2 L and A^-1/2 R.
+    ``unit_error_S``. L and R are kept pulled back, as S^-1/2 L and A^-1/2 R.
     """
 
     names: tuple[str, ...]
@@ -110,18 +114,29 @@ class LowRankDirections:
 
     @classmethod
     def fit(cls, whole: WhitenedDirections, roots: KroneckerRoots, rank: int) -> LowRankDirections:
-        """Cut directions down to ``rank`` rows and columns a layer, in float64; a side no wider is kept whole."""
-        roots = roots.to(torch.device("cpu"))
-        both = {n: roots.corrected(n, u.flatten(0, 1).double()) for n, u in whole.both_2SOI.items()}
-        square = torch.stack([u.square().sum(dim=(1, 2)) for u in both.values()]).sum(dim=0)
-        scale = torch.where(square > 0, square.rsqrt(), 0.0)[:, None, None]
-        left = {n: _leading((u * scale).transpose(1, 2).flatten(0, 1), rank) for n, u in both.items()}
-        right = {n: _leading((u * scale).flatten(0, 1), rank) for n, u in both.items()}
-        core = {n: left[n].T @ u @ right[n] for n, u in both.items()}
-        lost = [(left[n] @ core[n] @ right[n].T - u).square().sum(dim=(1, 2)) for n, u in both.items()]
-        unit_error_S, mean_error_S = torch.stack(lost).sum(dim=0).sqrt().chunk(2)
-        left = {n: roots.carried_output(n, x) for n, x in left.items()}
-        right = {n: roots.carried_input(n, x) for n, x in right.items()}
+        """Cut directions down to ``rank`` rows and columns a layer; a side no wider is kept whole.
+
+        In float64 where the roots are, a layer at a time.
+        """
+
+        def rotated(name: str) -> Tensor:
+            U_2SOI = whole.both_2SOI[name].to(roots.inputs[name].device).double()
+            return roots.corrected(name, U_2SOI.flatten(0, 1))
+
+        square_M = torch.stack([rotated(n).square().sum(dim=(1, 2)).cpu() for n in whole.both_2SOI]).sum(dim=0)
+        scale_M = torch.where(square_M > 0, square_M.rsqrt(), 0.0)
+        left: dict[str, Tensor] = {}
+        right: dict[str, Tensor] = {}
+        core: dict[str, Tensor] = {}
+        lost_M = torch.zeros_like(square_M)
+        for n in whole.both_2SOI:
+            U_MOI = rotated(n)
+            scaled = list(U_MOI * scale_M.to(U_MOI)[:, None, None])
+            L, R = _leading([u.T for u in scaled], rank), _leading(scaled, rank)
+            C = L.T @ U_MOI @ R
+            lost_M += (L @ C @ R.T - U_MOI).square().sum(dim=(1, 2)).cpu()
+            left[n], right[n], core[n] = roots.pull_back_output(n, L), roots.pull_back_input(n, R), C
+        unit_error_S, mean_error_S = lost_M.sqrt().chunk(2)
         return cls(whole.names, _floats(left), _floats(right), _floats(core), unit_error_S, mean_error_S)
 
     def scores(self, layer: Layer, a_BTI: Tensor, d_BTO: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -137,14 +152,16 @@ class LowRankDirections:
 
     def tensors(self) -> dict[str, Tensor]:
         """As named tensors; the names of the slices travel beside them, in this order."""
-        named = {"left": self.left_OR, "right": self.right_IR, "core": self.core}
+        named = {"preconditioned-left": self.left_OR, "preconditioned-right": self.right_IR, "core": self.core}
         errors = {"unit_error": self.unit_error_S, "mean_error": self.mean_error_S}
         return {f"{part}/{n}": t for part, by_layer in named.items() for n, t in by_layer.items()} | errors
 
     @classmethod
     def of(cls, names: Sequence[str], tensors: Mapping[str, Tensor]) -> LowRankDirections:
         """Back from ``tensors``."""
-        left, right, core = (under(part, tensors) for part in ("left/", "right/", "core/"))
+        left, right, core = (
+            under(part, tensors) for part in ("preconditioned-left/", "preconditioned-right/", "core/")
+        )
         return cls(tuple(names), left, right, core, tensors["unit_error"], tensors["mean_error"])
 
     def to(self, where: Where) -> LowRankDirections:
@@ -157,13 +174,15 @@ def _moved(by_layer: Mapping[str, Tensor], where: Where) -> dict[str, Tensor]:
     return {n: t.to(at(where, n)) for n, t in by_layer.items()}
 
 
-def _leading(rows_NI: Tensor, rank: int) -> Tensor:
-    """(I, r): an orthonormal basis of the leading right singular directions; everything where I is at most r."""
-    width = rows_NI.shape[1]
+def _leading(parts_NI: Sequence[Tensor], rank: int) -> Tensor:
+    """(I, r): an orthonormal basis of the leading right singular directions of all rows; all where I is at most r."""
+    width = parts_NI[0].shape[1]
     if width <= rank:
-        return torch.eye(width, dtype=rows_NI.dtype, device=rows_NI.device)
-    # By the Gram matrix: all slices' rows are many more than a layer is wide.
-    vectors: Tensor = torch.linalg.eigh(rows_NI.T @ rows_NI)[1]
+        return torch.eye(width, dtype=parts_NI[0].dtype, device=parts_NI[0].device)
+    if width > WIDEST_GRAM:
+        return principal(lambda: parts_NI, rank).vectors_kr
+    gram: Tensor = sum((rows.T @ rows for rows in parts_NI[1:]), parts_NI[0].T @ parts_NI[0])
+    vectors: Tensor = torch.linalg.eigh(gram)[1]
     return vectors.flip(1)[:, :rank].contiguous()
 
 
@@ -175,23 +194,23 @@ Towards = ExactDirections | LowRankDirections
 
 
 def directions_of(names: Sequence[str], tensors: Mapping[str, Tensor]) -> Towards:
-    """Back from the tensors of either kind."""
+    """Back from the tensors of either kind.
+
+    Raises:
+        DirectionsOutdated: they are of a release that whitened arrivals, and so say something else.
+    """
+    if not any(n.startswith("preconditioned") for n in tensors):
+        raise DirectionsOutdated()
     kind = LowRankDirections if "unit_error" in tensors else ExactDirections
     return kind.of(names, tensors)
-
-
-class Lengths(Protocol):
-    """|W|^2 of the examples of one layer, exact (``KroneckerRoots``) or read off a sketch (``KroneckerSketch``)."""
-
-    def square_B(self, layer: Layer, a_BTI: Tensor, d_BTO: Tensor) -> Tensor:
-        """(B,)."""
 
 
 @dataclass
 class ExactScores:
     """Reader: whitened norm of the full gradient, and its products with every slice's directions, by layer."""
 
-    lengths: Lengths
+    lengths: KroneckerRoots
+    """Whole or a sketch."""
     towards: Towards | None = None
     square_B: dict[str, Tensor] = field(default_factory=dict)
     gradient_square_B: dict[str, Tensor] = field(default_factory=dict)
@@ -263,12 +282,11 @@ def _numbers(ok_B: Tensor, part: Tensor) -> Floats:
 
 @dataclass
 class DirectionSums:
-    """Reader: sums over examples of weight * W, one (S, O, I) tensor a layer, for S weightings at once.
+    """Reader: sums over examples of weight * G, one (S, O, I) tensor a layer, for S weightings at once.
 
     Set ``weight_SB`` before each batch. An example with weights zero leaves no trace, whatever its values.
     """
 
-    roots: KroneckerRoots
     weight_SB: Tensor
     sums: dict[str, Tensor] = field(default_factory=dict)
 
@@ -276,7 +294,8 @@ class DirectionSums:
         """Add one layer."""
         weight_SB = self.weight_SB.to(d_BTO.device)
         used = (weight_SB > 0).any(dim=0)
-        a, d = self.roots.whiten(layer, a_BTI[used], d_BTO[used])
+        a_NI, d = at_least_float32(a_BTI[used]).flatten(0, 1), at_least_float32(d_BTO[used])
         weighted = [d * weight_B[used, None, None].to(d.dtype) for weight_B in weight_SB]
-        total = self.roots.corrected(layer.name, torch.stack([x.flatten(0, 1).T @ a.flatten(0, 1) for x in weighted]))
-        self.sums[layer.name] = self.sums[layer.name] + total if layer.name in self.sums else total
+        self.sums[layer.name] = plus(
+            self.sums.get(layer.name), torch.stack([x.flatten(0, 1).T @ a_NI for x in weighted])
+        )

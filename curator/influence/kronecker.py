@@ -14,7 +14,7 @@ from torch import Tensor
 
 from curator.influence.capture import Layer
 from curator.influence.curvature import inverse_root, plus, times, under
-from curator.influence.ghost import ghost_inner, weighted_inner
+from curator.influence.ghost import LARGEST_STRIPE, ghost_inner, weighted_inner
 from curator.influence.layers import Where, at
 
 WIDEST_FACTOR = 8192
@@ -22,6 +22,9 @@ WIDEST_FACTOR = 8192
 
 LARGEST_CHUNK = 1 << 24
 """Elements of a float64 copy made at once while sums are accumulated."""
+
+LARGEST_WHOLE = 1 << 24
+"""Elements of the largest gradient that is formed whole, to be whitened late: 64 MB."""
 
 
 @dataclass
@@ -80,7 +83,7 @@ class KroneckerSums:
 
 @dataclass(frozen=True)
 class KroneckerRoots:
-    """A^-1/2 (I, I) and S^-1/2 (O, O) by layer; a vector is a diagonal.
+    """A^-1/2 (I, I) and S^-1/2 (O, O) by layer; a vector is a diagonal. A sketch of them has fewer columns.
 
     Or, with ``corrections`` R (O, I), their eigenvectors: then W = R o (Q_S^T G Q_A) (``curator.influence.ekfac``).
     """
@@ -95,28 +98,43 @@ class KroneckerRoots:
         return times(a_BTI, A), times(d_BTO, S)
 
     def square_B(self, layer: Layer, a_BTI: Tensor, d_BTO: Tensor) -> Tensor:
-        """|W|^2 of each example, (B,)."""
-        a, d = self.whiten(layer, a_BTI, d_BTO)
-        if (R_OI := self.corrections.get(layer.name)) is None:
-            return ghost_inner(a, d)
-        return weighted_inner(a, d, R_OI)
+        """|W|^2 of each example, (B,), each side whitened where that takes fewer multiplications (``cheapest``)."""
+        A, S, R_OI = self.inputs[layer.name], self.outputs[layer.name], self.corrections.get(layer.name)
+        a_late, d_late = cheapest(a_BTI.shape[1], A, S)
+        a = a_BTI.to(A.dtype) if a_late else times(a_BTI, A)
+        d = d_BTO.to(S.dtype) if d_late else times(d_BTO, S)
+        if not (a_late or d_late):
+            return ghost_inner(a, d) if R_OI is None else weighted_inner(a, d, R_OI)
+        size = max(LARGEST_STRIPE // (a.shape[2] * d.shape[2]), 1)
+        found = []
+        for a_bTI, d_bTO in zip(torch.split(a, size), torch.split(d, size), strict=True):
+            W = d_bTO.transpose(1, 2) @ a_bTI
+            W = times(W.transpose(1, 2), S).transpose(1, 2) if d_late else W
+            W = times(W, A) if a_late else W
+            found.append((W if R_OI is None else W * R_OI).square().sum(dim=(1, 2)))
+        return torch.cat(found)
+
+    def whitened(self, name: str, G: Tensor) -> Tensor:
+        """W of gradients, (..., O, I) both."""
+        half = times(G, self.inputs[name]).transpose(-1, -2)
+        return self.corrected(name, times(half, self.outputs[name]).transpose(-1, -2))
 
     def corrected(self, name: str, U: Tensor) -> Tensor:
-        """R o U: makes <U, W> a product with the rotated gradient, and a sum of rotated gradients one of W."""
+        """R o U: makes <U, W> a product with the rotated gradient, and a rotated gradient W."""
         return U * self.corrections[name].to(U) if name in self.corrections else U
 
-    def carried(self, name: str, U: Tensor) -> Tensor:
-        """D with <D, G> = <U, W> for the gradient G of any example, (..., O, I) both: whitening, transposed."""
-        half = self.carried_input(name, self.corrected(name, U).transpose(-1, -2))
-        return self.carried_output(name, half.transpose(-1, -2)).contiguous()
+    def pull_back(self, name: str, U: Tensor) -> Tensor:
+        """D with <D, G> = <U, W> for the gradient G of any example, (..., O, I) both: ``whitened``, transposed."""
+        half = self.pull_back_input(name, self.corrected(name, U).transpose(-1, -2))
+        return self.pull_back_output(name, half.transpose(-1, -2)).contiguous()
 
-    def carried_input(self, name: str, x: Tensor) -> Tensor:
+    def pull_back_input(self, name: str, x: Tensor) -> Tensor:
         """Columns (..., I, R) of the whitened input space, for inputs that are not whitened."""
-        return _from_left(self.inputs[name], x)
+        return from_left(self.inputs[name], x)
 
-    def carried_output(self, name: str, x: Tensor) -> Tensor:
+    def pull_back_output(self, name: str, x: Tensor) -> Tensor:
         """The same of outputs, (..., O, R)."""
-        return _from_left(self.outputs[name], x)
+        return from_left(self.outputs[name], x)
 
     def to(self, where: Where) -> KroneckerRoots:
         """The same matrices elsewhere."""
@@ -134,7 +152,25 @@ class KroneckerRoots:
         return cls(*(under(part, tensors) for part in ("in/", "out/", "correction/")))
 
 
-def _from_left(M: Tensor, x: Tensor) -> Tensor:
+def cheapest(positions: int, A: Tensor, S: Tensor) -> tuple[bool, bool]:
+    """Whether inputs and whether outputs are whitened late: not their T vectors, but G, once both sides have met.
+
+    T^2 of one side's width are then those of the other side: of an adapter of rank 8 on 512 positions, a 64th.
+    """
+
+    def products(a_late: bool, d_late: bool) -> int:
+        columns, rows = A.shape[0 if a_late else -1], S.shape[0 if d_late else -1]
+        before = positions * ((not a_late) * A.numel() + (not d_late) * S.numel())
+        return before + positions * rows * columns + d_late * S.numel() * columns + a_late * A.numel() * S.shape[-1]
+
+    if len(A) * len(S) > LARGEST_WHOLE:
+        return False, False
+    ways = [(a_late, d_late) for a_late in (False, True) for d_late in (False, True)]
+    return min(ways, key=lambda way: products(*way))
+
+
+def from_left(M: Tensor, x: Tensor) -> Tensor:
+    """M x, where a vector M is a diagonal."""
     M = M.to(x)
     return M[:, None] * x if M.ndim == 1 else M @ x
 

@@ -1,60 +1,44 @@
-"""|W| of a whitened gradient from a few random products of it, where that is cheaper than W.
+"""|W| of a whitened gradient from a few random products of it, where a side is wide.
 
 With random signs P (p, O) and Q (p, I), E|P W Q^T|^2 / p^2 = |W|^2, and P W Q^T = sum_t (P S^-1/2 d_t)(Q A^-1/2 a_t)^T
 takes T p (O + I) multiplications an example, as P S^-1/2 and Q A^-1/2 are multiplied once; whitening the sides takes
 T (O^2 + I^2) and forming W T O I. It is the factored projection of LoGra (arXiv:2405.13954) of whitened gradients,
-used for their length alone. The relative variance of a layer's |W|^2 is at most (1 + 2 / p)^2 - 1, which a gradient of
-rank one reaches; layers are independent, so that of the whole is that over their number, if they are of one size. All
-scores of an example share its error, which changes no order of slices.
+used for their length alone. A side that is not much wider than p is left whole: of an adapter, the other one is
+sketched. The relative variance of a layer's |W|^2 is at most 2 / p for each sketched side, (1 + 2 / p)^2 - 1 for both,
+which a gradient of rank one reaches; layers are independent, so that of the whole is that over their number, if they
+are of one size. All scores of an example share its error, which changes no order of slices; that of examples it does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from curator.influence.capture import Layer
-from curator.influence.curvature import times
 from curator.influence.dropout import stream
-from curator.influence.kronecker import KroneckerRoots
+from curator.influence.kronecker import KroneckerRoots, from_left
 
-CHEAPER = 2
-"""A layer is sketched where the products it takes are by this factor fewer than those of its gradient."""
+WIDE = 2
+"""A side is sketched where it is at least so many times as wide as the sketch."""
 
 
-@dataclass(frozen=True)
-class KroneckerSketch:
-    """S^-1/2 P^T (O, p) and A^-1/2 Q^T (I, p), over sqrt(p), of the layers that are sketched."""
+def sketched(roots: KroneckerRoots, size: int, seed: int) -> KroneckerRoots:
+    """Roots whose ``square_B`` is unbiased for that of ``roots``: S^-1/2 P^T and A^-1/2 Q^T over sqrt(p), p = ``size``.
 
-    roots: KroneckerRoots
-    inputs: Mapping[str, Tensor]
-    outputs: Mapping[str, Tensor]
+    Eigenvalue-corrected curvature has no factors to carry a sketch through, and stays whole.
+    """
 
-    @classmethod
-    def draw(cls, roots: KroneckerRoots, size: int, seed: int) -> KroneckerSketch:
-        """The sketch of a recipe, p = ``size``; eigenvalue-corrected curvature has no factors to carry it through."""
-        sides = {n: (len(S), len(roots.inputs[n])) for n, S in roots.outputs.items() if n not in roots.corrections}
-        chosen = [n for n, (o, i) in sides.items() if CHEAPER * size * (o + i) <= o * i]
+    def side(which: str, by_layer: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {n: root if n in roots.corrections else sketch(which, n, root) for n, root in by_layer.items()}
 
-        def signs(name: str, width: int, side: str, like: Tensor) -> Tensor:
-            raw = stream(f"{seed}/{name}/{width}/{size}/sketch {side}", size * width)
-            found = (raw & np.uint64(1)).astype(np.float32).reshape(width, size) * 2 - 1
-            return torch.from_numpy(found / np.float32(size**0.5)).to(like)
+    def sketch(which: str, name: str, root: Tensor) -> Tensor:
+        width = len(root)
+        if width < WIDE * size:
+            return root
+        raw = stream(f"{seed}/{name}/{width}/{size}/sketch {which}", size * width)
+        signs = (raw & np.uint64(1)).astype(np.float32).reshape(width, size) * 2 - 1
+        return from_left(root, torch.from_numpy(signs / np.float32(size**0.5)).to(root))
 
-        return cls(
-            roots,
-            {n: roots.carried_input(n, signs(n, sides[n][1], "in", roots.inputs[n])) for n in chosen},
-            {n: roots.carried_output(n, signs(n, sides[n][0], "out", roots.outputs[n])) for n in chosen},
-        )
-
-    def square_B(self, layer: Layer, a_BTI: Tensor, d_BTO: Tensor) -> Tensor:
-        """|W|^2 of each example, (B,), unbiased; exact where the layer has one position, or is not sketched."""
-        name = layer.name
-        if a_BTI.shape[1] == 1 or name not in self.inputs:
-            return self.roots.square_B(layer, a_BTI, d_BTO)
-        a_BTp, d_BTp = times(a_BTI, self.inputs[name]), times(d_BTO, self.outputs[name])
-        return (d_BTp.transpose(1, 2) @ a_BTp).square().sum(dim=(1, 2))
+    return KroneckerRoots(side("in", roots.inputs), side("out", roots.outputs), roots.corrections)

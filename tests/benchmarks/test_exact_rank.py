@@ -58,7 +58,7 @@ def taken(world: World, a: Attributor, towards: Towards, sketch: int) -> tuple[M
 
 
 def ways(a: Attributor, whole) -> Iterator[tuple[str, Towards, int]]:
-    yield from ((f"all rows and columns, sketch of {p}", whole.carried(a.fitted.roots), p) for p in SKETCHES)
+    yield from ((f"all rows and columns, sketch of {p}", whole.pulled_back(a.fitted.roots), p) for p in SKETCHES)
     cuts = {rank: LowRankDirections.fit(whole, a.fitted.roots, rank) for rank in RANKS}
     yield from ((f"rank {rank}", cut, 0) for rank, cut in cuts.items())
     yield CHOSEN, cuts[64], 32
@@ -82,7 +82,7 @@ def test_the_default_keeps_the_order_of_exact_scores(tmp_path, monkeypatch):
     asked = mixture.sources_asked(world)
     a = mixture.fitted(world, asked)
     whole = a.whitened_directions({name: [b for _, b in world.batches(rows)] for name, rows in asked.rows.items()})
-    m, exact = taken(world, a, whole.carried(a.fitted.roots), 0)
+    m, exact = taken(world, a, whole.pulled_back(a.fitted.roots), 0)
     slices = {name: [world.measured(a, rows)] for name, rows in asked.rows.items()}
     stored = scoring.score(m.unit_BK.half(), m.whitened_norm_B, a.directions(slices))
     mask = Taken(*(x.double().numpy() for x in (stored.normalised_BS, stored.influence_BS)), 0.0)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from curator.errors import LayersUnreached, NoCurvature, StateMismatch, UnknownMeasurement, UnknownRecipeField
 from curator.influence import naive, scoring
@@ -176,6 +177,37 @@ def test_spoilt_trusted_examples_change_neither_curvature_nor_direction():
     torch.testing.assert_close(
         b.directions({"all": [b.measure(spoilt)]}).tensors(), a.directions({"all": [a.measure(trusted)]}).tensors()
     )
+
+
+class Either(nn.Module):
+    """Two experts of which a batch sees one."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared, self.left, self.right = nn.Linear(5, 4), nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return (self.left if float(x.sum()) < 0 else self.right)(torch.tanh(self.shared(x)))
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_slice_that_never_reaches_an_expert_has_no_direction_in_it(rank):
+    torch.manual_seed(0)
+    model, losses = Either(), case("rows").losses
+    (x, y), (more, _) = case("rows").batch(6, 1, 0), case("rows").batch(3, 1, 1)
+    x, more = x.float().abs(), more.float().abs()
+    left, right = (-x, y), (x, y)
+    a = Attributor.fit(model, losses, [left, right], spec(exact_rank=rank))
+    towards = a.exact_directions({"left": [left], "right": [right], "both": [left, right]})
+    for arrived, other in (((-more, y[:3]), "right"), ((more, y[:3]), "left")):
+        alone = a.exact_directions({other: [(x if other == "right" else -x, y)]})
+        found = a.measure(arrived, towards).exact_BS
+        assert found.isfinite().all()
+        assert float((found[:, 2] - found[:, :2].mean(dim=1)).abs().max()) < 1e-5 or rank
+        own = a.by_position(arrived, alone).normalised
+        unseen = "left" if other == "right" else "right"
+        assert not own[unseen].any()
+        assert own["shared"].any()
 
 
 def test_an_empty_batch_is_measured_to_nothing():

@@ -20,7 +20,7 @@ from curator.influence.curvature import (
 )
 from curator.influence.dropout import draw
 from curator.influence.ghost import ghost_scores
-from curator.influence.kronecker import KroneckerRoots, KroneckerSums
+from curator.influence.kronecker import KroneckerRoots, KroneckerSums, cheapest
 
 SLICES = {"a": slice(0, 3), "b": slice(3, 7)}
 
@@ -170,7 +170,7 @@ def test_kronecker_roots_equal_the_explicit_kronecker_matrix():
 @pytest.mark.parametrize("is_corrected", [False, True])
 @pytest.mark.parametrize("is_wide", [False, True])
 @pytest.mark.parametrize("positions", [1, 5])
-def test_directions_are_carried_back_to_gradients_that_are_not_whitened(
+def test_directions_are_pulled_back_to_gradients_that_are_not_whitened(
     monkeypatch, positions, is_wide, is_corrected, most
 ):
     """And |W|^2 and |G|^2 beside them; a wide side is known by its diagonal."""
@@ -185,10 +185,42 @@ def test_directions_are_carried_back_to_gradients_that_are_not_whitened(
     roots = KroneckerRoots({"l": A}, {"l": S}, {"l": R} if is_corrected else {})
     G = d.transpose(1, 2) @ a
     W = (S.diag() if is_wide else S).T @ G @ A * (R if is_corrected else 1)
-    products, square = ghost_scores(a, d, roots.carried("l", U))
+    products, square = ghost_scores(a, d, roots.pull_back("l", U))
     torch.testing.assert_close(products, torch.einsum("boi,soi->bs", W, U))
     torch.testing.assert_close(square, G.square().sum(dim=(1, 2)))
     torch.testing.assert_close(roots.square_B(_Named, a, d), W.square().sum(dim=(1, 2)))
+    torch.testing.assert_close(roots.whitened("l", G), W)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "positions", "late"),
+    [
+        (((4, 4), (3, 3)), 1, (False, False)),
+        (((9, 9), (2, 2)), 5, (True, False)),  # an adapter's first matrix: O is small
+        (((2, 2), (9, 9)), 5, (False, True)),  # its second
+        (((4, 4), (3, 3)), 50, (True, True)),  # a convolution: more positions than either side is wide
+        (((9, 3), (8, 2)), 2, (False, False)),  # a sketch of both sides
+        (((9,), (2, 2)), 50, (True, True)),  # a diagonal
+    ],
+)
+@pytest.mark.parametrize("is_corrected", [False, True])
+@pytest.mark.parametrize("count", [0, 5])
+def test_a_side_is_whitened_where_that_takes_less_and_the_length_is_the_same(
+    monkeypatch, shapes, positions, late, is_corrected, count
+):
+    g = torch.Generator().manual_seed(6)
+    A, S = (torch.randn(shape, generator=g, dtype=torch.float64) for shape in shapes)
+    a, d = (torch.randn(count, positions, len(M), generator=g, dtype=torch.float64) for M in (A, S))
+    R = {"l": torch.randn(S.shape[-1], A.shape[-1], generator=g, dtype=torch.float64)} if is_corrected else {}
+    roots = KroneckerRoots({"l": A}, {"l": S}, R)
+    W = S.T @ d.transpose(1, 2) @ a @ (A.diag() if A.ndim == 1 else A)
+    expected = (W * R["l"] if R else W).square().sum(dim=(1, 2))
+    assert cheapest(positions, A, S) == late
+    monkeypatch.setattr("curator.influence.kronecker.LARGEST_STRIPE", 40)
+    torch.testing.assert_close(roots.square_B(_Named, a, d), expected)
+    monkeypatch.setattr("curator.influence.kronecker.LARGEST_WHOLE", 1)
+    assert cheapest(positions, A, S) == (False, False)
+    torch.testing.assert_close(roots.square_B(_Named, a, d), expected)
 
 
 def test_a_wide_factor_keeps_its_diagonal(monkeypatch):

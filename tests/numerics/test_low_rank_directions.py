@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curator.influence import naive
+from curator.errors import DirectionsOutdated
+from curator.influence import exact, naive
 from curator.influence.attribution import Attributor, RecipeSpec
 from curator.influence.exact import ExactScores, LowRankDirections, directions_of
 from tests.numerics.small_models import case
@@ -32,7 +33,7 @@ def test_scores_of_low_rank_stay_within_the_error_that_is_stated(kind, curvature
     arrived, whole = c.batch(count, 2, seed + 500), a.whitened_directions(slices)
     cut = LowRankDirections.fit(whole, a.fitted.roots, rank)
     exact, approximate = (
-        a.measure(arrived, whole.carried(a.fitted.roots)),
+        a.measure(arrived, whole.pulled_back(a.fitted.roots)),
         a.measure(arrived, directions_of(cut.names, cut.tensors())),
     )
     length = ExactScores(a.fitted.roots)
@@ -45,7 +46,10 @@ def test_scores_of_low_rank_stay_within_the_error_that_is_stated(kind, curvature
 
 
 @pytest.mark.parametrize("curvature", ["kfac", "ekfac"])
-def test_the_cut_is_the_projection_onto_the_leading_rows_and_columns(curvature):
+@pytest.mark.parametrize("widest", [0, 1024])
+def test_the_cut_is_the_projection_onto_the_leading_rows_and_columns(monkeypatch, curvature, widest):
+    """By a Gram matrix, or by passes: which are exact as long as the width is within the rank and its surplus."""
+    monkeypatch.setattr("curator.influence.exact.WIDEST_GRAM", widest)
     _, a, slices = fitted("positions", exact_curvature=curvature)
     whole, roots = a.whitened_directions(slices), a.fitted.roots
     cut, corrections = LowRankDirections.fit(whole, roots, 2), roots.corrections
@@ -61,8 +65,8 @@ def test_the_cut_is_the_projection_onto_the_leading_rows_and_columns(curvature):
     for m, (before, after) in enumerate(zip(U, expected, strict=True)):
         for n in before:
             found = cut.left_OR[n].double() @ cut.core[n][m].double() @ cut.right_IR[n].double().T
-            carried = roots.outputs[n].double() @ torch.from_numpy(after[n]) @ roots.inputs[n].double().T
-            np.testing.assert_allclose(found, carried, atol=1e-5 * float(carried.norm()))
+            back = roots.outputs[n].double() @ torch.from_numpy(after[n]) @ roots.inputs[n].double().T
+            np.testing.assert_allclose(found, back, atol=1e-5 * float(back.norm()))
         lost = naive.norm({n: after[n] - before[n] for n in before})
         errors = [*cut.unit_error_S.tolist(), *cut.mean_error_S.tolist()]
         assert errors[m] == pytest.approx(lost, rel=1e-6)
@@ -82,7 +86,33 @@ def test_a_cut_keeps_less_and_a_higher_rank_loses_less():
     _, a, slices = fitted("positions")
     whole = a.whitened_directions(slices)
     cuts = [LowRankDirections.fit(whole, a.fitted.roots, rank) for rank in (1, 2, 3, 4)]
-    numbers = [sum(t.numel() for t in found.tensors().values()) for found in (cuts[0], whole.carried(a.fitted.roots))]
+    numbers = [
+        sum(t.numel() for t in found.tensors().values()) for found in (cuts[0], whole.pulled_back(a.fitted.roots))
+    ]
     assert numbers[0] < numbers[1]
     errors = [float(cut.unit_error_S.square().sum()) for cut in cuts]
     assert errors == sorted(errors, reverse=True)
+
+
+def test_a_wide_side_is_cut_by_passes_to_what_its_directions_span():
+    """Forty wide, nine directions of three rows: 27 of them matter, and fewer are cut as well as a Gram matrix does."""
+    g = torch.Generator().manual_seed(4)
+    rows = [torch.randn(3, 40, generator=g, dtype=torch.float64) * 0.6**n for n in range(9)]
+    for rank in (5, 27):
+        by_passes, by_gram = (leading(rows, rank, widest) for widest in (0, 1024))
+        torch.testing.assert_close(by_passes @ by_passes.T, by_gram @ by_gram.T, atol=1e-6, rtol=0)
+
+
+def leading(rows, rank, widest):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exact, "WIDEST_GRAM", widest)
+        return exact._leading(rows, rank)
+
+
+def test_directions_of_an_earlier_release_are_refused():
+    """They meant something else under the same name: an arrival was whitened before it met them."""
+    _, a, slices = fitted("rows")
+    now = a.whitened_directions(slices).pulled_back(a.fitted.roots).tensors()
+    for former in ({n.replace("preconditioned", "both"): t for n, t in now.items()}, {"left/l": torch.zeros(2, 1)}):
+        with pytest.raises(DirectionsOutdated, match="an earlier release"):
+            directions_of(["s0", "s1", "s2"], former)

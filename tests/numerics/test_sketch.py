@@ -1,14 +1,18 @@
 """|W| from a sketch: its draw, unbiased within the variance that is stated, exact where nothing is saved."""
 
 import hashlib
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from curator.influence.attribution import Attributor, RecipeSpec
+from curator.influence.exact import ExactScores
 from curator.influence.kronecker import KroneckerRoots
-from curator.influence.sketch import KroneckerSketch
+from curator.influence.sketch import sketched
+from tests.numerics.small_models import case
 
 LAYER = SimpleNamespace(name="l")
 N_OUT, N_IN, P = 24, 32, 4
@@ -27,7 +31,7 @@ def roots(is_wide=False, corrections=None):
 
 @pytest.mark.parametrize("is_wide", [False, True])
 def test_it_is_the_length_of_random_products_of_the_whitened_gradient(is_wide):
-    found, (a, d) = KroneckerSketch.draw(roots(is_wide), P, 7), matrices((3, 5, N_IN), (3, 5, N_OUT))
+    found, (a, d) = sketched(roots(is_wide), P, 7), matrices((3, 5, N_IN), (3, 5, N_OUT))
 
     def signs(width, side):
         key = int.from_bytes(hashlib.sha256(f"7/l/{width}/{P}/sketch {side}".encode()).digest()[:16], "little")
@@ -45,23 +49,50 @@ def test_it_is_the_length_of_random_products_of_the_whitened_gradient(is_wide):
 def test_it_is_unbiased_and_varies_as_stated(rank):
     """Over 2,000 draws; a gradient of rank one comes near the bound, one of more is below it."""
     a, d = matrices((1, rank, N_IN), (1, rank, N_OUT))
-    a, d = (torch.cat([x, torch.zeros(1, 1, x.shape[2])], dim=1).double() for x in (a, d))  # two positions at least
     r = roots()
     exact = float(r.square_B(LAYER, a, d))
-    drawn = np.array([float(KroneckerSketch.draw(r, P, seed).square_B(LAYER, a, d)) for seed in range(2000)]) / exact
+    drawn = np.array([float(sketched(r, P, seed).square_B(LAYER, a, d)) for seed in range(2000)]) / exact
     bound = (1 + 2 / P) ** 2 - 1
     assert abs(drawn.mean() - 1) < 4 * np.sqrt(bound / 2000)
     assert drawn.var() < bound * 1.15
     assert (drawn.var() > bound / 2) == (rank == 1)
 
 
-@pytest.mark.parametrize(
-    "changes", [{"size": 7}, {"corrections": {"l": torch.ones(N_OUT, N_IN, dtype=torch.float64)}}, {"positions": 1}]
-)
-def test_it_is_exact_where_nothing_is_saved(changes):
-    """Layers not much wider than the sketch, corrected eigenvalues, one position."""
-    changes = {"size": P, "corrections": {}, "positions": 5} | changes
-    r, (a, d) = roots(corrections=changes["corrections"]), matrices((3, 5, N_IN), (3, 5, N_OUT))
-    a, d = a[:, : changes["positions"]], d[:, : changes["positions"]]
-    found = KroneckerSketch.draw(r, changes["size"], 0)
-    assert torch.equal(found.square_B(LAYER, a, d), r.square_B(LAYER, a, d))
+@pytest.mark.parametrize("size", [P, 13])
+def test_a_narrow_side_is_left_whole(size):
+    """Twice the sketch, or wider: both are sketched at 4, the wider alone at 13, none at 17."""
+    r, found = roots(), sketched(roots(), size, 0)
+    assert found.inputs["l"].shape == (N_IN, size)
+    assert found.outputs["l"].shape == ((N_OUT, size) if size == P else (N_OUT, N_OUT))
+    whole = sketched(r, 17, 0)
+    assert torch.equal(whole.inputs["l"], r.inputs["l"])
+
+
+@pytest.mark.parametrize("size", [P, 13])
+def test_one_side_varies_less(size):
+    a, d = matrices((1, 1, N_IN), (1, 1, N_OUT))
+    exact = float(roots().square_B(LAYER, a, d))
+    drawn = np.array([float(sketched(roots(), size, seed).square_B(LAYER, a, d)) for seed in range(2000)]) / exact
+    bound = (1 + 2 / P) ** 2 - 1 if size == P else 2 / size
+    assert abs(drawn.mean() - 1) < 4 * np.sqrt(bound / 2000)
+    assert bound / 2 < drawn.var() < bound * 1.15
+
+
+def test_corrected_eigenvalues_have_no_sketch():
+    r = roots(corrections={"l": torch.ones(N_OUT, N_IN, dtype=torch.float64)})
+    assert sketched(r, P, 0) == r
+
+
+@pytest.mark.parametrize("size", [0, 2])
+def test_what_is_measured_reads_its_lengths_off_the_sketch_of_its_recipe_and_of_no_batch(size):
+    """And its directions are of whole lengths, whatever the sketch."""
+    c = case("positions")
+    a = Attributor.fit(c.model, c.losses, [c.batch(6, 3, 1)], RecipeSpec(dimension=24, exact_sketch=size))
+    towards, arrived = a.exact_directions({"s": [c.batch(6, 3, 2)]}), c.batch(4, 3, 3)
+    lengths = ExactScores(sketched(a.fitted.roots, size, 0) if size else a.fitted.roots, towards)
+    a._pass(arrived, lengths)
+    torch.testing.assert_close(a.measure(arrived, towards).exact_BS, lengths.normalised_BS().float())
+    plain = Attributor(c.model, c.losses, replace(a.spec, exact_sketch=0), a.fitted)
+    torch.testing.assert_close(plain.exact_directions({"s": [c.batch(6, 3, 2)]}).both_2SOI, towards.both_2SOI)
+    whole = plain.measure(arrived, towards).exact_BS
+    assert torch.allclose(a.measure(arrived, towards).exact_BS, whole) == (size == 0)
