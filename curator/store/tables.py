@@ -383,7 +383,12 @@ gradients = Table(
     Column("gradient_norm", REAL, comment="of the full gradient of the captured layers"),
     Column("whitened_norm", REAL, comment="of the kept entries; its square is the self-influence"),
     Column("direction_set_id", BigInteger, comment="the directions `exact` was taken against, on arrival"),
-    Column("exact", ARRAY(REAL), comment="un-compressed normalised influence on each of them"),
+    Column(
+        "exact",
+        ARRAY(REAL),
+        comment="normalised influence on each of them before the mask: of [scores] exact_rank rows and columns a layer "
+        "and lengths off [scores] exact_sketch products a side, whole where these are 0",
+    ),
     Column("tokens", Integer, nullable=False, server_default="1", comment="what the workload counts of the record"),
     Column("cut_tokens", Integer, nullable=False, server_default="0", comment="beyond the limit: not seen"),
     Column("embedding_similarity", ARRAY(REAL), comment="control: of the last hidden states, with each of them"),
