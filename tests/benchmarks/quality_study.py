@@ -1,6 +1,6 @@
 """Quality per byte: what each recipe's stored vectors say of retraining, at equal size.
 
-python -m tests.benchmarks.quality_study [--minutes M] [--model MLP] [--stage overconfident] [--seed 0]
+python -m tests.benchmarks.quality_study [--minutes M] [--model MLP] [--stage overconfident] [--seed 0] [--headline]
 
 Each recipe of each scene at each size is one result in results/quality_per_byte.json, written as it ends: a run does as
 much as begins within its minutes, and a later one goes on.
@@ -354,14 +354,14 @@ def steps(judge: Judge, seed: int) -> Iterator[tuple[str, int, Callable[[], Foun
     yield from sorted(rows, key=lambda row: row[0] not in HEADLINE)
 
 
-def wanted(name: str, size: int, seed: int, model: str) -> bool:
-    """Seeds after the first repeat the headline and its controls alone."""
+def is_headline(name: str, size: int, model: str) -> bool:
+    """What seeds after the first repeat; controls are of size 0."""
     sizes = (*HEADLINE_SIZES, 32768) if model == "transformer" else HEADLINE_SIZES
-    return seed == 0 or size == 0 or (name in HEADLINE and size in sizes)
+    return size == 0 or (name in HEADLINE and size in sizes)
 
 
-def study(store: Store, model: str, stage: int, seed: int, end: float) -> None:
-    """All of one scene that is not there yet and begins before ``end``."""
+def study(store: Store, model: str, stage: int, seed: int, end: float, headline: bool = False) -> None:
+    """All of one scene, or its headline alone, that is not there yet and begins before ``end``."""
     scene = quality.scene(model, stage, seed)
     judge = Judge.of(scene)
     store.scene(model, stage)["about"][str(seed)] = {
@@ -371,7 +371,8 @@ def study(store: Store, model: str, stage: int, seed: int, end: float) -> None:
     }
     for name, size, run in steps(judge, seed):
         key = (name, size, seed)
-        if store.get(model, stage, key) or not wanted(name, size, seed, model) or time.monotonic() > end:
+        left_out = (headline or seed) and not is_headline(name, size, model)
+        if left_out or store.get(model, stage, key) or time.monotonic() > end:
             continue
         first = store.get(model, stage, (name, size, 0)) if seed else None
         judge.dampings = {k: first["scores"][k].get("damping") for k in KINDS} if first else None
@@ -391,6 +392,7 @@ def main() -> None:
     parser.add_argument("--model", choices=[*SETTINGS], action="append")
     parser.add_argument("--stage", choices=STAGES, action="append")
     parser.add_argument("--seed", type=int, action="append")
+    parser.add_argument("--headline", action="store_true", help="of the first seed, too, what the others repeat alone")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     end, store = time.monotonic() + 60 * asked.minutes, Store()
@@ -398,7 +400,7 @@ def main() -> None:
         for model in asked.model or SETTINGS:
             for stage in (STAGES.index(s) for s in asked.stage or STAGES):
                 if time.monotonic() < end:
-                    study(store, model, stage, seed, end)
+                    study(store, model, stage, seed, end, asked.headline)
     quality_page.write(RESULTS, __doc__)
 
 
