@@ -7,7 +7,8 @@ import os
 import signal
 import threading
 from functools import cached_property
-from typing import Any, NoReturn
+from importlib import import_module
+from typing import Any, NoReturn, cast
 
 from celery import Task
 
@@ -18,7 +19,7 @@ from curator.stages.folders import Watcher
 from curator.stages.turn import StageModule, Turn
 from curator.store import migrate, work
 from curator.store.engine import read
-from curator.types import Counts
+from curator.types import Counts, Stage
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +27,11 @@ LEAST_IDLE_SECONDS = 10.0
 
 stopping = threading.Event()
 """Set when the process is asked to stop: the turn ends with its batch, and gives nothing half-done away."""
+
+
+def module_of(stage: Stage) -> StageModule:
+    """The code of a stage. Loaded when there is work for it: most of them need torch, and that takes seconds."""
+    return cast(StageModule, import_module(f"curator.stages.{stage}"))
 
 
 class StageTask(Task):  # type: ignore[misc]
@@ -41,22 +47,25 @@ class StageTask(Task):  # type: ignore[misc]
         """The process's connections."""
         return shared.runtime
 
-    def turn(self, stage: StageModule) -> str:
+    def turn(self, stage: Stage) -> str:
         """Run a stage until the table is empty or the turn is over, then wake whoever has work now.
 
         A database that is away, or of another release, is no error of the task: the scheduler rings again.
         """
+        chosen = self.runtime.settings
         try:
             with read(self.runtime.engine) as connection:
                 migrate.require_revision(connection)  # it may have been upgraded while this process runs
-            counts = shared.turn.run(stage, self.runtime.settings.limits.turn_seconds)
+                if not work.pending(connection, [stage], backfill=chosen.schedule.backfill):
+                    return str(Counts())
+            counts = shared.turn.run(module_of(stage), chosen.limits.turn_seconds)
             with read(self.runtime.engine) as connection:
-                left = work.claimable(connection, backfill=self.runtime.settings.schedule.backfill)
+                left = work.claimable(connection, backfill=chosen.schedule.backfill)
         except DeviceLost as error:
-            refused(stage.STAGE, error)
+            refused(stage, error)
             _leave(error.exit_code)
         except CuratorError as error:
-            return refused(stage.STAGE, error)
+            return refused(stage, error)
         if counts != Counts():
             self.runtime.wake(*left)
         return str(counts)

@@ -11,8 +11,6 @@ import signal
 import sys
 from collections.abc import Sequence
 from functools import partial
-from importlib import import_module
-from typing import cast
 
 from sqlalchemy import Connection
 
@@ -20,20 +18,15 @@ from curator import settings
 from curator.errors import CuratorError
 from curator.runtime import Runtime
 from curator.stages import likeness, upkeep
-from curator.stages.turn import StageModule, Turn
+from curator.stages.turn import Turn
 from curator.store import fidelity, migrate, offers, work
 from curator.store.engine import read, transact
 from curator.types import Stage
-from workers.base import stopping
+from workers.base import module_of, stopping
 
 STAGES: tuple[Stage, ...] = tuple(Stage)
 PATIENCE_SECONDS = 0.5
 STOPPED = 128 + signal.SIGTERM
-
-
-def module_of(stage: Stage) -> StageModule:
-    """The code of a stage. Loaded when there is work for it: most of them need torch, and that takes seconds."""
-    return cast(StageModule, import_module(f"curator.stages.{stage}"))
 
 
 def drain(runtime: Runtime, stages: Sequence[Stage]) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from celery import shared_task
 
-from curator.stages import verifications
 from curator.types import TASKS, Stage
 from workers.base import StageTask
 
@@ -12,4 +11,4 @@ from workers.base import StageTask
 @shared_task(base=StageTask, bind=True, name=TASKS[Stage.VERIFICATIONS])  # type: ignore[untyped-decorator]
 def run(self: StageTask) -> str:
     """Drain the stage for one turn."""
-    return self.turn(verifications)
+    return self.turn(Stage.VERIFICATIONS)

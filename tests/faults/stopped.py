@@ -14,6 +14,7 @@ from curator.stages import turn
 from curator.store import work
 from curator.types import Counts, Lease
 from workers import drain
+from workers.base import module_of
 
 LONG = 20.0
 
@@ -48,7 +49,7 @@ def compute_for(seconds: float, stage: Any) -> None:
 def main(seconds: float, names: list[str]) -> None:
     turn.LOOK_SECONDS = 0.2
     turn.STOP_SECONDS = 0.2 if seconds > LONG else LONG
-    modules = {stage: drain.module_of(stage) for stage in drain.STAGES if stage in names}
+    modules = {stage: module_of(stage) for stage in drain.STAGES if stage in names}
     children = {}
     for stage, module in modules.items():
         child = os.fork()

@@ -11,7 +11,6 @@ from sqlalchemy import Engine, text
 
 from curator.errors import DatabaseDown, SchemaBehind
 from curator.settings import Settings
-from curator.stages import examples
 from curator.store import migrate, work
 from curator.store.engine import begin, make_engine, read
 from curator.types import Counts, Stage
@@ -54,12 +53,12 @@ def test_a_worker_that_runs_notices_that_the_schema_was_upgraded(
 ) -> None:
     """It takes no more work, says why at every ring, and goes on if that was a mistake."""
     task = base.StageTask()
-    assert task.turn(examples) == str(Counts())
+    assert task.turn(Stage.EXAMPLES) == str(Counts())
     with begin(engine) as connection:
         work.offer(connection, Stage.EXAMPLES, [1], kind="file")
     revise(engine, NEWER)
     with caplog.at_level(logging.WARNING):
-        assert task.turn(examples) == SchemaBehind.code
+        assert task.turn(Stage.EXAMPLES) == SchemaBehind.code
     assert "curator db upgrade" in caplog.text
     with read(engine) as connection:
         assert connection.scalars(text("SELECT state FROM curator.work")).all() == ["ready"]

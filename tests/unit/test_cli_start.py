@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 from curator import __version__, errors
 from curator.cli import COMMANDS, main
 from curator.settings import load
+from curator.types import Stage
 
 CURATOR = [sys.executable, "-c", "from curator.cli import main; main(prog_name='curator')"]
 
@@ -44,21 +45,10 @@ def test_every_command_of_the_table_exists_without_torch_and_has_help(name: str)
     assert "Usage:" in result.output
 
 
-def test_no_module_of_the_command_line_imports_torch() -> None:
-    package = Path(errors.__file__).parent
-    modules = [
-        f"curator.{path.parent.name}.{path.stem}"
-        for folder in ("cli", "views", "store")
-        for path in sorted((package / folder).glob("[a-z]*.py"))
-    ]
-    script = f"import importlib, sys\nfor m in {modules}: importlib.import_module(m)\nprint('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"
-
-
-def test_a_drain_loads_torch_only_once_a_stage_needs_it() -> None:
-    """It takes longer than all else that a drain without work does."""
-    script = "import sys, workers.drain\nprint('torch' in sys.modules)"
+def test_workers_the_scheduler_and_a_drain_load_torch_only_once_a_stage_needs_it() -> None:
+    """It takes longer than all else that they do before that; a scheduler never has any use for it."""
+    modules = ", ".join(f"workers.{name}" for name in ("drain", "scheduler", "upkeep", *Stage))
+    script = f"import sys, {modules}\nprint('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 
