@@ -72,14 +72,19 @@ SHAPES = {
 }
 WHOLE = RecipeSpec(dimension=1984, measurement="loss", exact_norm=True, exact_sketch=32)
 LOW = replace(WHOLE, exact_norm=False, exact_rank=64)
+DEFAULT = "exact scores of rank 64, norm estimated (the default)"
+BARE = "no exact scores, norm estimated"
 MODES = {
-    "exact scores of rank 64, norm estimated (the default)": LOW,
+    DEFAULT: LOW,
     "exact scores of rank 32, norm estimated": replace(LOW, exact_rank=32),
     "exact scores and norm (the default of other kinds)": WHOLE,
     "the same, lengths without a sketch": replace(WHOLE, exact_sketch=0),
     "no exact scores, exact norm": replace(WHOLE, exact=False),
-    "no exact scores, norm estimated": replace(LOW, exact=False),
+    BARE: replace(LOW, exact=False),
 }
+PEERS_SIZE = 256
+"""Numbers a layer that the peers store: ten times what the default has at GPT-2-small's size."""
+AS_MANY = {f"{name}; {PEERS_SIZE} numbers a layer": MODES[name] for name in (DEFAULT, BARE)}
 PLAIN, FLOOR, NONE = "plain forward + backward", "frozen weights, nothing captured", "none"
 
 
@@ -126,7 +131,8 @@ class Job:
     def steps(self) -> dict[str, steps.Step]:
         """The plain step, the least that any capture costs, and what curator does at each setting."""
         found = {PLAIN: self.plain, FLOOR: self.floor}
-        return found | {name: self.measuring(spec) for name, spec in MODES.items()}
+        found |= {name: self.measuring(spec) for name, spec in MODES.items()}
+        return found | {name: self.measuring(spec, PEERS_SIZE) for name, spec in AS_MANY.items()}
 
     def plain(self) -> None:
         """As a trainer has it: the model's own loss."""
@@ -147,9 +153,11 @@ class Job:
             for weight in weights:
                 weight.requires_grad_(True)
 
-    def measuring(self, spec: RecipeSpec) -> steps.Step:
+    def measuring(self, spec: RecipeSpec, numbers: int = 0) -> steps.Step:
+        """With the recipe's dimension, or so many numbers a layer."""
         layers = find_layers(self.model, self.workload.layers(self.model))
-        spec = replace(spec, layers=tuple(layer.name for layer in layers))
+        dimension = numbers * len(layers) or spec.dimension
+        spec = replace(spec, layers=tuple(layer.name for layer in layers), dimension=dimension)
         attributor = Attributor(self.model, base.losses_of(self.workload), spec, unfitted(layers, spec, self.device))
         towards = directions(layers, spec, self.device) if spec.exact else None
         return lambda: [attributor.measure(batch, towards) for batch in self.batches()]
@@ -255,7 +263,8 @@ def _line(who: str, run: Mapping[str, Any]) -> str:
 EXPLAINED = """Tokens a second; times as fast as the plain step of the same round, median over rounds with lowest and
 highest; peak of live allocations above the model, and over the plain step's. On a CPU: one thread, float32, the
 processor's time, as the machine had other work; on a GPU bfloat16 and the wall's. Llamas from configuration with tied
-heads, random tokens, no padding; curator's steps are ``Attributor.measure``, results on the CPU, at dimension 1,984;
+heads, random tokens, no padding; curator's steps are ``Attributor.measure``, results on the CPU, at dimension 1,984
+unless said otherwise, the peers' builds of 256 numbers a layer (21,504 at GPT-2-small's size);
 the head is captured by none. Matrices of the right shapes stand in for curvature and for the directions of one slice.
 """
 
@@ -275,7 +284,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batches", type=int, default=2, help="in a step")
-    parser.add_argument("--only", action="append", default=[], choices=[NONE, FLOOR, *MODES], help="of curator's steps")
+    parser.add_argument(
+        "--only", action="append", default=[], choices=[NONE, FLOOR, *MODES, *AS_MANY], help="of curator's steps"
+    )
     parser.add_argument("--peer", action="append", default=[], choices=[*PEERS, "all"])
     parser.add_argument("--keep", type=Path, help="where environments stay")
     asked = parser.parse_args()
