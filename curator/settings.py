@@ -135,9 +135,9 @@ class Scores:
         default="auto",
         metadata={"doc": "rows and columns a layer of exact directions; 0: all; auto: 64 for a language model, or all"},
     )
-    exact_sketch: int | Literal["auto"] = field(
-        default="auto",
-        metadata={"doc": "products a side that exact scores' lengths are read off; 0: all; auto: 32 for text, or 0"},
+    exact_sketch: int = field(
+        default=32,
+        metadata={"doc": "products a side that exact scores' lengths are read off, in wide layers; 0: the whole"},
     )
     measurement: Literal["auto", "margin", "calibrated", "loss"] = field(
         default="auto",

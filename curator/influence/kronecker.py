@@ -78,6 +78,7 @@ class KroneckerSums:
         return KroneckerRoots(
             {n: inverse_root(A / max(self.positions[n], 1), damping).float() for n, A in self.inputs.items()},
             {n: inverse_root(S / max(self.examples[n], 1), damping).float() for n, S in self.outputs.items()},
+            positions={n: count / max(self.examples[n], 1) for n, count in self.positions.items()},
         )
 
 
@@ -91,6 +92,8 @@ class KroneckerRoots:
     inputs: Mapping[str, Tensor]
     outputs: Mapping[str, Tensor]
     corrections: Mapping[str, Tensor] = field(default_factory=dict)
+    positions: Mapping[str, float] = field(default_factory=dict)
+    """Of an example of the sample, on average."""
 
     def whiten(self, layer: Layer, a_BTI: Tensor, d_BTO: Tensor) -> tuple[Tensor, Tensor]:
         """A^-1/2 a and S^-1/2 d: the factors of the whitened full gradient."""
@@ -139,17 +142,20 @@ class KroneckerRoots:
     def to(self, where: Where) -> KroneckerRoots:
         """The same matrices elsewhere."""
         by_part = (self.inputs, self.outputs, self.corrections)
-        return KroneckerRoots(*({n: t.to(at(where, n)) for n, t in by_layer.items()} for by_layer in by_part))
+        inputs, outputs, corrections = ({n: t.to(at(where, n)) for n, t in of.items()} for of in by_part)
+        return KroneckerRoots(inputs, outputs, corrections, self.positions)
 
     def tensors(self) -> dict[str, Tensor]:
         """As named tensors."""
-        named = {"in": self.inputs, "out": self.outputs, "correction": self.corrections}
+        positions = {n: torch.tensor(mean, dtype=torch.float64) for n, mean in self.positions.items()}
+        named = {"in": self.inputs, "out": self.outputs, "correction": self.corrections, "positions": positions}
         return {f"{part}/{n}": t for part, by_layer in named.items() for n, t in by_layer.items()}
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> KroneckerRoots:
         """Back from ``tensors``."""
-        return cls(*(under(part, tensors) for part in ("in/", "out/", "correction/")))
+        positions = {n: float(mean) for n, mean in under("positions/", tensors).items()}
+        return cls(under("in/", tensors), under("out/", tensors), under("correction/", tensors), positions)
 
 
 def cheapest(positions: int, A: Tensor, S: Tensor) -> tuple[bool, bool]:

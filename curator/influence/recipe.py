@@ -26,9 +26,10 @@ class RecipeSpec:
     Kronecker factors of the full layers too; their ``exact_curvature`` is ``kfac``, or ``ekfac``, which takes one more
     pass over the trusted data. ``exact_rank`` cuts the exact directions of all slices to so many rows and columns a
     layer (0: none), for many slices or wide layers (``LowRankDirections``); ``exact_sketch`` reads the length of an
-    arrival's whitened gradient off so many of its random products a side, where a side is wide (0: none,
-    ``curator.influence.sketch``). ``exact_norm`` takes the norm of the full gradient, at about the price of the weight
-    gradients that the pass saves; without it the norm is estimated from the kept entries (``KeptEntries``).
+    arrival's whitened gradient off so many of its random products a side, where a side is wide and an example has
+    several positions (0: none, ``curator.influence.sketch``). ``exact_norm`` takes the norm of the full gradient, at
+    about the price of the weight gradients that the pass saves; without it the norm is estimated from the kept entries
+    (``KeptEntries``).
 
     ``importance`` draws the mask by measured gradients (``rms``) instead of evenly (``none``), ``budget`` shares
     ``dimension`` over the layers evenly (``uniform``) or by their part of the gradient's ``energy``; both take one

@@ -25,8 +25,8 @@ from curator.stages.trusted import Roles
 from curator.store import directions, offers, recipes, retention, validation, work
 from curator.types import Record, Stage
 
-LANGUAGE_RANK, TEXT_SKETCH = 64, 32
-"""Of a language model's exact directions, and of the lengths of any model of text: docs/decisions/0055."""
+LANGUAGE_RANK = 64
+"""Of the exact directions of a language model, unless the settings say otherwise: docs/decisions/0055."""
 
 
 def add_checkpoint(connection: Connection, settings: Settings, name: str, path: Path, digest: bytes) -> int | None:
@@ -156,10 +156,9 @@ def spec(settings: Settings) -> dict[str, Any]:
     """What decides the meaning of a gradient, as plain values: half of a recipe's key."""
     asked, scores = settings.gradients, settings.scores
     is_language = settings.workload.kind == "causal-lm"
-    is_text = is_language or settings.workload.kind == "text-classifier"
     exact = {
         "exact_rank": _unless_auto(scores.exact_rank, LANGUAGE_RANK if is_language else 0),
-        "exact_sketch": _unless_auto(scores.exact_sketch, TEXT_SKETCH if is_text else 0),
+        "exact_sketch": scores.exact_sketch,
     }
     return {
         "workload": {

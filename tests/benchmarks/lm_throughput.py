@@ -158,12 +158,13 @@ class Job:
         layers = find_layers(self.model, self.workload.layers(self.model))
         dimension = numbers * len(layers) or spec.dimension
         spec = replace(spec, layers=tuple(layer.name for layer in layers), dimension=dimension)
-        attributor = Attributor(self.model, base.losses_of(self.workload), spec, unfitted(layers, spec, self.device))
+        fitted = unfitted(layers, spec, self.device, self.id_NT.shape[1])
+        attributor = Attributor(self.model, base.losses_of(self.workload), spec, fitted)
         towards = directions(layers, spec, self.device) if spec.exact else None
         return lambda: [attributor.measure(batch, towards) for batch in self.batches()]
 
 
-def unfitted(layers: tuple[Layer, ...], spec: RecipeSpec, device: str) -> Fitted:
+def unfitted(layers: tuple[Layer, ...], spec: RecipeSpec, device: str, positions: float) -> Fitted:
     """Matrices of the right shapes in place of curvature: what a pass costs does not depend on what is in them."""
     masks = draw_masks(layers, spec)
     whole = columns(masks)
@@ -172,7 +173,8 @@ def unfitted(layers: tuple[Layer, ...], spec: RecipeSpec, device: str) -> Fitted
     def root(width: int) -> Tensor:
         return torch.eye(width, device=device) if width <= WIDEST_FACTOR else torch.ones(width, device=device)
 
-    roots = KroneckerRoots({x.name: root(x.n_in) for x in layers}, {x.name: root(x.n_out) for x in layers})
+    inputs, outputs = ({x.name: root(x.shape[side]) for x in layers} for side in (1, 0))
+    roots = KroneckerRoots(inputs, outputs, positions={x.name: positions for x in layers})
     return Fitted(masks, whitening, roots if spec.exact else None, 1.0)
 
 

@@ -23,10 +23,11 @@ def matrices(*shapes):
     return [torch.randn(*shape, generator=g, dtype=torch.float64) for shape in shapes]
 
 
-def roots(is_wide=False, corrections=None):
+def roots(is_wide=False, corrections=None, positions=5.0):
     A, S = matrices((N_IN, N_IN), (N_OUT, N_OUT))
     A = A + A.T
-    return KroneckerRoots({"l": A.diagonal() if is_wide else A}, {"l": S + S.T}, corrections or {})
+    inputs = {"l": A.diagonal() if is_wide else A}
+    return KroneckerRoots(inputs, {"l": S + S.T}, corrections or {}, {"l": positions})
 
 
 @pytest.mark.parametrize("is_wide", [False, True])
@@ -78,9 +79,21 @@ def test_one_side_varies_less(size):
     assert bound / 2 < drawn.var() < bound * 1.15
 
 
-def test_corrected_eigenvalues_have_no_sketch():
-    r = roots(corrections={"l": torch.ones(N_OUT, N_IN, dtype=torch.float64)})
+@pytest.mark.parametrize(
+    "whole", [{"corrections": {"l": torch.ones(N_OUT, N_IN, dtype=torch.float64)}}, {"positions": 1.0}]
+)
+def test_corrected_eigenvalues_and_layers_of_one_position_have_no_sketch(whole):
+    r = roots(**whole)
     assert sketched(r, P, 0) == r
+
+
+@pytest.mark.parametrize(("kind", "most"), [("rows", 1.0), ("positions", 2.0)])
+def test_how_many_positions_an_example_has_is_part_of_the_recipe(kind, most):
+    c = case(kind)
+    a = Attributor.fit(c.model, c.losses, [c.batch(6, 2, 1)], RecipeSpec(dimension=24))
+    back = Attributor.from_state(c.model, c.losses, a.spec, a.state())
+    assert back.fitted.roots.positions == a.fitted.roots.positions
+    assert back.fitted.roots.positions["out" if kind == "positions" else "second"] == most
 
 
 @pytest.mark.parametrize("size", [0, 2])

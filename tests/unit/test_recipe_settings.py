@@ -38,7 +38,7 @@ PLAIN = Settings(project=Path("/nowhere"))
         ("scores.curvature", "fisher"),
         ("scores.exact_curvature", "ekfac"),
         ("scores.exact_rank", 4),
-        ("scores.exact_sketch", 8),
+        ("scores.exact_sketch", 0),
     ],
 )
 def test_what_changes_the_meaning_of_a_vector_changes_its_recipe(key: str, value: Any) -> None:
@@ -68,26 +68,17 @@ def test_where_a_model_is_does_not_either_but_a_factorys_options_are_its_own(kin
 @pytest.mark.parametrize(
     ("kind", "asked", "expected"),
     [
-        ("torch", {}, (True, 0, 0, "margin")),
-        ("text-classifier", {}, (True, 0, 32, "margin")),
-        ("causal-lm", {}, (False, 64, 32, "loss")),
-        (
-            "causal-lm",
-            {"exact_norm": "yes", "exact_rank": "0", "exact_sketch": "0", "measurement": "margin"},
-            (True, 0, 0, "margin"),
-        ),
-        (
-            "torch",
-            {"exact_norm": False, "exact_rank": 12, "exact_sketch": 8, "measurement": "loss"},
-            (False, 12, 8, "loss"),
-        ),
+        ("torch", {}, (True, 0, "margin")),
+        ("causal-lm", {}, (False, 64, "loss")),
+        ("causal-lm", {"exact_norm": "yes", "exact_rank": "0", "measurement": "margin"}, (True, 0, "margin")),
+        ("torch", {"exact_norm": False, "exact_rank": 12, "measurement": "loss"}, (False, 12, "loss")),
     ],
 )
 def test_a_language_model_has_defaults_of_its_own_which_give_way(tmp_path, kind, asked, expected):
     (tmp_path / "curator.toml").write_text(f'[workload]\nkind = "{kind}"\n', encoding="utf-8")
     flags = {f"{'gradients' if name == 'exact_norm' else 'scores'}.{name}": value for name, value in asked.items()}
     spec = recipes.spec(settings.load(tmp_path, environ={}, flags=flags))["gradients"]
-    assert tuple(spec[name] for name in ("exact_norm", "exact_rank", "exact_sketch", "measurement")) == expected
+    assert tuple(spec[name] for name in ("exact_norm", "exact_rank", "measurement")) == expected
 
 
 def test_how_exact_scores_are_taken_is_nothing_to_a_recipe_without_them():
@@ -95,12 +86,11 @@ def test_how_exact_scores_are_taken_is_nothing_to_a_recipe_without_them():
     assert recipes.spec(without) == recipes.spec(replace(without, scores=Scores(exact_rank=4, exact_sketch=8)))
 
 
-@pytest.mark.parametrize("name", ["exact_rank", "exact_sketch"])
 @pytest.mark.parametrize("value", ["some", "-1", 1.5, True])
-def test_a_rank_or_a_sketch_is_a_number_or_auto(tmp_path, name, value):
+def test_a_rank_is_a_number_or_auto(tmp_path, value):
     (tmp_path / "curator.toml").write_text("", encoding="utf-8")
-    with pytest.raises(BadSetting, match=name):
-        settings.load(tmp_path, environ={}, flags={f"scores.{name}": value})
+    with pytest.raises(BadSetting, match="exact_rank"):
+        settings.load(tmp_path, environ={}, flags={"scores.exact_rank": value})
 
 
 def test_settings_offer_what_the_engine_knows() -> None:
