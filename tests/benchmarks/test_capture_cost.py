@@ -217,7 +217,7 @@ def check(found: dict[str, dict[str, tuple[float, float, float, float]]]) -> Non
     """What must hold; NOISE is what a busy machine adds.
 
     Only shown is what misses the goal: a convolutional net pays for a coordinate mask at every output pixel, and the
-    vectors of 256 examples take as much memory as all of the MLP's step. Exact scores have no goal but a language model's.
+    vectors of 256 examples take as much memory as all of the MLP's step. Exact scores have a goal in language models.
     """
     block, rows = list(found.values())[:2]
     assert max(block[name][1] for name in ("neuron mask", STORED)) <= 0.85
