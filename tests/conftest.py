@@ -23,8 +23,6 @@ from curator.store import migrate
 from curator.store.engine import make_engine
 from tests import digits
 
-# Two cores are shared by the test, the workers it starts and the servers.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("CURATOR_LIMITS_LEASE_SECONDS", "5")
 # What is tested is what is installed, in the processes that tests start too: not the checkout they start in.
 os.environ.setdefault("PYTHONSAFEPATH", "1")
