@@ -23,8 +23,6 @@ from curator.store import migrate
 from curator.store.engine import make_engine
 from tests import digits
 
-# Two cores are shared by the test, the workers it starts and the servers.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("CURATOR_LIMITS_LEASE_SECONDS", "5")
 # What is tested is what is installed, in the processes that tests start too: not the checkout they start in.
 os.environ.setdefault("PYTHONSAFEPATH", "1")
@@ -128,7 +126,8 @@ def database_url(server: str, template: str) -> Iterator[str]:
 def _database(server: str, template: str) -> Iterator[str]:
     name = f"test_{os.getpid()}_{next(_numbers)}"
     with admin(server) as connection:
-        connection.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
+        # A copy of the files: nobody waits for a disk here, and writing each page to the log takes longer.
+        connection.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}" STRATEGY file_copy')
     yield sibling(server, name)
     with admin(server) as connection:
         connection.execute(f'DROP DATABASE "{name}" WITH (FORCE)')

@@ -36,7 +36,7 @@ def another_world(server: str) -> Iterator[str]:
     """A database with a world in it; the world itself must be made by then."""
     name = f"world_{next(_numbers)}"
     with admin(server) as connection:
-        connection.execute(f"CREATE DATABASE {name} TEMPLATE world".encode())
+        connection.execute(f"CREATE DATABASE {name} TEMPLATE world STRATEGY file_copy".encode())
     yield sibling(server, name)
     with admin(server) as connection:
         connection.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
