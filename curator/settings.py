@@ -104,7 +104,7 @@ class Gradients:
     code_dimension: int = field(default=960, metadata={"doc": "numbers stored of an example, where there is a code"})
     layers: tuple[str, ...] = field(default=(), metadata={"doc": "name patterns; empty: every linear layer"})
     seed: int = 0
-    exact: bool = field(default=True, metadata={"doc": "un-compressed scores on arrival"})
+    exact: bool = field(default=True, metadata={"doc": "scores before the mask, on arrival"})
     exact_norm: bool | Literal["auto"] = field(
         default="auto",
         metadata={"doc": "norms of full gradients; false: estimated by the mask; auto: false for a language model"},
@@ -447,8 +447,7 @@ def _convert(key: str, hint: Any, value: object, origin: str) -> object:
             raise bad("one of " + ", ".join(map(repr, get_args(hint))))
         return value
     if get_origin(hint) in (typing.Union, types.UnionType):
-        other, words = get_args(hint)
-        return value if value in get_args(words) else _convert(key, other, value, origin)
+        return _convert_or_word(key, hint, value, origin)
     if get_origin(hint) is tuple:
         return _convert_names(value, bad)
     if hint is bool:
@@ -460,6 +459,17 @@ def _convert(key: str, hint: Any, value: object, origin: str) -> object:
     if get_origin(hint) is Mapping:
         return _convert_table(get_args(hint)[1], value, bad)
     raise bad("text")
+
+
+def _convert_or_word(key: str, hint: Any, value: object, origin: str) -> object:
+    other, words = get_args(hint)
+    if value in get_args(words):
+        return value
+    try:
+        return _convert(key, other, value, origin)
+    except BadSetting as error:
+        expected = " or ".join([str(error.facts["expected"]), *map(repr, get_args(words))])
+        raise BadSetting(key=key, value=value, origin=origin, expected=expected) from None
 
 
 def _convert_table(values: Any, table: object, bad: typing.Callable[[str], BadSetting]) -> Mapping[str, object]:

@@ -31,7 +31,7 @@ from curator.influence.exact import (
 )
 from curator.influence.fitting import Fitted, Losses
 from curator.influence.kept import KeptEntries
-from curator.influence.kronecker import KroneckerRoots
+from curator.influence.kronecker import KroneckerRoots, Lengths
 from curator.influence.layers import device_of
 from curator.influence.measured import Measured, Signal
 from curator.influence.mixtures import Mixtures
@@ -118,7 +118,7 @@ class Attributor:
         return loss_B.to(self.device)
 
     @cached_property
-    def _lengths(self) -> KroneckerRoots:
+    def _lengths(self) -> Lengths:
         size = self.spec.exact_sketch
         return sketched(self._roots(), size, self.spec.seed) if size else self._roots()
 
@@ -133,7 +133,8 @@ class Attributor:
         unit_BK, whitened_B = self.fitted.encoding.units(kept.g_BK(loss_B))
         formed_B = exact.gradient_norm_B() if exact and self.spec.exact_norm else None
         gradient_B = (kept.norm_B() if formed_B is None else formed_B).to(self.device)
-        state_B = _states(loss_B, gradient_B, whitened_B)
+        read = [exact.norm_B(), *exact.normalised_BS().T, *exact.influence_BS().T] if exact else []
+        state_B = _states(whitened_B, loss_B, gradient_B, *(value_B.to(self.device) for value_B in read))
         ok_B = state_B == Signal.OK
         return Measured(
             unit_BK=_only(ok_B, unit_BK),
@@ -168,7 +169,7 @@ class Attributor:
         loss_B = self._pass(batch, kept)
         encoding, g_BK = self.fitted.encoding, kept.g_BK(loss_B)
         norm_B = encoding.units(g_BK)[1]
-        ok_B = _states(loss_B, kept.norm_B().to(self.device), norm_B) == Signal.OK
+        ok_B = _states(norm_B, loss_B, kept.norm_B().to(self.device)) == Signal.OK
         unit_SK, whitened_SK = (encoding.pull_back(u.to(self.device)) for u in (towards.unit_SK, towards.whitened_SK))
         x_BK, own_BK = _only(ok_B, g_BK), _only(ok_B, encoding.dual(g_BK))
         return parts.split(x_BK, own_BK, _only(ok_B, norm_B), unit_SK.cpu(), whitened_SK.cpu(), self.fitted.columns)
@@ -199,6 +200,8 @@ class Attributor:
     def exact_directions(self, slices: Mapping[str, Sequence[Any]], mixtures: Mixtures | None = None) -> Towards:
         """Un-compressed directions of each slice from its batches, in two passes over them; of the recipe's rank.
 
+        On the CPU where the device has no memory for what is done behind the passes.
+
         Args:
             slices: batches by the name of their slice.
             mixtures: the directions asked for as weighted sums of the slices; without, they are the slices.
@@ -210,7 +213,14 @@ class Attributor:
         whole = self.whitened_directions(slices)
         whole = whole if mixtures is None else whole.mixed(mixtures)
         rank = self.spec.exact_rank
-        return LowRankDirections.fit(whole, self._roots(), rank) if rank else whole.pulled_back(self._roots())
+
+        def made(roots: KroneckerRoots) -> Towards:
+            return LowRankDirections.fit(whole, roots, rank) if rank else whole.pulled_back(roots)
+
+        try:
+            return made(self._roots())
+        except torch.OutOfMemoryError:
+            return made(self._roots().to(torch.device("cpu")))
 
     def whitened_directions(self, slices: Mapping[str, Sequence[Any]]) -> WhitenedDirections:
         """What ``exact_directions`` are made of.
@@ -219,13 +229,15 @@ class Attributor:
             NoCurvature: as there.
         """
         roots, means = self._roots(), [self._mean_gradients(batches) for batches in slices.values()]
-        return WhitenedDirections(
-            tuple(slices),
-            {n: torch.stack([roots.whitened(n, mean[n]) for mean in means], dim=1).cpu() for n in roots.inputs},
-        )
+
+        def whitened(name: str) -> Tensor:
+            device = roots.inputs[name].device
+            return torch.stack([roots.whitened(name, mean.pop(name).to(device)).cpu() for mean in means], dim=1)
+
+        return WhitenedDirections(tuple(slices), {name: whitened(name) for name in roots.inputs})
 
     def _mean_gradients(self, batches: Sequence[Any]) -> dict[str, Tensor]:
-        """By layer a tensor (2, O, I): the mean of G / |W| and of G; zeros where no example reached the layer."""
+        """By layer a tensor (2, O, I) on the CPU: the mean of G / |W| and of G; zeros where no example reached it."""
         sums = DirectionSums(torch.zeros(2, 0))
         used = 0
         for batch in batches:
@@ -238,12 +250,8 @@ class Attributor:
             used += int(ok_B.sum())
         if not used:
             raise NoCurvature()
-        return {
-            layer.name: sums.sums[layer.name] / used
-            if layer.name in sums.sums
-            else torch.zeros(2, *layer.shape, device=layer.device)
-            for layer in self.layers
-        }
+        found = {name: (total / used).cpu() for name, total in sums.sums.items()}
+        return {layer.name: found.get(layer.name, torch.zeros(2, *layer.shape)) for layer in self.layers}
 
 
 def _validation_rows(m: Measured) -> tuple[Tensor, Tensor]:
@@ -251,8 +259,9 @@ def _validation_rows(m: Measured) -> tuple[Tensor, Tensor]:
     return m.unit_BK[m.ok_B], (m.whitened_norm_B * m.measurement_B)[m.ok_B]
 
 
-def _states(loss_B: Tensor, gradient_B: Tensor, whitened_B: Tensor) -> Tensor:
-    finite_B = loss_B.isfinite() & gradient_B.isfinite() & whitened_B.isfinite()
+def _states(whitened_B: Tensor, *read: Tensor) -> Tensor:
+    """An example with any figure that is not finite is not OK in any of them."""
+    finite_B = torch.stack([value_B.isfinite() for value_B in (whitened_B, *read)]).all(dim=0)
     state_B = torch.where(whitened_B > 0, int(Signal.OK), int(Signal.NO_SIGNAL))
     return torch.where(finite_B, state_B, int(Signal.NONFINITE)).to(torch.int8)
 

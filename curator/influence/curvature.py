@@ -183,7 +183,7 @@ def _power(values: Tensor, least: Tensor) -> Tensor:
 
 
 def times(x: Tensor, root: Root) -> Tensor:
-    """The product with a symmetric matrix, or with a diagonal given as a vector, in the matrix's precision."""
+    """The product with a matrix, or with a diagonal given as a vector, in the matrix's precision."""
     if isinstance(root, LowRankRoot):
         return root.apply(x)
     x = x.to(root.dtype)

@@ -24,7 +24,7 @@ from curator.influence.capture import Layer
 from curator.influence.curvature import plus, principal, times, under
 from curator.influence.dropout import at_least_float32, together
 from curator.influence.ghost import ghost_products, ghost_scores, ghost_terms
-from curator.influence.kronecker import KroneckerRoots
+from curator.influence.kronecker import KroneckerRoots, Lengths
 from curator.influence.layers import Where, at
 from curator.influence.mixtures import Mixtures, weights
 from curator.influence.parts import Floats, PositionScores
@@ -95,56 +95,65 @@ class ExactDirections:
 class LowRankDirections:
     """The same in a common basis of r_o rows and r_i columns a layer: U_s is taken for L C_s R^T.
 
-    For many slices or wide layers: a layer takes r_o r_i numbers a direction instead of O I, and T r (O + I) products
-    an example instead of T O I. L and R span the leading directions of all slices together (a truncated higher-order
-    singular value decomposition; De Lathauwer et al., SIAM J. Matrix Anal. 21, 2000), each direction scaled to one
-    length first, so a faint one is not given up for a loud one. What is lost is known: by Cauchy and Schwarz an
-    influence is off by at most ``mean_error_S`` times the example's |W|, a normalised influence by at most
-    ``unit_error_S``. L and R are kept pulled back, as S^-1/2 L and A^-1/2 R.
+    For many slices or wide layers: a layer takes r_o r_i numbers a direction instead of O I, and T (r_o O + r_i I)
+    products an example instead of T O I; where that is no fewer, as of an adapter's thin matrix, it is kept whole.
+    L and R span the leading directions of all slices together (a truncated higher-order singular value decomposition;
+    De Lathauwer et al., SIAM J. Matrix Anal. 21, 2000), each direction scaled to one length first, so a faint one is
+    not given up for a loud one. What is lost is known: by Cauchy and Schwarz an influence is off by at most
+    ``mean_error_S`` times the example's |W|, a normalised influence by at most ``unit_error_S``. L and R are kept
+    pulled back, as S^-1/2 L and A^-1/2 R.
     """
 
     names: tuple[str, ...]
     left_OR: Mapping[str, Tensor]
     right_IR: Mapping[str, Tensor]
     core: Mapping[str, Tensor]
+    whole: ExactDirections
     unit_error_S: Tensor
     mean_error_S: Tensor
 
     forms_gradients = False
 
     @classmethod
-    def fit(cls, whole: WhitenedDirections, roots: KroneckerRoots, rank: int) -> LowRankDirections:
+    def fit(cls, whitened: WhitenedDirections, roots: KroneckerRoots, rank: int) -> LowRankDirections:
         """Cut directions down to ``rank`` rows and columns a layer; a side no wider is kept whole.
 
         In float64 where the roots are, a layer at a time.
         """
-
-        def rotated(name: str) -> Tensor:
-            U_2SOI = whole.both_2SOI[name].to(roots.inputs[name].device).double()
-            return roots.corrected(name, U_2SOI.flatten(0, 1))
-
-        square_M = torch.stack([rotated(n).square().sum(dim=(1, 2)).cpu() for n in whole.both_2SOI]).sum(dim=0)
-        scale_M = torch.where(square_M > 0, square_M.rsqrt(), 0.0)
+        square_M = torch.stack(
+            [_rotated(whitened, roots, n).square().sum(dim=(1, 2)).cpu() for n in whitened.both_2SOI]
+        )
+        length_M = square_M.sum(dim=0).sqrt()
         left: dict[str, Tensor] = {}
         right: dict[str, Tensor] = {}
         core: dict[str, Tensor] = {}
-        lost_M = torch.zeros_like(square_M)
-        for n in whole.both_2SOI:
-            U_MOI = rotated(n)
-            scaled = list(U_MOI * scale_M.to(U_MOI)[:, None, None])
-            L, R = _leading([u.T for u in scaled], rank), _leading(scaled, rank)
+        uncut: dict[str, Tensor] = {}
+        lost_M = torch.zeros_like(length_M)
+        for n, both_2SOI in whitened.both_2SOI.items():
+            if not _pays(both_2SOI.shape[2:], rank):
+                uncut[n] = both_2SOI
+                continue
+            U_MOI = _rotated(whitened, roots, n)
+            U_MOI *= _inverse(length_M).to(U_MOI)[:, None, None]
+            L, R = _leading([U_OI.T for U_OI in U_MOI], rank), _leading(list(U_MOI), rank)
             C = L.T @ U_MOI @ R
-            lost_M += (L @ C @ R.T - U_MOI).square().sum(dim=(1, 2)).cpu()
-            left[n], right[n], core[n] = roots.pull_back_output(n, L), roots.pull_back_input(n, R), C
-        unit_error_S, mean_error_S = lost_M.sqrt().chunk(2)
-        return cls(whole.names, _floats(left), _floats(right), _floats(core), unit_error_S, mean_error_S)
+            for m, U_OI in enumerate(U_MOI):
+                lost_M[m] += (L @ C[m] @ R.T - U_OI).square().sum().cpu()
+            left[n], right[n] = _float(roots.pull_back_output(n, L)), _float(roots.pull_back_input(n, R))
+            core[n] = _float(C * length_M.to(C)[:, None, None])
+        whole = WhitenedDirections(whitened.names, uncut).pulled_back(roots)
+        return cls(whitened.names, left, right, core, whole, *(lost_M.sqrt() * length_M).chunk(2))
 
     def scores(self, layer: Layer, a_BTI: Tensor, d_BTO: Tensor) -> tuple[Tensor, Tensor | None]:
         """As of ``ExactDirections``, without |G|."""
+        if layer.name in self.whole.both_2SOI:
+            return self.whole.scores(layer, a_BTI, d_BTO)[0], None
         return ghost_products(*self._meet(layer, a_BTI, d_BTO), self.core[layer.name]), None
 
     def terms(self, layer: Layer, a_BTI: Tensor, d_BTO: Tensor) -> Tensor:
         """As of ``ExactDirections``."""
+        if layer.name in self.whole.both_2SOI:
+            return self.whole.terms(layer, a_BTI, d_BTO)
         return ghost_terms(*self._meet(layer, a_BTI, d_BTO), self.core[layer.name])
 
     def _meet(self, layer: Layer, a_BTI: Tensor, d_BTO: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,20 +163,34 @@ class LowRankDirections:
         """As named tensors; the names of the slices travel beside them, in this order."""
         named = {"preconditioned-left": self.left_OR, "preconditioned-right": self.right_IR, "core": self.core}
         errors = {"unit_error": self.unit_error_S, "mean_error": self.mean_error_S}
-        return {f"{part}/{n}": t for part, by_layer in named.items() for n, t in by_layer.items()} | errors
+        cut = {f"{part}/{n}": t for part, by_layer in named.items() for n, t in by_layer.items()}
+        return cut | self.whole.tensors() | errors
 
     @classmethod
     def of(cls, names: Sequence[str], tensors: Mapping[str, Tensor]) -> LowRankDirections:
         """Back from ``tensors``."""
-        left, right, core = (
-            under(part, tensors) for part in ("preconditioned-left/", "preconditioned-right/", "core/")
-        )
-        return cls(tuple(names), left, right, core, tensors["unit_error"], tensors["mean_error"])
+        parts = ("preconditioned-left/", "preconditioned-right/", "core/")
+        left, right, core = (under(part, tensors) for part in parts)
+        whole = ExactDirections.of(names, tensors)
+        return cls(tuple(names), left, right, core, whole, tensors["unit_error"], tensors["mean_error"])
 
     def to(self, where: Where) -> LowRankDirections:
         """The same elsewhere."""
         left, right, core = (_moved(by_layer, where) for by_layer in (self.left_OR, self.right_IR, self.core))
-        return LowRankDirections(self.names, left, right, core, self.unit_error_S, self.mean_error_S)
+        whole = self.whole.to(where)
+        return LowRankDirections(self.names, left, right, core, whole, self.unit_error_S, self.mean_error_S)
+
+
+def _pays(shape: Sequence[int], rank: int) -> bool:
+    """Whether both products with a layer's bases are fewer than forming its gradient."""
+    n_out, n_in = shape
+    return min(rank, n_out) * n_out + min(rank, n_in) * n_in < n_out * n_in
+
+
+def _rotated(whitened: WhitenedDirections, roots: KroneckerRoots, name: str) -> Tensor:
+    """(2S, O, I) in float64 where the roots are: what a product with the rotated gradient is taken with."""
+    U_2SOI = whitened.both_2SOI[name].to(roots.inputs[name].device).double()
+    return roots.corrected(name, U_2SOI.flatten(0, 1))
 
 
 def _moved(by_layer: Mapping[str, Tensor], where: Where) -> dict[str, Tensor]:
@@ -186,8 +209,8 @@ def _leading(parts_NI: Sequence[Tensor], rank: int) -> Tensor:
     return vectors.flip(1)[:, :rank].contiguous()
 
 
-def _floats(by_layer: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {n: t.float().cpu() for n, t in by_layer.items()}
+def _float(x: Tensor) -> Tensor:
+    return x.float().cpu()
 
 
 Towards = ExactDirections | LowRankDirections
@@ -209,8 +232,7 @@ def directions_of(names: Sequence[str], tensors: Mapping[str, Tensor]) -> Toward
 class ExactScores:
     """Reader: whitened norm of the full gradient, and its products with every slice's directions, by layer."""
 
-    lengths: KroneckerRoots
-    """Whole or a sketch."""
+    lengths: Lengths
     towards: Towards | None = None
     square_B: dict[str, Tensor] = field(default_factory=dict)
     gradient_square_B: dict[str, Tensor] = field(default_factory=dict)
@@ -271,6 +293,7 @@ def _total(by_layer: Mapping[str, Tensor]) -> Tensor:
 
 
 def _inverse(norm_B: Tensor) -> Tensor:
+    """Zero where the norm is."""
     return torch.where(norm_B > 0, 1 / norm_B, 0.0)
 
 

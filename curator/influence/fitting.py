@@ -175,7 +175,7 @@ def fit(
         fisher.add(kept.g_BK(loss_B))
         losses_N.append(loss_B.float().cpu())
     _check_fit(fisher, masks, reached)
-    roots = _roots(sample, kronecker, spec) if spec.exact else None
+    roots = _roots(sample, kronecker, spec).beside(layers) if spec.exact else None
     known = adam_whitening(moments, masks).to(device_of(model)) if moments else None
     whitening = known or _whitening(sample, masks, fisher, spec)
     return Fitted(masks, _encoding(sample, masks, whitening, spec), roots, _temperature(losses_N, spec))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -82,6 +83,13 @@ class KroneckerSums:
         )
 
 
+class Lengths(Protocol):
+    """Lengths of whitened gradients: whole, or read off a sketch."""
+
+    def square_B(self, layer: Layer, a_BTI: Tensor, d_BTO: Tensor) -> Tensor:
+        """|W|^2 of each example in one layer, (B,)."""
+
+
 @dataclass(frozen=True)
 class KroneckerRoots:
     """A^-1/2 (I, I) and S^-1/2 (O, O) by layer; a vector is a diagonal. A sketch of them has fewer columns.
@@ -94,6 +102,13 @@ class KroneckerRoots:
     corrections: Mapping[str, Tensor] = field(default_factory=dict)
     positions: Mapping[str, float] = field(default_factory=dict)
     """Of an example of the sample, on average."""
+
+    def beside(self, layers: Sequence[Layer]) -> KroneckerRoots:
+        """The same with zeros for layers that no example of the sample reached: they stay out of every score."""
+        unseen = [layer for layer in layers if layer.name not in self.inputs]
+        inputs = {layer.name: torch.zeros(layer.n_in, device=layer.device) for layer in unseen}
+        outputs = {layer.name: torch.zeros(layer.n_out, device=layer.device) for layer in unseen}
+        return KroneckerRoots({**self.inputs, **inputs}, {**self.outputs, **outputs}, self.corrections, self.positions)
 
     def whiten(self, layer: Layer, a_BTI: Tensor, d_BTO: Tensor) -> tuple[Tensor, Tensor]:
         """A^-1/2 a and S^-1/2 d: the factors of the whitened full gradient."""

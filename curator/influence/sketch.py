@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from curator.influence.dropout import stream
-from curator.influence.kronecker import KroneckerRoots, from_left
+from curator.influence.kronecker import KroneckerRoots, Lengths, from_left
 
 WIDE = 2
 """A side is sketched where it is at least so many times as wide as the sketch."""
 
 
-def sketched(roots: KroneckerRoots, size: int, seed: int) -> KroneckerRoots:
+def sketched(roots: KroneckerRoots, size: int, seed: int) -> Lengths:
     """Roots whose ``square_B`` is unbiased for that of ``roots``: S^-1/2 P^T and A^-1/2 Q^T over sqrt(p), p = ``size``.
 
     Eigenvalue-corrected curvature has no factors to carry a sketch through, and stays whole.

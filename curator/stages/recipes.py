@@ -157,9 +157,13 @@ def spec(settings: Settings) -> dict[str, Any]:
     asked, scores = settings.gradients, settings.scores
     is_language = settings.workload.kind == "causal-lm"
     exact = {
+        "exact_curvature": scores.exact_curvature,
         "exact_rank": _unless_auto(scores.exact_rank, LANGUAGE_RANK if is_language else 0),
-        "exact_sketch": scores.exact_sketch,
+        # Corrected eigenvalues have no factors to carry a sketch through.
+        "exact_sketch": scores.exact_sketch if scores.exact_curvature == "kfac" else 0,
     }
+    # So written, a recipe without exact scores is the one it was before they had these settings.
+    without = {"exact_curvature": "kfac", "exact_rank": 0}
     return {
         "workload": {
             "kind": settings.workload.kind,
@@ -183,8 +187,7 @@ def spec(settings: Settings) -> dict[str, Any]:
             "exact": asked.exact,
             # As fast as training: docs/decisions/0055.
             "exact_norm": _unless_auto(asked.exact_norm, not is_language),
-            "exact_curvature": scores.exact_curvature,
-            **(exact if asked.exact else {}),
+            **(exact if asked.exact else without),
         },
     }
 

@@ -188,7 +188,8 @@ def directions(layers: tuple[Layer, ...], spec: RecipeSpec, device: str) -> Towa
         for side in (0, 1)
     )
     core = {n: torch.ones(2, left[n].shape[1], right[n].shape[1], device=device) for n in left}
-    return LowRankDirections(("all",), left, right, core, torch.zeros(1), torch.zeros(1))
+    whole = ExactDirections(("all",), {})
+    return LowRankDirections(("all",), left, right, core, whole, torch.zeros(1), torch.zeros(1))
 
 
 def own(job: Job, rounds: int, only: list[str]) -> dict[str, Any]:

@@ -190,24 +190,59 @@ class Either(nn.Module):
         return (self.left if float(x.sum()) < 0 else self.right)(torch.tanh(self.shared(x)))
 
 
-@pytest.mark.parametrize("rank", [0, 2])
-def test_a_slice_that_never_reaches_an_expert_has_no_direction_in_it(rank):
+def either():
+    """The model, and a batch for each of its experts; ``of`` turns inputs to those of one of them."""
     torch.manual_seed(0)
-    model, losses = Either(), case("rows").losses
     (x, y), (more, _) = case("rows").batch(6, 1, 0), case("rows").batch(3, 1, 1)
     x, more = x.float().abs(), more.float().abs()
-    left, right = (-x, y), (x, y)
-    a = Attributor.fit(model, losses, [left, right], spec(exact_rank=rank))
-    towards = a.exact_directions({"left": [left], "right": [right], "both": [left, right]})
-    for arrived, other in (((-more, y[:3]), "right"), ((more, y[:3]), "left")):
-        alone = a.exact_directions({other: [(x if other == "right" else -x, y)]})
-        found = a.measure(arrived, towards).exact_BS
-        assert found.isfinite().all()
-        assert float((found[:, 2] - found[:, :2].mean(dim=1)).abs().max()) < 1e-5 or rank
-        own = a.by_position(arrived, alone).normalised
-        unseen = "left" if other == "right" else "right"
-        assert not own[unseen].any()
+    seen, arrived = ({"left": (-z, y[: len(z)]), "right": (z, y[: len(z)])} for z in (x, more))
+    return Either(), seen, arrived
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_slice_that_never_reaches_an_expert_has_no_direction_in_it(rank):
+    model, seen, arrived = either()
+    losses = case("rows").losses
+    a = Attributor.fit(model, losses, [*seen.values()], spec(exact_rank=rank))
+    towards = a.exact_directions({**{name: [batch] for name, batch in seen.items()}, "both": [*seen.values()]})
+    off = towards.unit_error_S.sum() if rank else 1e-5
+    for mine, other in (("left", "right"), ("right", "left")):
+        found = a.measure(arrived[mine], towards).exact_BS
+        assert float((found[:, 2] - found[:, :2].mean(dim=1)).abs().max()) <= off
+        own = a.by_position(arrived[mine], a.exact_directions({other: [seen[other]]})).normalised
+        assert not own[mine].any()
         assert own["shared"].any()
+
+
+@pytest.mark.parametrize("exact_curvature", ["kfac", "ekfac"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_expert_that_no_trusted_example_reaches_stays_out_of_exact_scores(exact_curvature, rank):
+    """Where none of its entries is kept, or the recipe could not be fitted at all."""
+    model, seen, arrived = either()
+    recipe = spec(dimension=0, kept={"shared": 3, "right": 3}, exact_curvature=exact_curvature, exact_rank=rank)
+    a = Attributor.fit(model, case("rows").losses, [seen["right"]], recipe)
+    a = Attributor.from_state(model, case("rows").losses, a.spec, a.state())
+    towards = a.exact_directions({"all": [seen["right"]]})
+    found, own = a.measure(arrived["left"], towards), a.by_position(arrived["left"], towards)
+    assert found.ok_B.all()
+    assert not own.normalised["left"].any()
+    np.testing.assert_allclose(found.exact_BS[:, 0], own.normalised["shared"].sum(axis=(1, 2)), atol=1e-6)
+
+
+@pytest.mark.parametrize("exact_norm", [False, True])
+def test_what_an_exact_score_alone_sees_is_not_finite_in_any_figure(exact_norm):
+    """An infinite input in a column that the mask does not keep: no gradient is formed where the rank is cut."""
+    c = case("rows")
+    recipe = spec(dimension=0, kept={"first": 1, "second": 4}, exact_rank=1, exact_norm=exact_norm)
+    a = fitted(c, recipe, c.batch(8, 1, 0))
+    kept = int(a.fitted.masks["first"].coordinates()[1][0])
+    towards, (x, y) = a.exact_directions({"all": [c.batch(8, 1, 0)]}), c.batch(3, 1, 1)
+    with torch.no_grad():
+        c.model.first.weight[:, (kept + 1) % 5] = 0
+    x[1, (kept + 1) % 5] = 1e300
+    found = a.measure((x, y), towards)
+    assert found.state_B.tolist() == [Signal.OK, Signal.NONFINITE, Signal.OK]
+    assert found.exact_BS.isfinite().all()
 
 
 def test_an_empty_batch_is_measured_to_nothing():

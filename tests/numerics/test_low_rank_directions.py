@@ -1,5 +1,7 @@
 """Exact directions of low rank: the naive projection, within the error they state, and exact where nothing is cut."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from curator.errors import DirectionsOutdated
 from curator.influence import exact, naive
 from curator.influence.attribution import Attributor, RecipeSpec
 from curator.influence.exact import ExactScores, LowRankDirections, directions_of
+from curator.influence.kronecker import KroneckerRoots
 from tests.numerics.small_models import case
 
 
@@ -50,6 +53,7 @@ def test_scores_of_low_rank_stay_within_the_error_that_is_stated(kind, curvature
 def test_the_cut_is_the_projection_onto_the_leading_rows_and_columns(monkeypatch, curvature, widest):
     """By a Gram matrix, or by passes: which are exact as long as the width is within the rank and its surplus."""
     monkeypatch.setattr("curator.influence.exact.WIDEST_GRAM", widest)
+    monkeypatch.setattr("curator.influence.exact._pays", lambda _shape, _rank: True)
     _, a, slices = fitted("positions", exact_curvature=curvature)
     whole, roots = a.whitened_directions(slices), a.fitted.roots
     cut, corrections = LowRankDirections.fit(whole, roots, 2), roots.corrections
@@ -72,17 +76,59 @@ def test_the_cut_is_the_projection_onto_the_leading_rows_and_columns(monkeypatch
         assert errors[m] == pytest.approx(lost, rel=1e-6)
 
 
-def test_a_rank_that_cuts_nothing_loses_nothing():
+@pytest.mark.parametrize("pays", [False, True])
+def test_a_rank_that_cuts_nothing_loses_nothing(monkeypatch, pays):
+    """Nor does it do anything, unless it is told to."""
     c, a, slices = fitted("rows", exact_rank=99)
+    if pays:
+        monkeypatch.setattr("curator.influence.exact._pays", lambda _shape, _rank: True)
     cut = a.exact_directions(slices)
     assert isinstance(cut, LowRankDirections)
+    assert set(cut.core) == ({"first", "second"} if pays else set())
     assert float(cut.unit_error_S.max()) < 1e-9
     whole = Attributor(c.model, c.losses, RecipeSpec(dimension=24), a.fitted).exact_directions(slices)
     arrived = c.batch(4, 1, 9)
     np.testing.assert_allclose(a.measure(arrived, cut).exact_BS, a.measure(arrived, whole).exact_BS, atol=1e-6)
 
 
-def test_a_cut_keeps_less_and_a_higher_rank_loses_less():
+@pytest.mark.parametrize(
+    ("shape", "rank", "pays"),
+    [((2048, 2048), 64, True), ((768, 768), 64, True), ((8, 2048), 64, False), ((2048, 16), 64, False)],
+)
+def test_a_layer_is_cut_where_that_takes_fewer_products(shape, rank, pays):
+    """Not an adapter's matrices."""
+    assert exact._pays(shape, rank) == pays
+
+
+def test_a_contrast_is_cut_after_it_was_mixed():
+    c, a, slices = fitted("positions")
+    contrast, arrived = {"one": {"s0": 1.0, "s1": -1.0}}, c.batch(4, 2, 9)
+    low = Attributor(c.model, c.losses, replace(a.spec, exact_rank=1), a.fitted)
+    cut, whole = low.exact_directions(slices, contrast), a.exact_directions(slices, contrast)
+    assert cut.core
+    off = (low.measure(arrived, cut).exact_BS - a.measure(arrived, whole).exact_BS).abs()
+    assert 1e-4 < float(off.max()) <= float(cut.unit_error_S)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_without_memory_on_the_device_directions_are_made_on_the_cpu(monkeypatch, rank):
+    _, a, slices = fitted("positions", exact_rank=rank)
+    expected, made = a.exact_directions(slices), []
+    pull_back = KroneckerRoots.pull_back_input
+
+    def full(roots, name, x):
+        made.append(roots)
+        if roots is a.fitted.roots:
+            raise torch.OutOfMemoryError
+        return pull_back(roots, name, x)
+
+    monkeypatch.setattr(KroneckerRoots, "pull_back_input", full)
+    torch.testing.assert_close(a.exact_directions(slices).tensors(), expected.tensors())
+    assert made[0] is a.fitted.roots
+
+
+def test_a_cut_keeps_less_and_a_higher_rank_loses_less(monkeypatch):
+    monkeypatch.setattr("curator.influence.exact._pays", lambda _shape, _rank: True)
     _, a, slices = fitted("positions")
     whole = a.whitened_directions(slices)
     cuts = [LowRankDirections.fit(whole, a.fitted.roots, rank) for rank in (1, 2, 3, 4)]

@@ -101,10 +101,14 @@ def test_what_is_measured_reads_its_lengths_off_the_sketch_of_its_recipe_and_of_
     """And its directions are of whole lengths, whatever the sketch."""
     c = case("positions")
     a = Attributor.fit(c.model, c.losses, [c.batch(6, 3, 1)], RecipeSpec(dimension=24, exact_sketch=size))
-    towards, arrived = a.exact_directions({"s": [c.batch(6, 3, 2)]}), c.batch(4, 3, 3)
+    towards, arrived, length = a.exact_directions({"s": [c.batch(6, 3, 2)]}), c.batch(4, 3, 3), 1
+    arrived[1][:, length:] = -1  # padding, but of the first position
     lengths = ExactScores(sketched(a.fitted.roots, size, 0) if size else a.fitted.roots, towards)
     a._pass(arrived, lengths)
-    torch.testing.assert_close(a.measure(arrived, towards).exact_BS, lengths.normalised_BS().float())
+    found = a.measure(arrived, towards).exact_BS
+    torch.testing.assert_close(found, lengths.normalised_BS().float())
+    alone = [a.measure((arrived[0][b : b + 1, :length], arrived[1][b : b + 1, :length]), towards) for b in range(4)]
+    torch.testing.assert_close(torch.cat([m.exact_BS for m in alone]), found)
     plain = Attributor(c.model, c.losses, replace(a.spec, exact_sketch=0), a.fitted)
     torch.testing.assert_close(plain.exact_directions({"s": [c.batch(6, 3, 2)]}).both_2SOI, towards.both_2SOI)
     whole = plain.measure(arrived, towards).exact_BS

@@ -83,7 +83,8 @@ def test_a_language_model_has_defaults_of_its_own_which_give_way(tmp_path, kind,
 
 def test_how_exact_scores_are_taken_is_nothing_to_a_recipe_without_them():
     without = replace(PLAIN, gradients=replace(PLAIN.gradients, exact=False))
-    assert recipes.spec(without) == recipes.spec(replace(without, scores=Scores(exact_rank=4, exact_sketch=8)))
+    other = Scores(exact_curvature="ekfac", exact_rank=4, exact_sketch=8)
+    assert recipes.spec(without) == recipes.spec(replace(without, scores=other))
 
 
 @pytest.mark.parametrize("value", ["some", "-1", 1.5, True])
@@ -91,6 +92,16 @@ def test_a_rank_is_a_number_or_auto(tmp_path, value):
     (tmp_path / "curator.toml").write_text("", encoding="utf-8")
     with pytest.raises(BadSetting, match="exact_rank"):
         settings.load(tmp_path, environ={}, flags={"scores.exact_rank": value})
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [("gradients.exact_norm", "not true or false or 'auto'"), ("scores.exact_rank", "not a whole number or 'auto'")],
+)
+def test_what_may_be_a_word_too_says_which(tmp_path, key, said):
+    (tmp_path / "curator.toml").write_text("", encoding="utf-8")
+    with pytest.raises(BadSetting, match=said):
+        settings.load(tmp_path, environ={}, flags={key: "sometimes"})
 
 
 def test_settings_offer_what_the_engine_knows() -> None:
