@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from curator.settings import load
@@ -22,13 +20,15 @@ def brought(digits_files: digits.Files) -> chaos.Delivery:
 
 
 @pytest.fixture(scope="session")
-def calm(server: str, template: str, digits_files: digits.Files, brought: chaos.Delivery) -> Iterator[chaos.Outcome]:
+def calm(server: str, template: str, digits_files: digits.Files, brought: chaos.Delivery) -> chaos.Outcome:
     """What the tables say after that delivery, if nothing happens."""
     with admin(server) as connection:
         connection.execute(f'CREATE DATABASE calm TEMPLATE "{template}"')
     url = sibling(server, "calm")
-    engine = make_engine(url, pooled=False)
+    engine = make_engine(url)
     with open_folder() as folder:
         project = digits.make_project(folder / "project", digits_files)
         settings = load(project, {**chaos.ENVIRONMENT, "CURATOR_DATABASE_URL": url})
-        yield chaos.quiet(engine, settings, digits_files, brought)
+        outcome = chaos.quiet(engine, settings, digits_files, brought)
+    engine.dispose()
+    return outcome

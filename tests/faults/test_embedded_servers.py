@@ -24,6 +24,7 @@ from curator.embedded.postgres import EmbeddedPostgres
 from curator.embedded.process import Account
 from curator.embedded.server import Server
 from curator.embedded.supervisor import daemon_status
+from tests.conftest import open_folder
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -80,15 +81,13 @@ class User:
 @contextmanager
 def project() -> Iterator[Path]:
     """A project folder that `nobody` can enter; pytest's own is 0700. Its servers are stopped in the end."""
-    place = Path(tempfile.mkdtemp(prefix="curator-test-"))
-    place.chmod(0o755)
-    try:
-        yield place / ".curator"
-    finally:
-        for kind in (EmbeddedPostgres, EmbeddedBroker):
-            with suppress(errors.ForeignFolder):  # never started, or stopped by the user whose it is
-                stop(kind(place / ".curator"))
-        shutil.rmtree(place)
+    with open_folder() as place:
+        try:
+            yield place / ".curator"
+        finally:
+            for kind in (EmbeddedPostgres, EmbeddedBroker):
+                with suppress(errors.ForeignFolder):  # never started, or stopped by the user whose it is
+                    stop(kind(place / ".curator"))
 
 
 def stop(server: Server) -> None:

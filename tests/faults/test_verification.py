@@ -91,7 +91,7 @@ def judged(server: str, template: str, digits_files: digits.Files) -> Iterator[P
         source = (project / "digits_workload.py").rename(project / "struck_workload.py")  # name once, for all tests
         source.write_text(source.read_text() + STRIKES)
         url = sibling(server, "judged")
-        engine = make_engine(url, pooled=False)
+        engine = make_engine(url)
         walk(engine, load(project, {**os.environ, "CURATOR_DATABASE_URL": url}), digits_files)
         engine.dispose()
         yield project
@@ -101,7 +101,7 @@ def judged(server: str, template: str, digits_files: digits.Files) -> Iterator[P
 def home(server: str, judged: Path, request: pytest.FixtureRequest) -> Iterator[Home]:
     name = f"judged_{abs(hash(request.node.name))}"
     with admin(server) as connection:
-        connection.execute(f"CREATE DATABASE {name} TEMPLATE judged".encode())
+        connection.execute(f"CREATE DATABASE {name} TEMPLATE judged STRATEGY file_copy".encode())
     url = sibling(server, name)
     engine = make_engine(url)
     yield Home(engine, load(judged, {**os.environ, "CURATOR_DATABASE_URL": url}))
