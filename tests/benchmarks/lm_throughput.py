@@ -255,19 +255,20 @@ def _ratios(run: Mapping[str, Any]) -> list[float]:
 
 def _line(who: str, run: Mapping[str, Any]) -> str:
     if "ended" in run:
-        return f"| {who} | ended: {run['ended']} | | |"
+        return f"| {who} | ended: {run['ended']} | | | |"
     name, seconds = list(run["seconds"].items())[-1]
     ratios, memory = _ratios(run), run["memory"]
     speed = run["tokens"] / statistics.median(seconds)
     spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
-    return f"| {who} | {speed:,.0f} | {spread} | {memory[name] / 2**20:,.0f} MB, {memory[name] / memory[PLAIN]:.2f} |"
+    peak = f"{memory[name] / 2**20:,.0f} MB, {memory[name] / memory[PLAIN]:.2f}"
+    return f"| {who} | {speed:,.0f} | {spread} | {len(ratios)} | {peak} |"
 
 
-EXPLAINED = """Tokens a second; times as fast as the plain step of the same round, median over rounds with lowest and
-highest; peak of live allocations above the model, and over the plain step's. On a CPU: one thread, float32, the
-processor's time, as the machine had other work; on a GPU bfloat16 and the wall's. Llamas from configuration with tied
-heads, random tokens, no padding; curator's steps are ``Attributor.measure``, results on the CPU, at dimension 1,984
-unless said otherwise, the peers' builds of 256 numbers a layer (21,504 at GPT-2-small's size);
+EXPLAINED = """Tokens a second, to be compared within one run only; times as fast as the plain step of the same round,
+median over rounds with lowest and highest; peak of live allocations above the model, and over the plain step's. On a
+CPU: one thread, float32, the processor's time, as the machine had other work; on a GPU bfloat16 and the wall's. Llamas
+from configuration with tied heads, random tokens, no padding; curator's steps are ``Attributor.measure``, results on the
+CPU, at dimension 1,984 unless said otherwise, the peers' builds of 256 numbers a layer (21,504 at GPT-2-small's size);
 the head is captured by none. Matrices of the right shapes stand in for curvature and for the directions of one slice.
 """
 
@@ -276,7 +277,8 @@ def page(found: Mapping[str, Any]) -> str:
     parts = [described(__doc__ or ""), EXPLAINED]
     for title, job in found.items():
         parts += [f"## {title}\n"]
-        parts += ["| step | tokens/s | times plain | peak memory |", "|---|---|---|---|", *rows_of(job), ""]
+        head = ["| step | tokens/s | times plain | rounds | peak memory |", "|---|---|---|---|---|"]
+        parts += [*head, *rows_of(job), ""]
     return "\n".join(parts)
 
 
