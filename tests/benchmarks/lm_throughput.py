@@ -269,7 +269,8 @@ median over rounds with lowest and highest; peak of live allocations above the m
 CPU: one thread, float32, the processor's time, as the machine had other work; on a GPU bfloat16 and the wall's. Llamas
 from configuration with tied heads, random tokens, no padding; curator's steps are ``Attributor.measure``, results on
 the CPU, at dimension 1,984 unless said otherwise, the peers' builds of 256 numbers a layer (21,504 at GPT-2-small's
-size); the head is captured by none. Matrices of the right shapes stand in for curvature and for the directions of one slice.
+size); the head is captured by none. Matrices of the right shapes stand in for curvature and for the directions of one
+slice.
 """
 
 
