@@ -112,12 +112,17 @@ def fit(
 ) -> HashedText:
     """Train a model from nothing; the same on every run of one machine. The caller's random state is left alone."""
     numbers = [config.labels.index(label) for label in labels]
+    # Hashed once: the same texts come by in every epoch.
+    rows = [bags([text], [number], config.buckets) for text, number in zip(texts, numbers, strict=True)]
+    return fit_hashed(rows, config, seed, how)
+
+
+def fit_hashed(rows: Sequence[TextBatch], config: TextConfig, seed: int, how: Training = FROM_NOTHING) -> HashedText:
+    """``fit`` on texts that are hashed already, each a batch of its own."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = HashedText(config)
         adam = torch.optim.Adam(model.parameters(), lr=how.learning_rate, weight_decay=how.weight_decay, fused=True)
-        # Hashed once: the same texts come by in every epoch.
-        rows = [bags([text], [number], config.buckets) for text, number in zip(texts, numbers, strict=True)]
         for _ in range(how.epochs):
             for picks in torch.split(torch.randperm(len(rows)), how.batch):
                 batch = joined([rows[i] for i in picks.tolist()])
@@ -129,9 +134,11 @@ def fit(
 
 def joined(rows: Sequence[TextBatch]) -> TextBatch:
     """Batches as one."""
-    ends = torch.tensor([0, *(len(row.id_N) for row in rows)]).cumsum(0).tolist()
-    starts = [row.offset_B + end for row, end in zip(rows, ends, strict=False)]
-    return TextBatch(torch.cat([r.id_N for r in rows]), torch.cat(starts), torch.cat([r.label_B for r in rows]))
+    size_R = torch.tensor([row.id_N.numel() for row in rows])
+    bags_R = torch.tensor([row.offset_B.numel() for row in rows])
+    before_B = (size_R.cumsum(0) - size_R).repeat_interleave(bags_R)
+    offset_B = torch.cat([row.offset_B for row in rows]) + before_B
+    return TextBatch(torch.cat([row.id_N for row in rows]), offset_B, torch.cat([row.label_B for row in rows]))
 
 
 def save(model: HashedText, path: Path) -> None:
