@@ -32,15 +32,23 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 LONGEST = (
     "packaging/test_demo.py",
     "faults/test_chaos.py",
-    "faults/test_daemon_faults.py",
     "faults/test_bad_input.py",
+    "faults/test_daemon_faults.py",
+    "faults/test_verification.py",
+    "tour/test_tour.py",
     "faults/test_network.py",
     "faults/test_watchdog.py",
     "packaging/test_compose.py",
+    "store/test_cli_read.py",
+    "faults/test_embedded_servers.py",
+    "benchmarks/test_quality_per_byte.py",
+    "store/test_plan.py",
+    "unit/test_sources_jsonl.py",
     "faults/test_database_killed.py",
     "faults/test_stops.py",
 )
-"""Files of minutes, of few tests each. xdist hands out files whole: one of these at the end leaves a core idle."""
+"""Files of ten seconds and more, the longest first. xdist hands out files whole: one of these at the end would leave a
+core idle."""
 
 _numbers = itertools.count(1)
 

@@ -7,6 +7,7 @@ hours on one core, a recipe of a scene seconds. The other tests hold the study's
 """
 
 import json
+from functools import cache
 
 import numpy as np
 import pytest
@@ -94,10 +95,16 @@ def test_the_damping_that_is_chosen_is_inside_what_was_tried():
     assert abs(np.log10(chosen / best)) < 0.3
 
 
-def _digits(seed):
+@cache
+def _read():
+    """Once: a study asks for its data more than a hundred times, and reading them takes 40 ms."""
     from sklearn.datasets import load_digits
 
-    x, y = load_digits(return_X_y=True)
+    return load_digits(return_X_y=True)
+
+
+def _digits(seed):
+    x, y = _read()
     images, labels = torch.tensor(x / 16, dtype=torch.float32), torch.tensor(y, dtype=torch.long)
     parts = list(zip(images.split(60), labels.split(60), strict=True))
     return quality.Data(*parts[:4], np.arange(60) % 9 == 0)

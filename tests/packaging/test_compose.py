@@ -187,10 +187,13 @@ def test_migrate_makes_the_schema_and_ends(new_deployment: Deployment, empty_dat
 
 
 @pytest.mark.parametrize("service", ["worker-table", "worker-cpu"])
-def test_a_worker_gets_ready_and_stops(deployment: Deployment, service: str) -> None:
+def test_a_worker_gets_ready_embeds_no_server_and_stops(deployment: Deployment, service: str) -> None:
+    """With a database and a broker of their own, no service starts one in the project."""
     with deployment.started(service) as worker:
         assert worker.says(" ready."), worker.log.read_text()
         assert worker.stops() == 0, worker.log.read_text()
+    started = {path.name for path in (deployment.project / ".curator").glob("*")}
+    assert not started & {"postgres", "broker", "locks"}
 
 
 def test_the_gpu_worker_supervises_one_worker_a_device_and_stops(deployment: Deployment, tmp_path: Path) -> None:
@@ -225,15 +228,6 @@ def test_beat_rings_and_the_worker_of_tables_answers(deployment: Deployment) -> 
         assert worker.says("succeeded"), worker.log.read_text()
         assert beat.stops() == 0, beat.log.read_text()
         assert worker.stops() == 0, worker.log.read_text()
-
-
-def test_nothing_of_a_given_server_is_embedded(deployment: Deployment) -> None:
-    """With a database and a broker of their own, no service starts one in the project."""
-    with deployment.started("worker-table") as worker:
-        assert worker.says(" ready."), worker.log.read_text()
-        assert worker.stops() == 0
-    started = {path.name for path in (deployment.project / ".curator").glob("*")}
-    assert not started & {"postgres", "broker", "locks"}
 
 
 def test_the_broker_takes_its_arguments(tmp_path: Path) -> None:
