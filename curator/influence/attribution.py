@@ -251,7 +251,7 @@ class Attributor:
         if not used:
             raise NoCurvature()
         found = {name: (total / used).cpu() for name, total in sums.sums.items()}
-        return {layer.name: found.get(layer.name, torch.zeros(2, *layer.shape)) for layer in self.layers}
+        return found | {x.name: torch.zeros(2, *x.shape) for x in self.layers if x.name not in found}
 
 
 def _validation_rows(m: Measured) -> tuple[Tensor, Tensor]:

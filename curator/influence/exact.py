@@ -52,8 +52,11 @@ class WhitenedDirections:
 
     def pulled_back(self, roots: KroneckerRoots) -> ExactDirections:
         """What an arrival's gradient itself is multiplied by: D, computed where the roots are, on the CPU."""
-        moved = {n: u.to(roots.inputs[n].device) for n, u in self.both_2SOI.items()}
-        return ExactDirections(self.names, {n: roots.pull_back(n, u).cpu() for n, u in moved.items()})
+
+        def there(name: str, both_2SOI: Tensor) -> Tensor:
+            return roots.pull_back(name, both_2SOI.to(roots.inputs[name].device)).cpu()
+
+        return ExactDirections(self.names, {n: there(n, u) for n, u in self.both_2SOI.items()})
 
 
 @dataclass(frozen=True)
