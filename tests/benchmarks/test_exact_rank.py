@@ -123,8 +123,8 @@ def test_the_default_keeps_the_order_of_exact_scores(tmp_path):
     text = (
         f"{described(__doc__)}\n"
         f"Llamas trained on {SIZES['base']} texts of each of six sources; {SIZES['pool'] * len(SOURCES)} others are "
-        f"scored towards {len(SOURCES)} slices of {SIZES['trusted']} trusted texts. Rank correlation with the exact scores "
-        f"(normalised: mean over slices, and the lowest; plain: mean), the share of the first {TOP:.0%} in common, the "
+        f"scored towards {len(SOURCES)} slices of {SIZES['trusted']} trusted texts. Rank correlation with the exact "
+        f"scores (normalised: mean over slices, and the lowest; plain: mean), the share of the first {TOP:.0%} in common, the "
         "share of them that is of the slice's own source, and the processor's time of the whole pass over that with "
         "exact scores, without norms of full gradients. A rank is common to all slices unless said otherwise, and cuts "
         "no layer in which that saves nothing.\n"
