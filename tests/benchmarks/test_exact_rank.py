@@ -30,8 +30,8 @@ SIZES = {"base": 200, "pool": 60, "trusted": 40, "test": 1}
 EXACT, STORED = "all rows and columns, whole lengths", "stored vectors of 1,984 entries"
 CHOSEN = "rank 64, sketch of 32 (the default)"
 TOP = 0.05
-EXPLAINED = f"""Llamas trained on {SIZES["base"]} texts of each of six sources; {SIZES["pool"] * len(SOURCES)} others are
-scored towards {len(SOURCES)} slices of {SIZES["trusted"]} trusted texts. Rank correlation with the exact scores
+EXPLAINED = f"""Llamas trained on {SIZES["base"]} texts of each of six sources; {SIZES["pool"] * len(SOURCES)} others
+are scored towards {len(SOURCES)} slices of {SIZES["trusted"]} trusted texts. Rank correlation with the exact scores
 (normalised: mean over slices, and the lowest; plain: mean), the share of the first {TOP:.0%} in common, the share of
 them that is of the slice's own source, and the processor's time of the whole pass over that with exact scores, without
 norms of full gradients. A rank is common to all slices unless said otherwise, and cuts no layer in which that saves
