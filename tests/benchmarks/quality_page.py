@@ -25,6 +25,7 @@ PLOTTED = (
     "EK-FAC, then its largest entries",
 )
 RIVALS = ("coordinate mask", "neuron mask", "peer: LoGra", "peer: mask, SJLT, curvature (GraSS)")
+EIGENBASIS = ("EK-FAC, then its largest entries, PCA", "EK-FAC, then its largest entries")
 CONTROLS = ("gradient dot product", "embedding similarity", "random")
 WHOLE = ("un-compressed, F^-1/2", "un-compressed, EK-FAC", "un-compressed, K-FAC")
 WIDTH, HEIGHT, LEFT, TOP = 380, 260, 46, 30
@@ -126,7 +127,7 @@ def seeds(scenes: list[Scene]) -> str:
         every = sorted({row["seed"] for row in s["rows"]})
         if len(every) < 2:
             continue
-        names = [*WHOLE, *CONTROLS, WHOLE_PCA, SKETCHED, PCA_CODE, *RIVALS]
+        names = [*WHOLE, *CONTROLS, WHOLE_PCA, SKETCHED, PCA_CODE, *EIGENBASIS, *RIVALS]
         sizes = sorted({row["size"] for row in s["rows"] if row["seed"] == every[-1] and row["size"]})
         lines += [f"| {model}, {stage}: seeds {every} | " + " | ".join(f"{x / 1024:g} KB" for x in sizes) + " |"]
         lines += ["|---" * (len(sizes) + 1) + "|"]
