@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 
 import numpy as np
 import torch
@@ -59,7 +60,7 @@ def accuracies(
     jobs = [(name, seed) for name, (_, seeds) in arms.items() for seed in seeds]
     workers = min(len(jobs), os.cpu_count() or 1)
     # spawn: a forked child of a process that has run torch may hang in its thread pool
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_begin) as pool:
         results = pool.map(_train_and_test, [(arms[name][0], test, seed) for name, seed in jobs])
         found: dict[str, list[float]] = {name: [] for name in arms}
         for (name, _), value in zip(jobs, results, strict=True):
@@ -68,8 +69,17 @@ def accuracies(
     return found
 
 
-def _one_thread() -> None:
+def _begin() -> None:
+    """One thread, and no life after the command's own: killed, it closes no queue that this process waits on."""
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _train_and_test(job: tuple[Sequence[Mail], Sequence[Mail], int]) -> float:
