@@ -68,14 +68,14 @@ class UnknownSetting(UsageError):
     """{where} has no setting {key!r}.{suggestion}"""
 
     code = "CUR-CFG-002"
-    hint = "`curator config show` lists every setting with its value and where it came from."
+    hint = "`curator init` in an empty directory writes every setting with its default."
 
 
 class BadSetting(UsageError):
     """{key} = {value!r} ({origin}) is not {expected}."""
 
     code = "CUR-CFG-003"
-    hint = "Correct it in {origin}; `curator config show` prints what is in force."
+    hint = "Correct it in {origin}; `curator init` in an empty directory writes every setting with its default."
 
 
 class BadToml(UsageError):
@@ -804,7 +804,7 @@ class ExtraMissing(UsageError):
     """{purpose} needs the package {package}, which is not installed."""
 
     code = "CUR-WRK-009"
-    hint = "pip install 'gradient-curator[{extra}]'"
+    hint = "pip install 'gradient-curator[{extra}]', or '.[{extra}]' in a checkout."
 
 
 class FramesMissing(UsageError):

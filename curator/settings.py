@@ -355,7 +355,9 @@ def _keys_of(
     keys = [spec.name for spec in fields(cls)]
     for key, value in table.items():
         if key not in keys:
-            raise UnknownSetting(where=f"{path.name} [{section}]", key=key, suggestion=_nearest(key, keys))
+            elsewhere = [other for other, name, _ in known() if name == key]
+            suggestion = f" It belongs in [{elsewhere[0]}]." if elsewhere else _nearest(key, keys)
+            raise UnknownSetting(where=f"{path.name} [{section}]", key=key, suggestion=suggestion)
         yield f"{section}.{key}", (value, path.name)
 
 

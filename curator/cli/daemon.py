@@ -63,11 +63,22 @@ def up(here: Invocation, detach: bool, backfill: bool | None, models: bool) -> N
         raise click.exceptions.Exit(supervisor.run())
 
 
+def _say_what_changed(opened: Runtime) -> None:
+    from curator.stages import recipes
+    from curator.store import engine, reads
+    from curator.views.status import another_recipe
+
+    with engine.read(opened.engine) as connection:
+        for note in another_recipe(recipes.changed(connection, opened.settings), reads.totals(connection).scored):
+            say(note)
+
+
 def _ask_again(opened: Runtime) -> None:
     """What was asked for may have been mended in curator.toml since."""
     from curator.stages import recipes
     from curator.store import engine
 
+    _say_what_changed(opened)
     with engine.begin(opened.engine) as connection:
         recipes.ask(connection, opened.settings)
 
@@ -183,7 +194,10 @@ def drain(here: Invocation, timeout: float | None, at: tuple[str, ...]) -> None:
 
     end = None if timeout is None else time.monotonic() + timeout
     with runtime.opened(here.settings()) as opened:
-        code = _drain_at(opened, at, end) or _drain(opened, end)
+        code = _drain_at(opened, at, end)
+        if code == 0:
+            _say_what_changed(opened)
+            code = _drain(opened, end)
         if code == 0:
             say(_drained(opened))
     if code:

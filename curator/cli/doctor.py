@@ -50,7 +50,7 @@ def _checks(here: Invocation, settings: Settings) -> Iterator[Check]:
     yield from running.daemon(daemon_status(settings.home), settings.home)
     with here.runtime(check_schema=False) as opened:
         healthy = False
-        for check in view.guarded("database", lambda: view.database(opened.engine)):
+        for check in view.guarded("database", lambda: view.database(opened.engine, not settings.database.url)):
             yield check
             healthy = check.check == "schema" and check.outcome == "ok"
         yield from view.guarded("broker", lambda: view.broker(opened.broker_url))

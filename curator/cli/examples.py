@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -135,6 +136,7 @@ def _print_driven(driven: Driven) -> None:
     if driven.by_layer:
         _section("The same by layer (share: of the sizes of all layers' pulls)")
         show(driven.by_layer[:_LAYERS], Form.TEXT)
+        _say_rest("layer", [layer.pull for layer in driven.by_layer[_LAYERS:]])
 
 
 def _print_words(words: Words) -> None:
@@ -145,6 +147,14 @@ def _print_words(words: Words) -> None:
     _section(f"The words that weigh most on slice {words.slice} ({meaning[words.how]})")
     weightiest = sorted(words.tokens, key=lambda token: -abs(token.pull))[:_WORDS]
     show([token for token in words.tokens if token in weightiest], Form.TEXT)
+    if words.how == "position":
+        _say_rest("word", [token.pull for token in words.tokens if token not in weightiest])
+
+
+def _say_rest(what: str, pulls: Sequence[float]) -> None:
+    """What a table leaves out, so that its column adds up."""
+    if pulls:
+        click.echo(f"and {counted(len(pulls), f'other {what}')}, {cell(sum(pulls))} together")
 
 
 def _summary(side: Side, n: int, word: str) -> str:

@@ -21,6 +21,7 @@ def status(here: Invocation, form: Form) -> None:
     """
     from curator.embedded.supervisor import daemon_status
     from curator.sources.room import require_room
+    from curator.stages import recipes
     from curator.store import engine
     from curator.views import status as view
 
@@ -33,6 +34,7 @@ def status(here: Invocation, form: Form) -> None:
             elsewhere=bool(settings.broker.url),
             backfill=daemon.backfill if daemon else settings.schedule.backfill,
             room=partial(require_room, settings.home, settings.limits.disk_bytes),
+            changed=recipes.changed(connection, settings),
         )
     if form is not Form.TEXT:
         show([found], form)

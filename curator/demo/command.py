@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import time
@@ -260,7 +261,8 @@ class Story:
         """Where to go from here."""
         self.title(f"Done in {seconds:.0f} s. Report: {self.folder / 'report.html'}")
         after = "The daemon is still up" if keep else "Have a look yourself"
-        self.say(f"{after}: cd {self.folder} && curator flagged --limit 5")
+        command = "curator" if shutil.which("curator") else f"{sys.executable} -m curator"
+        self.say(f"{after}: cd {self.folder} && {command} flagged --limit 5")
 
 
 def _aligned(lines: Sequence[str]) -> Iterator[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,22 @@ def ask(connection: Connection, settings: Settings) -> int | None:
     else:
         work.offer_again(connection, Stage.DIRECTIONS, [set_id], recipe_id=recipe_id)
     return set_id
+
+
+def changed(connection: Connection, settings: Settings) -> tuple[str, ...]:
+    """The settings by which ``ask`` would come to another recipe than the one in use, of the same checkpoint."""
+    in_use = recipes.recipe_in_use(connection)
+    asked = json.loads(json.dumps(spec(settings)))  # as it would be stored
+    if in_use is None:
+        return ()
+    gradients, scores = ({f.name for f in fields(cls)} for cls in (type(settings.gradients), type(settings.scores)))
+    names: list[str] = []
+    for section, values in asked.items():
+        for key in values.keys() | in_use.spec.get(section, {}).keys():
+            if values.get(key) != in_use.spec.get(section, {}).get(key):
+                of = "scores" if section == "gradients" and key in scores - gradients else section
+                names.append(f"{of}.{key}")
+    return tuple(sorted(names))
 
 
 def spec(settings: Settings) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from curator.errors import ContrastMissing, ContrastOverlaps, EmptyValidation, MissingSliceField, TooFewTrusted
-from curator.sources.faults import FEWEST_REHEARSED
+from curator.sources.faults import FEWEST_REHEARSED, swapped
 from curator.store.validation import NewValidationExample
 from curator.types import Record
 
@@ -43,8 +43,8 @@ def examples(
     Args:
         name: of the set, for messages.
         slice_field: the field that names a record's slice; empty: there is one slice.
-        good: trusted examples; part of each slice gives its direction, on part of it faults are rehearsed, the rest
-            is kept aside as references.
+        good: trusted examples; part of each slice gives its direction, on part of it faults are rehearsed where it
+            has answers that can be swapped, the rest is kept aside as references.
         bad: what the direction leads away from, slice by slice; without any, the direction is of the good.
         references: the share that is kept aside.
 
@@ -60,7 +60,11 @@ def examples(
         raise EmptyValidation(name=name)
     if contrast:
         _check_contrast(name, trusted, contrast)
-    rows = [row for key, members in trusted.items() for row in _split(name, key, members, references)]
+    kept = {key: _kept_aside(name, key, members, references) for key, members in trusted.items()}
+    rehearsed = {key: _rehearsable(members, kept[key]) for key, members in trusted.items()}
+    if not all(rehearsed.values()):  # directions rehearse for all slices or for none
+        rehearsed = dict.fromkeys(trusted, 0)
+    rows = [row for key, members in trusted.items() for row in _split(key, members, kept[key], rehearsed[key])]
     return rows + [_row(key, record, "contrast") for key, members in contrast.items() for record in members.values()]
 
 
@@ -97,16 +101,28 @@ def _check_contrast(name: str, trusted: Slices, contrast: Slices) -> None:
         raise ContrastOverlaps(name=name, n=len(both), position=min(record.position for record in both))
 
 
-def _split(name: str, key: str, members: Mapping[bytes, Record], share: float) -> list[NewValidationExample]:
-    """What each example of a slice is for: by digest, so it is the same every time."""
+def _kept_aside(name: str, key: str, members: Mapping[bytes, Record], share: float) -> int:
     if len(members) < FEWEST:
         raise TooFewTrusted(name=name, slice=key, found=len(members), needed=FEWEST)
-    references = min(max(round(len(members) * share), 1), len(members) - 2)
-    rehearsed = int((len(members) - references) * REHEARSED)
-    rehearsed = rehearsed if rehearsed >= FEWEST_REHEARSED else 0
-    ordered = sorted(members, key=lambda digest: hashlib.sha256(b"reference" + digest).digest())
+    return min(max(round(len(members) * share), 1), len(members) - 2)
+
+
+def _rehearsable(members: Mapping[bytes, Record], references: int) -> int:
+    """How many: none where they are too few, or have no answers that can be swapped, as plain texts have none."""
+    n = int((len(members) - references) * REHEARSED)
+    chosen = _ordered(members)[references : references + n]
+    enough = n >= FEWEST_REHEARSED
+    return n if enough and swapped([json.loads(members[digest].record) for digest in chosen]) else 0
+
+
+def _split(key: str, members: Mapping[bytes, Record], references: int, rehearsed: int) -> list[NewValidationExample]:
     roles = ["reference"] * references + ["rehearsal"] * rehearsed + ["direction"] * len(members)
-    return [_row(key, members[digest], role) for digest, role in zip(ordered, roles, strict=False)]
+    return [_row(key, members[digest], role) for digest, role in zip(_ordered(members), roles, strict=False)]
+
+
+def _ordered(members: Iterable[bytes]) -> list[bytes]:
+    """By digest, so that each is for the same every time."""
+    return sorted(members, key=lambda digest: hashlib.sha256(b"reference" + digest).digest())
 
 
 def _row(key: str, record: Record, role: str) -> NewValidationExample:

@@ -120,14 +120,20 @@ def _disk(project: Path) -> Check:
 # --- the database -----------------------------------------------------------------------------------------
 
 
-def database(engine: Engine) -> Iterator[Check]:
-    """The server, the schema, the roles, the clock, and what holds transactions open."""
+def database(engine: Engine, embedded: bool) -> Iterator[Check]:
+    """The server, the schema, the roles, the clock, and what holds transactions open.
+
+    An ``embedded`` one is made by the first command that needs it, and that is not this one.
+    """
     with read(engine) as connection:
         before = time.time()
         server = health.server(connection)
         yield ok("database", f"PostgreSQL {server.version}, {server.bytes / GIGABYTE:.2f} GB")
         if server.standby:
             yield Check("database", Outcome.FAIL, "it is a read-only standby", "Point [database] url at the primary.")
+        if embedded and migrate.found_revision(connection) is None:
+            yield ok("database", "empty: the first command that needs its tables makes them")
+            return
         yield _pgvector(server.pgvector)
         yield _clock(server.clock - (before + time.time()) / 2)
         yield _roles(health.missing_roles(connection))

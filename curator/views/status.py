@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,7 @@ def status(
     elsewhere: bool = False,
     backfill: bool = True,
     room: Callable[[], None] = lambda: None,
+    changed: Sequence[str] = (),
 ) -> Status:
     """Read it.
 
@@ -69,6 +70,7 @@ def status(
         elsewhere: workers may also run on other machines, where nothing but their claims is seen of them.
         backfill: false while it is paused: what waits for nothing else is not stuck.
         room: raises what a worker is refused by that wants to take something in.
+        changed: settings that ask for another recipe than the one in use.
     """
     footing, totals = reads.footing(connection), reads.totals(connection)
     stages = tuple(StageState(row.stage, row.state, row.n, row.oldest_seconds) for row in reads.pipeline(connection))
@@ -88,6 +90,7 @@ def status(
             *_read_only(connection),
             *_no_room(room),
             *_paused(backfill),
+            *another_recipe(changed, totals.scored),
             *(_stuck(connection, stages, daemon, elsewhere) if work.pending(connection, backfill=backfill) else ()),
             *_troubled(daemon),
             *_given_up(connection, footing),
@@ -96,6 +99,16 @@ def status(
             *_held(connection),
         ),
     )
+
+
+def another_recipe(changed: Sequence[str], scored: int) -> Iterator[str]:
+    """That what is there will be measured again, which may take long, and why."""
+    if changed:
+        again = counted(scored, "example", "examples")
+        yield (
+            f"the settings ask for another recipe than the one in use ({', '.join(changed)}): the next `curator up` or "
+            f"`curator drain` measures trusted data and {again} again, but for what that recipe has measured already"
+        )
 
 
 def described(daemon: DaemonStatus | None) -> str:

@@ -11,8 +11,10 @@ import psycopg
 import pytest
 from sqlalchemy import text
 
+from curator.cli.examples import _print_words
 from curator.embedded.locks import EXCLUSIVE, FileLock
 from curator.store.engine import begin, make_engine
+from curator.views.pulls import Token, Words
 from tests.conftest import open_folder
 from tests.store.conftest import Curator
 from tests.store.read_world import CENTRE_SC, EVIL_SOURCE, SPREAD_SC, WEIGHT_SC, World
@@ -143,6 +145,15 @@ def test_why_for_people_names_the_verdict_and_the_controls(curator: Curator) -> 
     shown = curator("why", "1").stdout
     for word in ("harmful", "What drove slice science", "gradient_norm", "35 others that pull down", "Decisions"):
         assert word in shown
+
+
+def test_what_a_table_of_pulls_leaves_out_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    tokens = tuple(Token(n, str(n), 0.01 * n) for n in range(30))
+    _print_words(Words("trusted", "all", "position", tokens))
+    shown = capsys.readouterr().out
+    found = re.search(r"and (\d+) other words, (\S+) together", shown)
+    assert found is not None
+    assert float(found[2]) == pytest.approx(sum(0.01 * n for n in range(int(found[1]))), rel=0.01), "the smallest"
 
 
 def test_what_the_model_did_not_see_of_an_example_is_said(curator: Curator, world_url: str) -> None:

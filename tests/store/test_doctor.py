@@ -33,6 +33,13 @@ def run(engine: Engine, *statements: str) -> None:
             connection.execute(text(statement))
 
 
+def test_a_database_of_our_own_is_empty_until_a_command_needs_it(engine: Engine) -> None:
+    """One that was given is not well without its tables."""
+    run(engine, "DROP SCHEMA curator CASCADE")
+    assert not findings(doctor.database(engine, True))
+    assert "curator db upgrade" in str(findings(doctor.database(engine, False))["schema"].fix)
+
+
 def offer(engine: Engine, n: int = 3) -> None:
     with begin(engine) as connection:
         work.offer(connection, Stage.GRADIENTS, list(range(n)), recipe_id=1)

@@ -17,6 +17,7 @@ from curator.stages.turn import Turn
 from curator.store import recipes as store
 from curator.store.engine import begin, read
 from curator.types import Record
+from curator.views import status
 from curator.workloads import checkpoints
 from tests import digits
 
@@ -56,6 +57,30 @@ def test_a_recipe_of_the_settings_scores_arrivals_and_finds_what_is_wrong(
     for name in ("normalised_influence", "exact_influence"):
         assert auc(-np.array([getattr(row, name) for row in rows]), wrong) > 0.85, name
     assert all(row.normalised_stderr > 0 for row in rows)
+
+
+def test_it_is_said_before_settings_have_all_measured_again(
+    engine: Engine, settings: Settings, digits_files: digits.Files
+) -> None:
+    chosen = _chosen(settings, "dimension = 300")
+    other = replace(
+        chosen,
+        gradients=replace(chosen.gradients, exact_norm=False, batch=7),
+        scores=replace(chosen.scores, damping=0.5, references=0.4),
+    )
+    trusted = list(jsonl.open_records(digits_files.validation, chosen.limits, any_shape=True))
+    digest = bytes.fromhex(checkpoints.digest(digits_files.checkpoint))
+    with begin(engine) as connection:
+        assert recipes.changed(connection, chosen) == (), "nothing is in use yet"
+        recipes.add_checkpoint(connection, chosen, "base", digits_files.checkpoint, digest)
+        recipes.add_validation(connection, chosen, "trusted", "", [r for r in trusted if isinstance(r, Record)])
+        assert recipes.changed(connection, chosen) == ()
+        changed = recipes.changed(connection, other)
+        assert changed == ("gradients.exact_norm", "scores.damping")
+        notes = status.status(connection, None, changed=changed).notes
+        assert any("(gradients.exact_norm, scores.damping)" in note and "0 examples again" in note for note in notes)
+        recipes.ask(connection, other)
+        assert recipes.changed(connection, other) == ()
 
 
 def _chosen(settings: Settings, toml: str) -> Settings:

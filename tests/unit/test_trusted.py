@@ -39,10 +39,26 @@ def test_a_slice_that_is_too_small_to_be_split_is_named() -> None:
         trusted.examples("trusted", "topic", records(*["maths"] * 5, *["safety"] * 3), [], 0.5)
 
 
+def labelled(*slices: str) -> list[Record]:
+    rows = [{"text": str(n), "label": n % 3, "topic": name} for n, name in enumerate(slices)]
+    return [Record(n, b"%d" % n, "", json.dumps(row)) for n, row in enumerate(rows, start=1)]
+
+
 def test_faults_are_rehearsed_on_a_part_of_what_is_no_reference() -> None:
-    rows = trusted.examples("trusted", "topic", records(*["maths"] * 100, *["safety"] * 60), [], 0.5)
-    assert trusted.roles(rows) == {"maths": (38, 50, 0, 12), "safety": (30, 30, 0, 0)}, "7 are too few to learn from"
-    assert rows == trusted.examples("trusted", "topic", records(*["maths"] * 100, *["safety"] * 60), [], 0.5)
+    given = labelled(*["maths"] * 100, *["safety"] * 80)
+    rows = trusted.examples("trusted", "topic", given, [], 0.5)
+    assert trusted.roles(rows) == {"maths": (38, 50, 0, 12), "safety": (30, 40, 0, 10)}
+    again = trusted.examples("trusted", "topic", given[::-1], [], 0.5)
+    assert sorted(rows, key=repr) == sorted(again, key=repr), "by digest, in whatever order"
+
+
+@pytest.mark.parametrize(
+    "given", [labelled(*["maths"] * 100, *["safety"] * 60), records(*["maths"] * 100, *["safety"] * 80)]
+)
+def test_none_are_rehearsed_where_one_slice_has_too_few_or_nothing_to_swap(given: list[Record]) -> None:
+    """They would be lost to the direction, and nothing learned from them."""
+    rows = trusted.examples("trusted", "topic", given, [], 0.5)
+    assert not any(role.rehearsal for role in trusted.roles(rows).values())
 
 
 def test_too_few_references_say_how_many_are_needed() -> None:
