@@ -77,6 +77,9 @@ BARE = "no exact scores, norm estimated"
 MODES = {
     DEFAULT: LOW,
     "exact scores of rank 32, norm estimated": replace(LOW, exact_rank=32),
+    "exact scores of rank 128, norm estimated": replace(LOW, exact_rank=128),
+    "exact scores of rank 192, norm estimated": replace(LOW, exact_rank=192),
+    "exact scores, norm estimated": replace(LOW, exact_rank=0),
     "exact scores and norm (the default of other kinds)": WHOLE,
     "the same, lengths without a sketch": replace(WHOLE, exact_sketch=0),
     "no exact scores, exact norm": replace(WHOLE, exact=False),
