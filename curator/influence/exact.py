@@ -29,6 +29,9 @@ from curator.influence.layers import Where, at
 from curator.influence.mixtures import Mixtures, weights
 from curator.influence.parts import Floats, PositionScores
 
+LEAST_RANK = 64
+"""Of a share: a quarter of a narrow side saves little, and loses as much as a quarter of a wide one."""
+
 WIDEST_GRAM = 1024
 """A wider side's leading directions are found by passes over the directions: a Gram matrix is cubic in the width."""
 
@@ -96,7 +99,7 @@ class ExactDirections:
 
 @dataclass(frozen=True)
 class LowRankDirections:
-    """The same in a common basis of r_o rows and r_i columns a layer: U_s is taken for L C_s R^T.
+    """The same in a common basis of r_o rows and r_i columns a layer (``rank_of``): U_s is taken for L C_s R^T.
 
     For many slices or wide layers: a layer takes r_o r_i numbers a direction instead of O I, and T (r_o O + r_i I)
     products an example instead of T O I; where that is no fewer, as of an adapter's thin matrix, it is kept whole.
@@ -118,7 +121,7 @@ class LowRankDirections:
     forms_gradients = False
 
     @classmethod
-    def fit(cls, whitened: WhitenedDirections, roots: KroneckerRoots, rank: int) -> LowRankDirections:
+    def fit(cls, whitened: WhitenedDirections, roots: KroneckerRoots, rank: float) -> LowRankDirections:
         """Cut directions down to ``rank`` rows and columns a layer; a side no wider is kept whole.
 
         In float64 where the roots are, a layer at a time.
@@ -138,7 +141,8 @@ class LowRankDirections:
                 continue
             U_MOI = _rotated(whitened, roots, n)
             U_MOI *= _inverse(length_M).to(U_MOI)[:, None, None]
-            L, R = _leading([U_OI.T for U_OI in U_MOI], rank), _leading(list(U_MOI), rank)
+            rows, columns = (rank_of(width, rank) for width in U_MOI.shape[1:])
+            L, R = _leading([U_OI.T for U_OI in U_MOI], rows), _leading(list(U_MOI), columns)
             C = L.T @ U_MOI @ R
             for m, U_OI in enumerate(U_MOI):
                 lost_M[m] += (L @ C[m] @ R.T - U_OI).square().sum().cpu()
@@ -184,10 +188,15 @@ class LowRankDirections:
         return LowRankDirections(self.names, left, right, core, whole, self.unit_error_S, self.mean_error_S)
 
 
-def _pays(shape: Sequence[int], rank: int) -> bool:
+def rank_of(width: int, rank: float) -> int:
+    """Of one side of a layer: ``rank``, or, below 1, that share of the side and ``LEAST_RANK`` at least."""
+    return min(width, int(rank) if rank >= 1 else max(round(rank * width), LEAST_RANK))
+
+
+def _pays(shape: Sequence[int], rank: float) -> bool:
     """Whether both products with a layer's bases are fewer than forming its gradient."""
     n_out, n_in = shape
-    return min(rank, n_out) * n_out + min(rank, n_in) * n_in < n_out * n_in
+    return rank_of(n_out, rank) * n_out + rank_of(n_in, rank) * n_in < n_out * n_in
 
 
 def _rotated(whitened: WhitenedDirections, roots: KroneckerRoots, name: str) -> Tensor:

@@ -26,7 +26,7 @@ from curator.stages.trusted import Roles
 from curator.store import directions, offers, recipes, retention, validation, work
 from curator.types import Record, Stage
 
-LANGUAGE_RANK = 64
+LANGUAGE_RANK = 0.25
 """Of the exact directions of a language model, unless the settings say otherwise: docs/decisions/0055."""
 
 
@@ -173,9 +173,10 @@ def spec(settings: Settings) -> dict[str, Any]:
     """What decides the meaning of a gradient, as plain values: half of a recipe's key."""
     asked, scores = settings.gradients, settings.scores
     is_language = settings.workload.kind == "causal-lm"
+    rank = _unless_auto(scores.exact_rank, LANGUAGE_RANK if is_language else 0)
     exact = {
         "exact_curvature": scores.exact_curvature,
-        "exact_rank": _unless_auto(scores.exact_rank, LANGUAGE_RANK if is_language else 0),
+        "exact_rank": rank if 0 < rank < 1 else int(rank),
         # Corrected eigenvalues have no factors to carry a sketch through.
         "exact_sketch": scores.exact_sketch if scores.exact_curvature == "kfac" else 0,
     }

@@ -29,7 +29,7 @@ from curator.influence.attribution import Attributor, RecipeSpec, draw_masks
 from curator.influence.capture import Layer, find_layers
 from curator.influence.curvature import Whitening
 from curator.influence.dropout import columns
-from curator.influence.exact import ExactDirections, LowRankDirections, Towards
+from curator.influence.exact import ExactDirections, LowRankDirections, Towards, rank_of
 from curator.influence.fitting import Fitted
 from curator.influence.kronecker import WIDEST_FACTOR, KroneckerRoots
 from curator.workloads import base
@@ -71,15 +71,14 @@ SHAPES = {
     "1B-sized": Shape(2048, 16, 32, 8, 8192, 128256, (512, 8192)),
 }
 WHOLE = RecipeSpec(dimension=1984, measurement="loss", exact_norm=True, exact_sketch=32)
-LOW = replace(WHOLE, exact_norm=False, exact_rank=64)
-DEFAULT = "exact scores of rank 64, norm estimated (the default)"
+LOW = replace(WHOLE, exact_norm=False, exact_rank=0.25)
+DEFAULT = "exact scores of a quarter of the rank, norm estimated (the default)"
 BARE = "no exact scores, norm estimated"
 MODES = {
     DEFAULT: LOW,
     "exact scores of rank 32, norm estimated": replace(LOW, exact_rank=32),
-    "exact scores of rank 128, norm estimated": replace(LOW, exact_rank=128),
-    "exact scores of rank 192, norm estimated": replace(LOW, exact_rank=192),
-    "exact scores, norm estimated": replace(LOW, exact_rank=0),
+    "exact scores of rank 64, norm estimated": replace(LOW, exact_rank=64),
+    "whole exact scores, norm estimated": replace(LOW, exact_rank=0),
     "exact scores and norm (the default of other kinds)": WHOLE,
     "the same, lengths without a sketch": replace(WHOLE, exact_sketch=0),
     "no exact scores, exact norm": replace(WHOLE, exact=False),
@@ -187,7 +186,10 @@ def directions(layers: tuple[Layer, ...], spec: RecipeSpec, device: str) -> Towa
         both = {layer.name: torch.full((2, 1, *layer.shape), 1e-3, device=device) for layer in layers}
         return ExactDirections(("all",), both)
     left, right = (
-        {x.name: torch.full((x.shape[side], min(spec.exact_rank, x.shape[side])), 1e-3, device=device) for x in layers}
+        {
+            x.name: torch.full((x.shape[side], rank_of(x.shape[side], spec.exact_rank)), 1e-3, device=device)
+            for x in layers
+        }
         for side in (0, 1)
     )
     core = {n: torch.ones(2, left[n].shape[1], right[n].shape[1], device=device) for n in left}

@@ -92,8 +92,21 @@ def test_a_rank_that_cuts_nothing_loses_nothing(monkeypatch, pays):
 
 
 @pytest.mark.parametrize(
+    ("width", "rank", "expected"), [(8, 64, 8), (99, 64, 64), (2048, 0.25, 512), (768, 0.25, 192), (128, 0.25, 64)]
+)
+def test_a_rank_is_a_number_or_a_share_of_a_side_and_not_too_few(width, rank, expected):
+    assert exact.rank_of(width, rank) == expected
+
+
+@pytest.mark.parametrize(
     ("shape", "rank", "pays"),
-    [((2048, 2048), 64, True), ((768, 768), 64, True), ((8, 2048), 64, False), ((2048, 16), 64, False)],
+    [
+        ((2048, 2048), 64, True),
+        ((768, 768), 0.25, True),
+        ((8, 2048), 64, False),
+        ((2048, 16), 0.25, False),
+        ((128, 128), 0.25, False),
+    ],
 )
 def test_a_layer_is_cut_where_that_takes_fewer_products(shape, rank, pays):
     """Not an adapter's matrices."""
