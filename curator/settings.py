@@ -131,10 +131,10 @@ class Scores:
     exact_curvature: Literal["kfac", "ekfac"] = field(
         default="kfac", metadata={"doc": "of exact scores; ekfac: one more pass over the trusted data"}
     )
-    exact_rank: float | Literal["auto"] = field(
+    exact_rank: int | Literal["auto"] = field(
         default="auto",
         metadata={
-            "doc": "rows and columns a layer of exact directions, or a share; 0: all; auto: .25 of a language model"
+            "doc": "rows and columns a layer of exact directions; 0: all; auto: all up to 2 GiB, else 64"
         },
     )
     exact_sketch: int = field(
@@ -569,9 +569,6 @@ def _check_ranges(settings: Settings) -> None:
         value = getattr(getattr(settings, section), name)
         if value != "auto" and not lowest <= value <= highest:
             raise _bad(settings, key, value, f"between {lowest:g} and {highest:g}")
-    rank = settings.scores.exact_rank
-    if rank != "auto" and rank >= 1 and rank != int(rank):
-        raise _bad(settings, "scores.exact_rank", rank, "a whole number, or a share below 1")
     _check_gradients(settings)
 
 

@@ -212,7 +212,7 @@ class Attributor:
         """
         whole = self.whitened_directions(slices)
         whole = whole if mixtures is None else whole.mixed(mixtures)
-        rank = self.spec.exact_rank
+        rank = whole.affordable_rank() if self.spec.exact_rank is None else self.spec.exact_rank
 
         def made(roots: KroneckerRoots) -> Towards:
             return LowRankDirections.fit(whole, roots, rank) if rank else whole.pulled_back(roots)

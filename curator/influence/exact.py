@@ -29,8 +29,11 @@ from curator.influence.layers import Where, at
 from curator.influence.mixtures import Mixtures, weights
 from curator.influence.parts import Floats, PositionScores
 
-LEAST_RANK = 64
-"""Of a share: a quarter of a narrow side saves little, and loses as much as a quarter of a wide one."""
+LARGEST_WHOLE_DIRECTIONS = 1 << 31
+"""Bytes of directions that are kept whole unless a rank is given: every worker holds them, and so does the database."""
+
+AUTO_RANK = 64
+"""Of directions that would be larger: decision 0055 has what it loses."""
 
 WIDEST_GRAM = 1024
 """A wider side's leading directions are found by passes over the directions: a Gram matrix is cubic in the width."""
@@ -52,6 +55,11 @@ class WhitenedDirections:
         weight_RS = torch.from_numpy(weights(self.names, mixtures)).float()
         both = {n: torch.einsum("rs,ksoi->kroi", weight_RS, u) for n, u in self.both_2SOI.items()}
         return WhitenedDirections(tuple(mixtures), both)
+
+    def affordable_rank(self) -> int:
+        """0, for whole directions, while they are not too large."""
+        size = sum(u.numel() * u.element_size() for u in self.both_2SOI.values())
+        return 0 if size <= LARGEST_WHOLE_DIRECTIONS else AUTO_RANK
 
     def pulled_back(self, roots: KroneckerRoots) -> ExactDirections:
         """What an arrival's gradient itself is multiplied by: D, computed where the roots are, on the CPU."""
@@ -99,7 +107,7 @@ class ExactDirections:
 
 @dataclass(frozen=True)
 class LowRankDirections:
-    """The same in a common basis of r_o rows and r_i columns a layer (``rank_of``): U_s is taken for L C_s R^T.
+    """The same in a common basis of r_o rows and r_i columns a layer: U_s is taken for L C_s R^T.
 
     For many slices or wide layers: a layer takes r_o r_i numbers a direction instead of O I, and T (r_o O + r_i I)
     products an example instead of T O I; where that is no fewer, as of an adapter's thin matrix, it is kept whole.
@@ -121,7 +129,7 @@ class LowRankDirections:
     forms_gradients = False
 
     @classmethod
-    def fit(cls, whitened: WhitenedDirections, roots: KroneckerRoots, rank: float) -> LowRankDirections:
+    def fit(cls, whitened: WhitenedDirections, roots: KroneckerRoots, rank: int) -> LowRankDirections:
         """Cut directions down to ``rank`` rows and columns a layer; a side no wider is kept whole.
 
         In float64 where the roots are, a layer at a time.
@@ -141,8 +149,7 @@ class LowRankDirections:
                 continue
             U_MOI = _rotated(whitened, roots, n)
             U_MOI *= _inverse(length_M).to(U_MOI)[:, None, None]
-            rows, columns = (rank_of(width, rank) for width in U_MOI.shape[1:])
-            L, R = _leading([U_OI.T for U_OI in U_MOI], rows), _leading(list(U_MOI), columns)
+            L, R = _leading([U_OI.T for U_OI in U_MOI], rank), _leading(list(U_MOI), rank)
             C = L.T @ U_MOI @ R
             for m, U_OI in enumerate(U_MOI):
                 lost_M[m] += (L @ C[m] @ R.T - U_OI).square().sum().cpu()
@@ -188,15 +195,10 @@ class LowRankDirections:
         return LowRankDirections(self.names, left, right, core, whole, self.unit_error_S, self.mean_error_S)
 
 
-def rank_of(width: int, rank: float) -> int:
-    """Of one side of a layer: ``rank``, or, below 1, that share of the side and ``LEAST_RANK`` at least."""
-    return min(width, int(rank) if rank >= 1 else max(round(rank * width), LEAST_RANK))
-
-
-def _pays(shape: Sequence[int], rank: float) -> bool:
+def _pays(shape: Sequence[int], rank: int) -> bool:
     """Whether both products with a layer's bases are fewer than forming its gradient."""
     n_out, n_in = shape
-    return rank_of(n_out, rank) * n_out + rank_of(n_in, rank) * n_in < n_out * n_in
+    return min(rank, n_out) * n_out + min(rank, n_in) * n_in < n_out * n_in
 
 
 def _rotated(whitened: WhitenedDirections, roots: KroneckerRoots, name: str) -> Tensor:

@@ -25,7 +25,7 @@ class RecipeSpec:
     ``calibrated`` loss, or their ``loss``; the normalised influence is the same for all three. ``exact`` fits the
     Kronecker factors of the full layers too; their ``exact_curvature`` is ``kfac``, or ``ekfac``, which takes one more
     pass over the trusted data. ``exact_rank`` cuts the exact directions of all slices to so many rows and columns a
-    layer (0: none; below 1: that share of its sides), for many slices or wide layers (``LowRankDirections``);
+    layer (0: none; None: where they would be too large), for many slices or wide layers (``LowRankDirections``);
     ``exact_sketch`` reads the length of an arrival's whitened gradient off so many of its random products a side, where
     a side is wide and an example has several positions (0: none, ``curator.influence.sketch``). ``exact_norm`` takes
     the norm of the full gradient, at about the price of the weight gradients that the pass saves; without it the norm
@@ -49,7 +49,7 @@ class RecipeSpec:
     bias: bool = False
     exact: bool = True
     exact_curvature: str = "kfac"
-    exact_rank: float = 0
+    exact_rank: int | None = 0
     exact_sketch: int = 0
     exact_norm: bool = False
     importance: str = "none"

@@ -26,9 +26,6 @@ from curator.stages.trusted import Roles
 from curator.store import directions, offers, recipes, retention, validation, work
 from curator.types import Record, Stage
 
-LANGUAGE_RANK = 0.25
-"""Of the exact directions of a language model, unless the settings say otherwise: docs/decisions/0055."""
-
 
 def add_checkpoint(connection: Connection, settings: Settings, name: str, path: Path, digest: bytes) -> int | None:
     """Register a checkpoint and measure with it from now on; returns what ``ask`` does.
@@ -173,10 +170,9 @@ def spec(settings: Settings) -> dict[str, Any]:
     """What decides the meaning of a gradient, as plain values: half of a recipe's key."""
     asked, scores = settings.gradients, settings.scores
     is_language = settings.workload.kind == "causal-lm"
-    rank = _unless_auto(scores.exact_rank, LANGUAGE_RANK if is_language else 0)
     exact = {
         "exact_curvature": scores.exact_curvature,
-        "exact_rank": rank if 0 < rank < 1 else int(rank),
+        "exact_rank": _unless_auto(scores.exact_rank, None),
         # Corrected eigenvalues have no factors to carry a sketch through.
         "exact_sketch": scores.exact_sketch if scores.exact_curvature == "kfac" else 0,
     }
@@ -203,7 +199,6 @@ def spec(settings: Settings) -> dict[str, Any]:
             # A margin is of one decision; the mean loss of many tokens has none.
             "measurement": _unless_auto(scores.measurement, "loss" if is_language else "margin"),
             "exact": asked.exact,
-            # As fast as training: docs/decisions/0055.
             "exact_norm": _unless_auto(asked.exact_norm, not is_language),
             **(exact if asked.exact else without),
         },

@@ -42,7 +42,7 @@ LEARN = Training(epochs=4, batch=BATCH, learning_rate=2e-3)
 FURTHER = Training(epochs=1, batch=BATCH, learning_rate=5e-4)
 SHARE = 0.2
 SPEC = RecipeSpec(dimension=1984, measurement="loss", exact_rank=64, exact_sketch=32)
-"""The recipe of a new project at this width, but for the inner sides, of which it would keep 86."""
+"""The recipe of a new project, but for the rank."""
 
 
 # --- texts and model ------------------------------------------------------------------------------------------

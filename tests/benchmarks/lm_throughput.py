@@ -29,7 +29,7 @@ from curator.influence.attribution import Attributor, RecipeSpec, draw_masks
 from curator.influence.capture import Layer, find_layers
 from curator.influence.curvature import Whitening
 from curator.influence.dropout import columns
-from curator.influence.exact import ExactDirections, LowRankDirections, Towards, rank_of
+from curator.influence.exact import ExactDirections, LowRankDirections, Towards
 from curator.influence.fitting import Fitted
 from curator.influence.kronecker import WIDEST_FACTOR, KroneckerRoots
 from curator.workloads import base
@@ -70,19 +70,18 @@ SHAPES = {
     "GPT-2-small-sized": Shape(768, 12, 12, 12, 2048, 50257, (512, 16384)),
     "1B-sized": Shape(2048, 16, 32, 8, 8192, 128256, (512, 8192)),
 }
-WHOLE = RecipeSpec(dimension=1984, measurement="loss", exact_norm=True, exact_sketch=32)
-LOW = replace(WHOLE, exact_norm=False, exact_rank=0.25)
-DEFAULT = "exact scores of a quarter of the rank, norm estimated (the default)"
+DEFAULT_SPEC = RecipeSpec(dimension=1984, measurement="loss", exact_sketch=32)
+"""Of a new project, while its directions are not too large."""
+DEFAULT = "whole exact scores, norm estimated (the default)"
 BARE = "no exact scores, norm estimated"
 MODES = {
-    DEFAULT: LOW,
-    "exact scores of rank 32, norm estimated": replace(LOW, exact_rank=32),
-    "exact scores of rank 64, norm estimated": replace(LOW, exact_rank=64),
-    "whole exact scores, norm estimated": replace(LOW, exact_rank=0),
-    "exact scores and norm (the default of other kinds)": WHOLE,
-    "the same, lengths without a sketch": replace(WHOLE, exact_sketch=0),
-    "no exact scores, exact norm": replace(WHOLE, exact=False),
-    BARE: replace(LOW, exact=False),
+    DEFAULT: DEFAULT_SPEC,
+    "exact scores of rank 64, norm estimated": replace(DEFAULT_SPEC, exact_rank=64),
+    "exact scores of rank 32, norm estimated": replace(DEFAULT_SPEC, exact_rank=32),
+    "exact scores and norm (the default of other kinds)": replace(DEFAULT_SPEC, exact_norm=True),
+    "the same, lengths without a sketch": replace(DEFAULT_SPEC, exact_norm=True, exact_sketch=0),
+    "no exact scores, exact norm": replace(DEFAULT_SPEC, exact=False, exact_norm=True),
+    BARE: replace(DEFAULT_SPEC, exact=False),
 }
 PEERS_SIZE = 256
 """Numbers a layer that the peers store: ten times what the default has at GPT-2-small's size."""
@@ -186,10 +185,7 @@ def directions(layers: tuple[Layer, ...], spec: RecipeSpec, device: str) -> Towa
         both = {layer.name: torch.full((2, 1, *layer.shape), 1e-3, device=device) for layer in layers}
         return ExactDirections(("all",), both)
     left, right = (
-        {
-            x.name: torch.full((x.shape[side], rank_of(x.shape[side], spec.exact_rank)), 1e-3, device=device)
-            for x in layers
-        }
+        {x.name: torch.full((x.shape[side], min(spec.exact_rank, x.shape[side])), 1e-3, device=device) for x in layers}
         for side in (0, 1)
     )
     core = {n: torch.ones(2, left[n].shape[1], right[n].shape[1], device=device) for n in left}

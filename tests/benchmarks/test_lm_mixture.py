@@ -240,8 +240,8 @@ def page(every: Mapping[str, Mapping[str, Any]]) -> str:
 EXPLAINED = """{n} seeds (texts, model, order). A Llama of a million parameters with a byte-level BPE of 2,048
 tokens, four passes over {base:,} texts, as many of each source; a pool of {pool:,} others, a sixth of each source;
 {trusted:,} trusted texts, those of a source as its target and all of them behind the curvature; {test:,} test texts;
-the recipe of a new project, so exact scores are of rank 64. Influence without "exact" is of stored vectors in half
-precision. "Less the others" is a judgement less its mean over the five other sources. Intervals are bootstrap
+the recipe of a new project, but that exact scores are of rank 64. Influence without "exact" is of stored vectors in
+half precision. "Less the others" is a judgement less its mean over the five other sources. Intervals are bootstrap
 intervals over seeds and targets, or Wilson's.
 """
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from curator.errors import DirectionsOutdated
 from curator.influence import exact, naive
 from curator.influence.attribution import Attributor, RecipeSpec
-from curator.influence.exact import ExactScores, LowRankDirections, directions_of
+from curator.influence.exact import ExactDirections, ExactScores, LowRankDirections, directions_of
 from curator.influence.kronecker import KroneckerRoots
 from tests.numerics.small_models import case
 
@@ -92,25 +92,23 @@ def test_a_rank_that_cuts_nothing_loses_nothing(monkeypatch, pays):
 
 
 @pytest.mark.parametrize(
-    ("width", "rank", "expected"), [(8, 64, 8), (99, 64, 64), (2048, 0.25, 512), (768, 0.25, 192), (128, 0.25, 64)]
-)
-def test_a_rank_is_a_number_or_a_share_of_a_side_and_not_too_few(width, rank, expected):
-    assert exact.rank_of(width, rank) == expected
-
-
-@pytest.mark.parametrize(
     ("shape", "rank", "pays"),
-    [
-        ((2048, 2048), 64, True),
-        ((768, 768), 0.25, True),
-        ((8, 2048), 64, False),
-        ((2048, 16), 0.25, False),
-        ((128, 128), 0.25, False),
-    ],
+    [((2048, 2048), 64, True), ((768, 768), 64, True), ((8, 2048), 64, False), ((2048, 16), 64, False)],
 )
 def test_a_layer_is_cut_where_that_takes_fewer_products(shape, rank, pays):
     """Not an adapter's matrices."""
     assert exact._pays(shape, rank) == pays
+
+
+@pytest.mark.parametrize(("largest", "kind"), [(10**6, ExactDirections), (100, LowRankDirections)])
+def test_without_a_rank_directions_are_whole_unless_they_would_be_too_large(monkeypatch, largest, kind):
+    monkeypatch.setattr("curator.influence.exact.LARGEST_WHOLE_DIRECTIONS", largest)
+    monkeypatch.setattr("curator.influence.exact.AUTO_RANK", 1)
+    _, a, slices = fitted("positions", exact_rank=None)
+    found = a.exact_directions(slices)
+    assert isinstance(found, kind)
+    assert kind is ExactDirections or found.core
+    assert RecipeSpec.from_dict(a.spec.to_dict()) == a.spec
 
 
 def test_a_contrast_is_cut_after_it_was_mixed():

@@ -68,8 +68,8 @@ def test_where_a_model_is_does_not_either_but_a_factorys_options_are_its_own(kin
 @pytest.mark.parametrize(
     ("kind", "asked", "expected"),
     [
-        ("torch", {}, (True, 0, "margin")),
-        ("causal-lm", {}, (False, 0.25, "loss")),
+        ("torch", {}, (True, None, "margin")),
+        ("causal-lm", {}, (False, None, "loss")),
         ("causal-lm", {"exact_norm": "yes", "exact_rank": "0", "measurement": "margin"}, (True, 0, "margin")),
         ("torch", {"exact_norm": False, "exact_rank": 12, "measurement": "loss"}, (False, 12, "loss")),
     ],
@@ -96,7 +96,7 @@ def test_a_rank_is_a_number_or_auto(tmp_path, value):
 
 @pytest.mark.parametrize(
     ("key", "said"),
-    [("gradients.exact_norm", "not true or false or 'auto'"), ("scores.exact_rank", "not a number or 'auto'")],
+    [("gradients.exact_norm", "not true or false or 'auto'"), ("scores.exact_rank", "not a whole number or 'auto'")],
 )
 def test_what_may_be_a_word_too_says_which(tmp_path, key, said):
     (tmp_path / "curator.toml").write_text("", encoding="utf-8")
