@@ -133,9 +133,7 @@ class Scores:
     )
     exact_rank: int | Literal["auto"] = field(
         default="auto",
-        metadata={
-            "doc": "rows and columns a layer of exact directions; 0: all; auto: all up to 2 GiB, else 64"
-        },
+        metadata={"doc": "rows and columns a layer of exact directions; 0: all; auto: all up to 2 GiB, else 64"},
     )
     exact_sketch: int = field(
         default=32,
