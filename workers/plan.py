@@ -19,7 +19,7 @@ from curator.settings import Settings
 from curator.sources.files import open_records
 from curator.stages import cost, folders, instrument
 from curator.stages.recipes import spec
-from curator.store import recipes
+from curator.store import recipes, validation
 from curator.store.engine import read
 from curator.store.recipes import Recipe
 from curator.types import Record
@@ -38,7 +38,7 @@ def plan(runtime: Runtime, files: Sequence[Path]) -> dict[str, Any]:
         CuratorError: whatever stands in the way of measuring, with its fix.
     """
     with read(runtime.engine) as connection:
-        recipe = recipes.recipe_in_use(connection)
+        recipe, roles = recipes.recipe_in_use(connection), validation.roles_in_use(connection)
         checkpoint = recipes.checkpoint_in_use(connection)
         if checkpoint is None:
             raise NoCheckpoint
@@ -54,7 +54,8 @@ def plan(runtime: Runtime, files: Sequence[Path]) -> dict[str, Any]:
         raise NothingAccepted(path=", ".join(map(str, files)))
     size = sum(len(record.record) for record in picked) / len(picked)
     each = cost.of_sample(tools, usable, size)
-    return {**asdict(each), "bytes": each.bytes, "examples": found}
+    trusted = cost.passes_over_trusted(roles, tools.spec)
+    return {**asdict(each), "bytes": each.bytes, "examples": found, "trusted": trusted}
 
 
 def sampled(settings: Settings, files: Sequence[Path]) -> tuple[int, list[Record]]:

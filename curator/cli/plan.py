@@ -53,6 +53,8 @@ def _rows(cost: Mapping[str, Any], n: int) -> Iterator[dict[str, object]]:
     yield _row("cut", "longer than the limit", *_both(cost["cut"], n))
     yield _row("time", "seconds of one worker", *_both(cost["seconds"], n))
     yield _row("hours", "of one worker", *_both(cost["seconds"] / HOUR, n))
+    if trusted := cost["trusted"]:
+        yield _row("directions", "seconds for the trusted data before that, at least", *_both(cost["seconds"], trusted))
     yield _row("operations", "FLOP", *_both(cost["flops"], n))
     yield _row("vectors", "MB", *_both(cost["vector_bytes"] / 1e6, n))
     yield _row("database", "MB", *_both(cost["bytes"] / 1e6, n))

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.utils.flop_counter import FlopCounterMode
 
-from curator.influence.attribution import Attributor
+from curator.influence.attribution import Attributor, RecipeSpec
 from curator.stages.instrument import Instrument
 from curator.workloads import base
 
@@ -71,6 +71,17 @@ def of_sample(tools: Instrument, records: Sequence[Mapping[str, Any]], record_by
         vector_bytes=2 * width * VECTOR_OVERHEAD,
         record_bytes=record_bytes,
     )
+
+
+def passes_over_trusted(roles: Mapping[str, int], spec: RecipeSpec) -> int:
+    """Examples that pass through the model before the first arrival can: at least, as a code or a wide mask takes more.
+
+    Curvature is fitted on what is behind directions; every trusted example is measured, what faults are rehearsed on
+    once more with a fault; exact directions take two further passes.
+    """
+    behind, against = roles.get("direction", 0), roles.get("contrast", 0)
+    exact = 2 * (behind + against) if spec.exact else 0
+    return sum(roles.values()) + behind + roles.get("rehearsal", 0) + exact
 
 
 def _fitted(tools: Instrument, records: Sequence[Mapping[str, Any]]) -> Attributor:

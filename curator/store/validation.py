@@ -147,6 +147,17 @@ def validation_summary(connection: Connection) -> list[Row[Any]]:
     )
 
 
+def roles_in_use(connection: Connection) -> dict[str, int]:
+    """How many examples of the validation sets in use are for what."""
+    rows = connection.execute(
+        text(
+            "SELECT e.role, count(*) AS n FROM curator.validation_examples e"
+            " JOIN curator.validation_sets s ON s.id = e.validation_set_id AND s.in_use GROUP BY e.role"
+        )
+    )
+    return {row.role: row.n for row in rows}
+
+
 def digests_in_use(connection: Connection, digests: Collection[bytes]) -> set[bytes]:
     """Which of those are the digest of an example of a validation set in use."""
     rows = connection.scalars(

@@ -7,8 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from sqlalchemy import Connection
 
+from curator.cli.plan import _rows
+from curator.influence.attribution import RecipeSpec
 from curator.settings import Settings, Sources
+from curator.stages.cost import passes_over_trusted
+from curator.store import validation
 from tests import digits
 from workers import plan
 
@@ -45,6 +50,20 @@ def test_a_plan_is_of_a_sample_and_stores_nothing(curator, digits_files: digits.
     assert rows["database"]["all"] == pytest.approx(997 * rows["database"]["one_example"], rel=1e-2)
     (count,) = json.loads(curator("sql", "SELECT count(*) AS n FROM pipeline_status", "--json").stdout)
     assert count["n"] == 0
+
+
+def test_a_plan_has_the_passes_over_trusted_data_that_come_first(connection: Connection) -> None:
+    """All are measured; what is behind directions is fitted on, and gone over twice more for exact ones."""
+    roles = validation.roles_in_use(connection)
+    assert set(roles) == {"direction", "reference"}
+    behind, all_ = roles["direction"], sum(roles.values())
+    assert passes_over_trusted(roles, RecipeSpec(exact=False)) == all_ + behind
+    assert passes_over_trusted(roles, RecipeSpec()) == all_ + 3 * behind
+    assert passes_over_trusted({"direction": 5, "rehearsal": 3, "contrast": 2}, RecipeSpec()) == 10 + 5 + 3 + 14
+    cost = {"tokens": 1.0, "longest": 1, "cut": 0.0, "seconds": 0.5, "flops": 1.0, "vector_bytes": 1, "bytes": 1}
+    rows = {row["quantity"]: row for row in _rows({**cost, "trusted": 30}, 4)}
+    assert rows["directions"]["all"] == 15
+    assert "directions" not in {row["quantity"] for row in _rows({**cost, "trusted": 0}, 4)}
 
 
 def test_a_plan_reads_files_as_they_would_be_taken_in(tmp_path: Path) -> None:
