@@ -32,6 +32,9 @@ from curator.influence.parts import Floats, PositionScores
 LARGEST_WHOLE_DIRECTIONS = 1 << 31
 """Bytes of directions that are kept whole unless a rank is given: every worker holds them, and so does the database."""
 
+LARGEST_WHOLE_LAYER = 1 << 29
+"""Bytes of one layer's: each is stored as one value, and PostgreSQL takes none of 1 GB."""
+
 AUTO_RANK = 64
 """Of directions that would be larger: decision 0055 has what it loses."""
 
@@ -58,8 +61,9 @@ class WhitenedDirections:
 
     def affordable_rank(self) -> int:
         """0, for whole directions, while they are not too large."""
-        size = sum(u.numel() * u.element_size() for u in self.both_2SOI.values())
-        return 0 if size <= LARGEST_WHOLE_DIRECTIONS else AUTO_RANK
+        sizes = [u.numel() * u.element_size() for u in self.both_2SOI.values()]
+        fit = sum(sizes) <= LARGEST_WHOLE_DIRECTIONS and max(sizes, default=0) <= LARGEST_WHOLE_LAYER
+        return 0 if fit else AUTO_RANK
 
     def pulled_back(self, roots: KroneckerRoots) -> ExactDirections:
         """What an arrival's gradient itself is multiplied by: D, computed where the roots are, on the CPU."""

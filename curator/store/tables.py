@@ -387,7 +387,8 @@ gradients = Table(
         "exact",
         ARRAY(REAL),
         comment="normalised influence on each of them before the mask: of [scores] exact_rank rows and columns a layer "
-        "and lengths off [scores] exact_sketch products a side, whole where these are 0",
+        "(auto: all up to 2 GiB, else 64) and lengths off [scores] exact_sketch products a side, whole "
+        "where these are 0",
     ),
     Column("tokens", Integer, nullable=False, server_default="1", comment="what the workload counts of the record"),
     Column("cut_tokens", Integer, nullable=False, server_default="0", comment="beyond the limit: not seen"),

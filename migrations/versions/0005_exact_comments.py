@@ -1,4 +1,4 @@
-"""What a language model's exact scores are: of low rank and off a sketch, unless the settings say otherwise.
+"""What exact scores are: before the mask, of a rank where one is set or directions are large, lengths off a sketch.
 
 Revision ID: 0005
 """
@@ -11,8 +11,8 @@ branch_labels = None
 depends_on = None
 
 HOW = (
-    "of [scores] exact_rank rows and columns a layer and lengths off [scores] exact_sketch products a side, "
-    "whole where these are 0"
+    "of [scores] exact_rank rows and columns a layer (auto: all up to 2 GiB, else 64) and lengths off [scores] "
+    "exact_sketch products a side, whole where these are 0"
 )
 NOW = {
     "gradients.exact": f"normalised influence on each of them before the mask: {HOW}",

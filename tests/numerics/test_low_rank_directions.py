@@ -100,9 +100,13 @@ def test_a_layer_is_cut_where_that_takes_fewer_products(shape, rank, pays):
     assert exact._pays(shape, rank) == pays
 
 
-@pytest.mark.parametrize(("largest", "kind"), [(10**6, ExactDirections), (100, LowRankDirections)])
-def test_without_a_rank_directions_are_whole_unless_they_would_be_too_large(monkeypatch, largest, kind):
-    monkeypatch.setattr("curator.influence.exact.LARGEST_WHOLE_DIRECTIONS", largest)
+@pytest.mark.parametrize(
+    ("together", "each", "kind"),
+    [(10**6, 10**6, ExactDirections), (100, 10**6, LowRankDirections), (10**6, 100, LowRankDirections)],
+)
+def test_without_a_rank_directions_are_whole_unless_they_would_be_too_large(monkeypatch, together, each, kind):
+    monkeypatch.setattr("curator.influence.exact.LARGEST_WHOLE_DIRECTIONS", together)
+    monkeypatch.setattr("curator.influence.exact.LARGEST_WHOLE_LAYER", each)
     monkeypatch.setattr("curator.influence.exact.AUTO_RANK", 1)
     _, a, slices = fitted("positions", exact_rank=None)
     found = a.exact_directions(slices)
